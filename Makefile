@@ -1,0 +1,62 @@
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# every value is given, so that a configuration made for another machine changes nothing here
+LAUNCH := $(BIN)/python -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $$($(PYTHON) -c 'import os; print(os.cpu_count())')
+OUTPUT_DIR ?= outputs/demo
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: help
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/ready-train ## train a small model on the CPU, then write 16 meshes and a picture to outputs/demo
+	$(LAUNCH) training/train.py training/configs/demo.yaml --output_dir $(OUTPUT_DIR)
+	@echo "Look at $(OUTPUT_DIR)/samples.png and at the glb files beside it."
+
+.PHONY: test
+test: $(VENV)/ready-test ## run the tests with two workers (PYTEST_ARGS="-k name" chooses)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: quality
+quality: $(VENV)/ready-quality ## check formatting and style without changing a file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.PHONY: style
+style: $(VENV)/ready-quality ## format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: clean
+clean: ## remove the virtual environment, outputs, builds and caches
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is made after its installation succeeded, and is older than the files that decide what is installed.
+
+$(VENV)/ready-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/ready-quality: $(VENV)/ready-python constraints.txt
+	$(PIP) ruff
+	@touch $@
+
+# torch first and by itself, so that a build already chosen for this machine (CPU or CUDA) is the one the others find
+$(VENV)/ready-torch: $(VENV)/ready-python constraints.txt
+	@echo "Installing PyTorch into $(VENV): a minute or more, once."
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/ready-train $(VENV)/ready-test: $(VENV)/ready-%: $(VENV)/ready-torch setup.cfg pyproject.toml constraints.txt
+	@echo "Installing what 'make $(subst train,demo,$*)' needs into $(VENV)."
+	$(PIP) --editable '.[$*]'
+	@touch $@
