@@ -1,0 +1,51 @@
+"""What generate() must know of meshes: the start face, and the cache."""
+
+from transformers import GenerationMixin
+from transformers.generation import GenerationMode
+
+from .cache_iflame import IFlameCache
+from .configuration_iflame import DEFAULT_MAX_LENGTH, TOKENS_PER_FACE
+
+
+class IFlameGenerationMixin(GenerationMixin):
+    """transformers' generate() for meshes: without a prompt it begins with the start face of nine bos tokens."""
+
+    _supported_generation_modes = [
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    ]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # Quantised and offloaded caches are made for one level of keys and values.
+        return False
+
+    def _set_generation_defaults(self) -> None:
+        """20 tokens, transformers' default, are not a mesh."""
+        if self.generation_config.max_length in (None, 20):
+            self.generation_config.max_length = min(DEFAULT_MAX_LENGTH, self.config.max_position_embeddings)
+
+    def _maybe_initialize_input_ids_for_generation(self, inputs=None, bos_token_id=None, model_kwargs=None):
+        initialised = super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
+        if inputs is None and initialised.shape[1] == 1:
+            return initialised.expand(-1, TOKENS_PER_FACE).contiguous()
+        return initialised
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={implementation!r} is not available: the state of an hourglass with linear attention fits "
+                "an IFlameCache only. Leave cache_implementation out"
+            )
+        if given is not None:
+            if not hasattr(given, "mesh_starts"):
+                raise ValueError(
+                    f"past_key_values must be an IFlameCache (IFlameCache(model.config)), got a {type(given).__name__}"
+                )
+            given._is_user_defined = True
+        elif generation_config.use_cache:
+            model_kwargs["past_key_values"] = IFlameCache(self.config)

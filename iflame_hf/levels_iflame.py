@@ -1,0 +1,137 @@
+"""What the three levels must know of a batch: positions, mesh boundaries, attention masks. Padding on the left is one more mesh in a row."""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from .configuration_iflame import LEVEL_STRIDES, TOKENS_PER_FACE, IFlameConfig
+from .ops_iflame import rotary_tables
+
+# B batch, T items of a level, P items of that level that a cache has seen, D head size
+
+
+class LevelInputs(NamedTuple):
+    """What the blocks of one level must know of the T items they are given."""
+
+    cos: torch.Tensor  # (B or 1, T, 1, D / 2)
+    sin: torch.Tensor
+    positions: torch.Tensor | None  # (B, T) positions in the mesh; None: no mesh begins behind the start of its row
+    segments: torch.Tensor | None  # (B, T) number of the mesh in its row; None: the T items of a row are of one mesh
+    attention_mask: torch.Tensor | None  # (B or 1, 1, T, P + T), True where an item may look; (B, P + T) for flash
+    flash_bounds: tuple[torch.Tensor, int] | None  # bounds of the meshes of all rows laid end to end; the longest
+
+
+def level_inputs(
+    config: IFlameConfig,
+    tokens: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values,
+) -> list[LevelInputs | None]:
+    """
+    The inputs of the levels of coordinates, vertices and faces; None for a level at which no item is completed.
+
+    Args:
+        tokens: (B, T, …) whatever is given for the T new tokens; only its shape and device are read.
+        attention_mask, position_ids, past_key_values: as in `IFlameModel.forward`. A fresh cache is told where
+            the mesh that ends each row begins.
+
+    Raises:
+        ValueError: for masks and positions that the model cannot honour.
+    """
+    batch, length = tokens.shape[:2]
+    seen = 0 if past_key_values is None else past_key_values.tokens_seen
+    if attention_mask is not None and attention_mask.shape != (batch, seen + length):
+        raise ValueError(
+            f"attention_mask must be of the shape (batch, tokens seen + new tokens) = {(batch, seen + length)}, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    positions = segments = None
+    if seen > 0:
+        if past_key_values.mesh_starts is not None:
+            index = torch.arange(seen, seen + length, device=tokens.device)
+            positions = index - past_key_values.mesh_starts.to(tokens.device)[:, None]
+    elif attention_mask is not None or position_ids is not None:
+        positions, segments = _meshes_in_rows(tokens, attention_mask, position_ids, past_key_values is not None)
+        if past_key_values is not None and segments is not None:
+            past_key_values.mesh_starts = (segments != segments[:, -1:]).sum(dim=1)
+    if segments is None and seen + length > config.max_position_embeddings:
+        raise ValueError(
+            f"a sequence of {seen + length} tokens is longer than max_position_embeddings = {config.max_position_embeddings}"
+        )
+    return [_one_level(config, stride, tokens, seen, positions, segments, past_key_values) for stride in LEVEL_STRIDES]
+
+
+def _meshes_in_rows(tokens, attention_mask, position_ids, decoding):
+    """Positions in the mesh and number of the mesh in its row, (B, T) each; None, None if every row is one mesh."""
+    batch, length = tokens.shape[:2]
+    index = torch.arange(length, device=tokens.device)
+    real = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+    begins = torch.zeros_like(real)
+    if attention_mask is not None:
+        real = attention_mask.to(tokens.device).bool()
+        begins = real & ~F.pad(real[:, :-1], (1, 0))
+    runs = begins.sum(dim=1)
+    if position_ids is not None:
+        position_ids = position_ids.to(tokens.device).expand(batch, length)
+        begins = begins | (real & (position_ids == 0))
+    begins = begins | (index == 0)
+    starts = torch.where(begins, index, 0).cummax(dim=1).values
+    positions, segments = index - starts, begins.cumsum(dim=1)
+    # A look at the values waits for the device; a compiled graph cannot, and takes every row for a packed one.
+    if torch.compiler.is_compiling():
+        return positions, segments
+    if attention_mask is not None:
+        if runs.max() > 1:
+            raise ValueError("attention_mask has zeros between ones: only padding at the ends of a row can be masked")
+        if decoding and not real[:, -1].all():
+            raise ValueError("to generate, pad prompts on the left (padding_side='left'), not on the right")
+    if (starts % TOKENS_PER_FACE != 0).any():
+        row, column = (starts % TOKENS_PER_FACE != 0).nonzero()[0].tolist()
+        raise ValueError(
+            f"a mesh must be padded, and packed behind others, by whole faces ({TOKENS_PER_FACE} tokens), got one that "
+            f"begins at token {int(starts[row, column])} of row {row}"
+        )
+    if position_ids is not None and (real & (position_ids != positions)).any():
+        raise ValueError("position_ids must count tokens from 0 in every mesh, without a gap")
+    if not begins[:, 1:].any():
+        return None, None
+    return positions, segments
+
+
+def _one_level(config, stride, tokens, seen, positions, segments, past_key_values):
+    before, after = seen // stride, (seen + tokens.shape[1]) // stride
+    count = after - before
+    if count == 0:
+        return None
+    closing = slice(stride - 1 - seen % stride, None, stride)
+    if positions is None:
+        table_positions = torch.arange(before, after, device=tokens.device)[None]
+    else:
+        table_positions = positions = positions[:, closing] // stride
+    cos, sin = rotary_tables(table_positions, config.head_dim, config.rope_base)
+
+    flash = "flash" in (config._attn_implementation or "")
+    mask = flash_bounds = None
+    index = torch.arange(after, device=tokens.device)
+    causal = index <= index[before:, None]  # (T, P + T)
+    if segments is not None:
+        segments = segments[:, closing]
+        if flash:
+            flash_bounds = _bounds(segments)
+        else:
+            mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+    elif positions is not None:
+        visible = index >= (past_key_values.mesh_starts.to(tokens.device) // stride)[:, None]
+        mask = visible if flash else (causal & visible[:, None, :])[:, None]
+    elif before > 0 and count > 1 and not flash:
+        mask = causal[None, None]
+    return LevelInputs(cos, sin, positions, segments, mask, flash_bounds)
+
+
+def _bounds(segments):
+    """Bounds (meshes + 1,) of the meshes of all rows laid end to end, int32, and the length of the longest."""
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
+    bounds = F.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel()).to(torch.int32)
+    return bounds, int(bounds.diff().max())

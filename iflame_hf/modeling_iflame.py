@@ -1,0 +1,388 @@
+"""
+The iFlame network (arXiv 2503.16653): an hourglass over coordinates, vertices and faces whose blocks have linear attention and, every
+fourth, full attention. One body of code serves training, prefill and single steps; what differs between them is data.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GradientCheckpointingLayer, PreTrainedModel, initialization
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_iflame import IFlameCache
+from .configuration_iflame import STAGE_LEVELS, IFlameConfig
+from .generation_iflame import IFlameGenerationMixin
+from .levels_iflame import LevelInputs, level_inputs
+from .ops_iflame import alibi_slopes, apply_rotary, check_linear_attention_implementation, linear_attention
+
+# B batch, T items of a level, H heads, D head size, C channels
+
+
+class Trace(NamedTuple):
+    """What a call records for `output_hidden_states` and `output_attentions`."""
+
+    hidden_states: list[torch.Tensor]
+    attentions: list[torch.Tensor]
+
+
+class IFlameRMSNorm(nn.Module):
+    """RMSNorm (arXiv 1910.07467); the mean square is taken in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
+class IFlameMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) with biases."""
+
+    def __init__(self, config: IFlameConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Causal softmax attention spelled out: query, key, value (B, H, T, D) -> (B, T, H, D), weights (B, H, T, P + T)."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is None:
+        behind = key.shape[2] - query.shape[2]
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(behind)
+    scores = scores.masked_fill(~attention_mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class IFlameAttention(nn.Module):
+    """Projections and rotary embedding that both kinds of attention share."""
+
+    is_causal = True
+
+    def __init__(self, config: IFlameConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def project(self, hidden_states: torch.Tensor, level: LevelInputs):
+        """(B, T, C) -> query, key, value, each (B, T, H, D)."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = apply_rotary(self.q_proj(hidden_states).view(heads), level.cos, level.sin)
+        key = apply_rotary(self.k_proj(hidden_states).view(heads), level.cos, level.sin)
+        return query, key, self.v_proj(hidden_states).view(heads)
+
+
+class IFlameFullAttention(IFlameAttention):
+    """Causal softmax attention, through transformers' attention interface."""
+
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, past_key_values: IFlameCache | None):
+        query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level))
+        if past_key_values is not None:
+            key, value = past_key_values.layers[self.layer_idx].update(key, value)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        packing = {}
+        if level.flash_bounds is not None:
+            bounds, longest = level.flash_bounds
+            packing = {
+                "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        output, weights = attend(
+            self, query, key, value, level.attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **packing
+        )
+        return self.o_proj(output.reshape(hidden_states.shape)), weights
+
+
+class IFlameLinearAttention(IFlameAttention):
+    """Linear attention with a fixed decay for each head, then RMSNorm over all channels."""
+
+    def __init__(self, config: IFlameConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, past_key_values: IFlameCache | None):
+        query, key, value = self.project(hidden_states, level)
+        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        output, state = linear_attention(
+            query,
+            key,
+            value,
+            alibi_slopes(query.shape[2], query.device),
+            None if memory is None else memory.state,
+            level.segments,
+            self.config.linear_attn_implementation,
+        )
+        if memory is not None:
+            memory.state = state
+        return self.o_proj(self.norm(output.flatten(-2)).to(hidden_states.dtype)), None
+
+
+class IFlameBlock(GradientCheckpointingLayer):
+    """A pre-norm block: attention, then SwiGLU."""
+
+    def __init__(self, config: IFlameConfig, layer_idx: int):
+        super().__init__()
+        full = config.layer_types[layer_idx] == "full_attention"
+        self.self_attn = (IFlameFullAttention if full else IFlameLinearAttention)(config, layer_idx)
+        self.mlp = IFlameMLP(config)
+        self.input_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, past_key_values: IFlameCache | None = None):
+        """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), level, past_key_values)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class IFlameUpsample(nn.Module):
+    """Hands the outputs of a level up to the finer level above: repeat three times, shift right by two, scale, add."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden_states, coarse, offset: int, positions: torch.Tensor | None):
+        """
+        Args:
+            hidden_states: (B, T, C) outputs of the encoder of the finer level.
+            coarse: (B, 1 + G, C) the last output handed up before, then those of the G groups that are complete now.
+            offset: members (0 to 2) of the open group before the first of the T items.
+            positions: (B, T) positions in the mesh, or None: the first two of a mesh are handed nothing.
+        """
+        first = offset + 1
+        handed = coarse.repeat_interleave(3, dim=1)[:, first : first + hidden_states.shape[1]]
+        if positions is not None:
+            handed = handed.masked_fill((positions < 2)[..., None], 0.0)
+        return hidden_states + self.scale.to(handed.dtype) * handed
+
+
+class IFlamePreTrainedModel(PreTrainedModel):
+    config_class = IFlameConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["IFlameBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # generate() refuses assisted decoding for such models: a recurrent state cannot be rolled back.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            initialization.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, IFlameRMSNorm):
+            initialization.ones_(module.weight)
+        elif isinstance(module, IFlameUpsample):
+            initialization.ones_(module.scale)
+        elif isinstance(module, IFlameBlock):
+            # As in GPT-2: each block adds to the residual stream twice, and the sum should keep its size.
+            residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+            initialization.normal_(module.self_attn.o_proj.weight, mean=0.0, std=residual_std)
+            initialization.normal_(module.mlp.down_proj.weight, mean=0.0, std=residual_std)
+
+
+class IFlameModel(IFlamePreTrainedModel):
+    """The hourglass without the head."""
+
+    def __init__(self, config: IFlameConfig):
+        super().__init__(config)
+        check_linear_attention_implementation(config.linear_attn_implementation)
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList([IFlameBlock(config, index) for index in range(config.num_hidden_layers)])
+        # To the coordinates, to the vertices.
+        self.upsamplers = nn.ModuleList([IFlameUpsample(), IFlameUpsample()])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: IFlameCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ):
+        r"""
+        Args:
+            input_ids: (B, T) token ids; with a cache, the T tokens behind those it has seen.
+            attention_mask: (B, tokens seen + T), 0 for padding. Padding on the left must be whole faces (multiples of nine
+                tokens); on the right it changes nothing for the tokens before it.
+            position_ids: (B, T) position of each token in its mesh. Where they start again from 0 another mesh begins
+                (a packed row); meshes must begin at multiples of nine tokens. By default one mesh a row.
+            past_key_values ([`IFlameCache`]): the state that an earlier call returned.
+            inputs_embeds: (B, T, C) instead of `input_ids`.
+
+        Returns:
+            [`BaseModelOutputWithPast`]: `hidden_states` holds the input of the first block and the output of every block that ran,
+            at the length of its own level; `attentions` the weights of the full-attention layers (`"eager"` only).
+
+        Raises:
+            ValueError: for inputs that do not fit together, in plain words.
+        """
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        use_cache = config.use_cache and not self.training if use_cache is None else use_cache
+
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.gradient_checkpointing and self.training and use_cache:
+            use_cache = False
+        if past_key_values is None and use_cache:
+            past_key_values = IFlameCache(config)
+        if past_key_values is not None and type(past_key_values).__name__ != IFlameCache.__name__:
+            raise ValueError(
+                f"past_key_values must be an IFlameCache (IFlameCache(model.config)), got a {type(past_key_values).__name__}: "
+                "the hourglass keeps state that other caches have no place for"
+            )
+
+        levels = level_inputs(config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        hidden_states = self.embed_norm(inputs_embeds)
+        trace = Trace([hidden_states], []) if output_hidden_states or output_attentions else None
+        hidden_states = self._hourglass(0, hidden_states, levels, past_key_values, trace)
+        if past_key_values is not None:
+            past_key_values.tokens_seen += inputs_embeds.shape[1]
+
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(trace.hidden_states) if output_hidden_states else None,
+            attentions=tuple(trace.attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _hourglass(self, depth, hidden_states, levels, past_key_values, trace):
+        """
+        Runs the stages of level `depth` and of all levels below it on (B, T, C) new items, T >= 1.
+
+        Position i of a level reads group floor((i - 2) / 3) of the level below, which is complete exactly when item i arrives.
+        """
+        cache, level = past_key_values, levels[depth]
+        encoder, decoder = depth, len(STAGE_LEVELS) - 1 - depth
+        hidden_states = self._run_stage(encoder, hidden_states, level, cache, trace)
+        if encoder == decoder:
+            return hidden_states
+
+        waiting = None if cache is None else cache.open_groups[depth]
+        members = hidden_states if waiting is None else torch.cat([waiting, hidden_states], dim=1)
+        offset = members.shape[1] - hidden_states.shape[1]
+        batch, count, channels = members.shape
+        complete = count // 3
+        above = None if cache is None else cache.handed_up[depth]
+        coarse = hidden_states.new_zeros(batch, 1, channels) if above is None else above
+        if complete > 0:
+            pooled = members[:, : 3 * complete].view(batch, complete, 3, channels).mean(dim=2)
+            groups = self._hourglass(depth + 1, pooled, levels, cache, trace)
+            coarse = torch.cat([coarse.to(groups), groups], dim=1)
+        if cache is not None:
+            cache.open_groups[depth] = members[:, 3 * complete :]
+            cache.handed_up[depth] = coarse[:, -1:]
+        hidden_states = self.upsamplers[depth](hidden_states, coarse, offset, level.positions)
+        return self._run_stage(decoder, hidden_states, level, cache, trace)
+
+    def _run_stage(self, stage, hidden_states, level, past_key_values, trace):
+        for block in self.layers[self.config.stage_slices()[stage]]:
+            hidden_states, weights = block(hidden_states, level, past_key_values)
+            if trace is not None:
+                trace.hidden_states.append(hidden_states)
+                if weights is not None:
+                    trace.attentions.append(weights)
+        return hidden_states
+
+
+class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
+    """The hourglass with its head: logits of the next token of a mesh."""
+
+    def __init__(self, config: IFlameConfig):
+        super().__init__(config)
+        self.model = IFlameModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+        self._set_generation_defaults()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: IFlameCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ):
+        r"""
+        As [`IFlameModel`], and:
+
+        Args:
+            labels: (B, T) token ids, -100 where nothing is to be predicted; shifted here. The loss is the mean over the labels, or
+                their sum divided by `num_items_in_batch` if that is given.
+            logits_to_keep: only the last so many logits (0: all), or those at the given indices.
+
+        Returns:
+            [`CausalLMOutputWithPast`] with logits (B, T, vocab_size).
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+IFlameForCausalLM.register_for_auto_class("AutoModelForCausalLM")
