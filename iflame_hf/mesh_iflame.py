@@ -1,0 +1,240 @@
+"""Geometry of triangle meshes on arrays: load, normalise, quantise, canonicalise, weld.
+
+Arrays, unless said otherwise: `vertices` (V, 3) float64 in the axis order x, y, z; `levels` (V, 3) int64, quantised
+vertices in the same order; `faces` (F, 3) int64 rows of vertex indices, counter-clockwise seen from outside. y is up
+from `to_y_up` to `from_y_up`. No function changes its arguments.
+"""
+
+import os
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+
+MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off", ".dae")
+UP_AXES = ("y", "z")
+
+# Vertices are ordered by y, then x, then z. A level needs 21 bits at most, three of them fit one int64.
+MAX_RESOLUTION = 2**21 - 1
+_VERTEX_KEY = np.array([2**21, 2**42, 1], dtype=np.int64)
+_ROTATIONS = np.array([[0, 1, 2], [1, 2, 0], [2, 0, 1]])
+
+
+def import_trimesh():
+    """The trimesh package, imported when it is first needed; ImportError with advice when it is missing."""
+    try:
+        import trimesh
+    except ImportError as error:
+        raise ImportError("mesh files and Trimesh objects need the package trimesh: pip install trimesh") from error
+    return trimesh
+
+
+@contextmanager
+def errors_name(mesh: Any):
+    """Begin the message of a ValueError with the file's name, where `mesh` is the path of a file."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(mesh, (str, os.PathLike)):
+            raise ValueError(f"{os.fspath(mesh)}: {error}") from error
+        raise
+
+
+def is_mesh(item: Any) -> bool:
+    """Whether `item` is something `load_mesh` takes: a path with a mesh file's suffix (any `os.PathLike` counts), a
+    Trimesh, a Scene, or a tuple of two arrays or lists (vertices, faces). Reads no file."""
+    if isinstance(item, str):
+        return item.lower().endswith(MESH_SUFFIXES)
+    if isinstance(item, tuple):
+        return len(item) == 2 and all(isinstance(part, list) or hasattr(part, "__array__") for part in item)
+    return isinstance(item, os.PathLike) or _is_trimesh(item) or _is_scene(item)
+
+
+def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) float64, in the units of the source, and faces (F, 3) int64 of a mesh, checked.
+
+    `mesh` is the path of an obj, glb, gltf, ply, stl, off or dae file, a `trimesh.Trimesh`, a `trimesh.Scene` (its
+    nodes are placed by their transforms, mirrored ones keep their outside outside), or a tuple (vertices, faces).
+    Polygons become fans of triangles. Vertices that no face uses are left out.
+
+    Raises FileNotFoundError for a missing file; ValueError, naming the file where there is one, for a file that cannot
+    be read and for a mesh without faces, with coordinates that are not finite, or with an index that no vertex has.
+    """
+    with errors_name(mesh):
+        if isinstance(mesh, (str, os.PathLike)):
+            vertices, faces = _flatten(_read_file(os.fspath(mesh)))
+        elif _is_trimesh(mesh) or _is_scene(mesh):
+            vertices, faces = _flatten(mesh)
+        elif isinstance(mesh, tuple) and len(mesh) == 2:
+            vertices, faces = mesh
+        else:
+            raise ValueError(
+                f"a mesh is a path, a Trimesh, a Scene or a tuple (vertices, faces), not {type(mesh).__name__}"
+            )
+        return _checked(vertices, faces)
+
+
+def normalise(vertices: np.ndarray) -> np.ndarray:
+    """Centre the bounding box at 0 and scale its longest side to 1: (V, 3) in any unit -> (V, 3) in [-0.5, 0.5].
+
+    Raises ValueError for vertices that lie in a single point, and for an extent that float64 cannot hold.
+    """
+    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    with np.errstate(over="ignore"):
+        size = (high - low).max()
+    if not 0 < size < np.inf:
+        raise ValueError("all vertices lie in one point" if size == 0 else "the mesh is too large for float64")
+    return (vertices - (low / 2 + high / 2)) / size
+
+
+def quantise(vertices: np.ndarray, resolution: int = 128) -> np.ndarray:
+    """Nearest of the levels 0..resolution, half to even: (V, 3) in [-0.5, 0.5] -> (V, 3) int64. What lies outside is
+    clipped."""
+    return np.rint(np.minimum(np.maximum(vertices + 0.5, 0), 1) * resolution).astype(np.int64)
+
+
+def dequantise(levels: np.ndarray, resolution: int = 128) -> np.ndarray:
+    """The coordinates of levels: (V, 3) int64 in 0..resolution -> (V, 3) float64 in [-0.5, 0.5]."""
+    return levels / resolution - 0.5
+
+
+def to_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
+    """Turn vertices or levels (V, 3) whose up-axis is `up_axis` ("y" or "z") so that y is up; winding is kept."""
+    return np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1) if up_axis == "z" else vertices
+
+
+def from_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
+    """The inverse of `to_y_up`."""
+    return np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=1) if up_axis == "z" else vertices
+
+
+def canonicalise(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The one form of a quantised mesh that sequences are written from, in the order of PolyGen (arXiv 2002.10880).
+
+    Equal vertices are merged; faces that lost a corner are dropped, and so are all but the first, in the order given,
+    of the faces on the same three vertices, whatever their winding; then unused vertices. Vertices are ordered by
+    y, then x, then z; each face is rotated, never reversed, so that its lowest vertex comes first; faces are ordered
+    by their sorted vertices. (V, 3), (F, 3) -> (V', 3), (F', 3); F' may be 0.
+    """
+    levels, faces = _merge_vertices(levels, faces)
+    faces = faces[_distinct_faces(faces)]
+    faces = faces[np.arange(len(faces))[:, None], _ROTATIONS[faces.argmin(axis=1)]]
+    return _drop_unused(levels, faces)
+
+
+def weld(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Levels (V, 3) and faces (F', 3) of separate triangles `corners` (F, 3 corners, 3) int64.
+
+    Equal corners become one vertex, ordered as by `canonicalise`. Degenerate faces, and all but the first on the same
+    three vertices, are dropped; the others keep their order and their corners' order.
+    """
+    levels, faces = _merge_vertices(corners.reshape(-1, 3), np.arange(3 * len(corners)).reshape(-1, 3))
+    return _drop_unused(levels, faces[np.sort(_distinct_faces(faces))])
+
+
+def _merge_vertices(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    keys = levels @ _VERTEX_KEY
+    order = keys.argsort()
+    keys = keys[order]
+    is_new = np.empty(len(keys), dtype=bool)
+    is_new[:1] = True
+    np.not_equal(keys[1:], keys[:-1], out=is_new[1:])
+    renumbered = np.empty(len(keys), dtype=np.int64)
+    renumbered[order] = is_new.cumsum() - 1
+    return levels[order[is_new]], renumbered[faces]
+
+
+def _distinct_faces(faces: np.ndarray) -> np.ndarray:
+    """Indices (F',) of the faces to keep, ordered by the faces' sorted vertices."""
+    low, high = faces.min(axis=1), faces.max(axis=1)
+    middle = faces.sum(axis=1) - low - high
+    order = np.lexsort((high, middle, low))
+    low, middle, high = low[order], middle[order], high[order]
+    keep = (low != middle) & (middle != high)
+    keep[1:] &= (low[1:] != low[:-1]) | (middle[1:] != middle[:-1]) | (high[1:] != high[:-1])
+    return order[keep]
+
+
+def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    used = np.zeros(len(vertices), dtype=bool)
+    used[faces] = True
+    return (vertices, faces) if used.all() else (vertices[used], (used.cumsum() - 1)[faces])
+
+
+def _checked(vertices: Any, faces: Any) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"vertices must be an array of numbers and faces one of indices ({error})") from error
+    if vertices.size == 0 or faces.size == 0:
+        raise ValueError("the mesh has no vertices" if vertices.size == 0 else "the mesh has no faces")
+    if vertices.ndim != 2 or vertices.shape[1] != 3:
+        raise ValueError(f"vertices must have the shape (V, 3), not {vertices.shape}")
+    if faces.ndim != 2 or faces.shape[1] < 3 or faces.dtype.kind not in "iu":
+        raise ValueError(f"faces must be whole numbers of the shape (F, 3), not {faces.dtype} {faces.shape}")
+    if not np.isfinite(vertices).all():
+        raise ValueError("a coordinate is NaN or infinite")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(
+            f"face indices run from {faces.min()} to {faces.max()}, but the {len(vertices)} vertices from 0 to "
+            f"{len(vertices) - 1}"
+        )
+    faces = faces.astype(np.int64, copy=False)
+    if faces.shape[1] > 3:
+        sides = faces.shape[1]
+        fan = np.array([[0, corner, corner + 1] for corner in range(1, sides - 1)])
+        faces = faces[:, fan].reshape(-1, 3)
+    return _drop_unused(vertices, faces)
+
+
+def _is_trimesh(item: Any) -> bool:
+    return hasattr(item, "vertices") and hasattr(item, "faces")
+
+
+def _is_scene(item: Any) -> bool:
+    return hasattr(item, "geometry") and hasattr(item, "graph")
+
+
+def _flatten(loaded: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The triangles of a Trimesh or of all nodes of a Scene; points, lines and cameras are left out."""
+    if not _is_scene(loaded):
+        return loaded.vertices, loaded.faces
+    all_vertices, all_faces, offset = [np.zeros((0, 3))], [np.zeros((0, 3), dtype=np.int64)], 0
+    for node in loaded.graph.nodes_geometry:
+        transform, name = loaded.graph[node]
+        geometry = loaded.geometry[name]
+        if not _is_trimesh(geometry) or len(geometry.faces) == 0:
+            continue
+        vertices, faces = np.asarray(geometry.vertices), np.asarray(geometry.faces)
+        mirrored = np.linalg.det(transform[:3, :3]) < 0
+        all_vertices.append(vertices @ transform[:3, :3].T + transform[:3, 3])
+        all_faces.append((faces[:, ::-1] if mirrored else faces) + offset)
+        offset += len(vertices)
+    return np.concatenate(all_vertices), np.concatenate(all_faces)
+
+
+def _read_file(path: str) -> Any:
+    """A Trimesh or Scene from a file, or ValueError with the reason (without the file's name)."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in MESH_SUFFIXES:
+        raise ValueError(f"unknown mesh format {suffix!r}; known are {', '.join(MESH_SUFFIXES)}")
+    if not os.path.isfile(path):
+        raise ValueError("not a file")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError("the file is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("a Git LFS pointer, not the mesh itself; fetch it with `git lfs pull`")
+    if suffix == ".glb" and not head.startswith(b"glTF"):
+        raise ValueError("not a binary glTF file: it does not begin with glTF")
+    trimesh = import_trimesh()
+    try:
+        return trimesh.load(path, force="scene", process=False)
+    except ImportError as error:
+        raise ImportError(f"{path}: reading {suffix} files needs another package ({error})") from error
+    except Exception as error:  # each of trimesh's readers raises what its parser happens to raise
+        raise ValueError(f"cannot be read as {suffix[1:]}: {type(error).__name__}: {error}") from error

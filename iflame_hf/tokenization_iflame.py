@@ -1,0 +1,313 @@
+"""Meshes to token ids and back."""
+
+from typing import Any
+
+import numpy as np
+from transformers import BatchEncoding, PreTrainedTokenizer
+
+from .mesh_iflame import (
+    MAX_RESOLUTION,
+    UP_AXES,
+    canonicalise,
+    dequantise,
+    errors_name,
+    from_y_up,
+    import_trimesh,
+    is_mesh,
+    load_mesh,
+    quantise,
+    to_y_up,
+    weld,
+)
+from .mesh_iflame import normalise as normalise_vertices
+
+
+FACE = 9  # tokens of a face: three vertices of three coordinates
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}  # in the order of their ids
+
+_ZXY = np.array([2, 0, 1])  # token order of a vertex's coordinates
+_XYZ = np.array([1, 2, 0])
+_SWAP = np.array([0, 2, 1])  # second and third vertex of a face
+
+
+class IFlameTokenizer(PreTrainedTokenizer):
+    """Turns triangle meshes into token ids and back.
+
+    Ids 0..R (R is the coordinate resolution, 128) are coordinate levels; R + 1 is the padding, R + 2 the start and
+    R + 3 the end token. A mesh is a start face of nine start tokens, nine tokens for each face of its canonical form,
+    and an end face of nine end tokens; a vertex is three tokens in the order z, x, y.
+
+    Args:
+        coordinate_resolution: R, the number of steps along the longest side of a mesh.
+        up_axis: the vertical axis of the meshes given and returned, "y" or "z". Sequences run upwards along it.
+        reversed_winding: the second and third vertex of every face stand swapped in the sequences, as in those of
+            the original iFlame code. For checkpoints trained on such sequences; meshes are the same either way.
+        kwargs: as of any transformers tokenizer.
+
+    Calling it takes meshes (see `__call__`) or text; `decode` gives text, `decode_mesh` meshes.
+    """
+
+    vocab_files_names: dict[str, str] = {}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self, coordinate_resolution: int = 128, up_axis: str = "y", reversed_winding: bool = False, **kwargs: Any
+    ):
+        if not isinstance(coordinate_resolution, int) or not 1 <= coordinate_resolution <= MAX_RESOLUTION:
+            raise ValueError(
+                f"coordinate_resolution must be a whole number from 1 to {MAX_RESOLUTION}, got {coordinate_resolution!r}"
+            )
+        if up_axis not in UP_AXES:
+            raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
+        self.coordinate_resolution = coordinate_resolution
+        self.up_axis = up_axis
+        self.reversed_winding = bool(reversed_winding)
+        self._tokens = [str(level) for level in range(coordinate_resolution + 1)] + list(SPECIAL_TOKENS.values())
+        self._ids = {token: index for index, token in enumerate(self._tokens)}
+
+        for name, token in SPECIAL_TOKENS.items():
+            if str(kwargs.setdefault(name, token)) != token:
+                raise ValueError(f"{name} of an IFlameTokenizer is always {token}, got {kwargs[name]}")
+        kwargs["added_tokens_decoder"] = self._saved_tokens(kwargs.get("added_tokens_decoder", {}))
+        kwargs.setdefault("special_tokens_pattern", "none")
+        kwargs.setdefault("model_max_length", FACE * (10_000 + 2))
+        super().__init__(
+            coordinate_resolution=coordinate_resolution, up_axis=up_axis, reversed_winding=reversed_winding, **kwargs
+        )
+
+    def _saved_tokens(self, saved: dict[int, Any]) -> dict[int, Any]:
+        """Added tokens of a saved tokenizer; the special ones only where they were saved at this resolution, since
+        their ids follow from it and transformers would keep the saved ids."""
+        if all(self._ids.get(str(token), index) == index for index, token in saved.items()):
+            return saved
+        added = [str(token) for token in saved.values() if str(token) not in self._ids]
+        if added:
+            raise ValueError(f"coordinate_resolution cannot change: the saved tokenizer has added tokens {added}")
+        return {}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._ids | self._added_tokens_encoder
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """No files: the vocabulary follows from `coordinate_resolution`."""
+        return ()
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        words = text.split()
+        for word in words:
+            if word not in self._ids:
+                raise ValueError(
+                    f"{word!r} is no token: text is made of the numbers 0 to {self.coordinate_resolution} and "
+                    f"{', '.join(SPECIAL_TOKENS.values())}; the name of a mesh file ends in its format, as in chair.obj"
+                )
+        return words
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < len(self._tokens):
+            raise ValueError(f"id {index} is not among the {len(self._tokens)} of the vocabulary")
+        return self._tokens[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return " ".join(tokens)
+
+    def encode_mesh(
+        self,
+        mesh: Any,
+        *,
+        add_start: bool = True,
+        add_end: bool = True,
+        max_faces: int | None = None,
+        normalise: bool = True,
+    ) -> list[int]:
+        """Token ids of one mesh: start face, faces in canonical order, end face; a multiple of nine.
+
+        Args:
+            mesh: anything `load_mesh` takes: the path of a mesh file, a Trimesh, a Scene, a tuple (vertices, faces).
+            add_start: begin with the start face.
+            add_end: close with the end face; without it the ids are a prompt that a model goes on from.
+            max_faces: refuse a mesh with more faces than this after quantisation.
+            normalise: centre the mesh and scale its longest side to 1. Otherwise it stays where it is, which must be
+                within [-0.5, 0.5] on every axis; for a part of a larger mesh.
+
+        Raises ValueError, naming the file where there is one, for what is no usable mesh: unreadable, empty, flat to
+        a point, coordinates not finite, indices out of range, no face left after quantisation, too many faces;
+        FileNotFoundError for a missing file.
+        """
+        vertices, faces = load_mesh(mesh)
+        with errors_name(mesh):
+            if normalise:
+                vertices = normalise_vertices(vertices)
+            elif np.abs(vertices).max() > 0.5 + 0.5 / self.coordinate_resolution:
+                raise ValueError("with normalise=False all coordinates must lie in [-0.5, 0.5]")
+            ids = self.encode_arrays(vertices, faces, add_start=add_start, add_end=add_end, max_faces=max_faces)
+        return ids.tolist()
+
+    def encode_arrays(
+        self,
+        vertices: np.ndarray,
+        faces: np.ndarray,
+        *,
+        add_start: bool = True,
+        add_end: bool = True,
+        max_faces: int | None = None,
+    ) -> np.ndarray:
+        """Token ids (T,) int64 of vertices (V, 3) that are already within [-0.5, 0.5] and faces (F, 3).
+
+        What `encode_mesh` does after loading and normalising, for loaders that augment in between. The arrays are
+        taken as valid (`load_mesh` checks them); coordinates outside are clipped. Raises ValueError if no face is
+        left after quantisation, or more than `max_faces`.
+        """
+        levels = quantise(to_y_up(vertices, self.up_axis), self.coordinate_resolution)
+        levels, faces = canonicalise(levels, faces)
+        if len(faces) == 0:
+            raise ValueError(f"no face is left after quantisation to {self.coordinate_resolution} steps")
+        if max_faces is not None and len(faces) > max_faces:
+            raise ValueError(
+                f"the mesh has {len(faces)} faces after quantisation, more than {max_faces}: "
+                "simplify it first or raise max_faces"
+            )
+        if self.reversed_winding:
+            faces = faces[:, _SWAP]
+        start = FACE if add_start else 0
+        stop = start + FACE * len(faces)
+        ids = np.empty(stop + (FACE if add_end else 0), dtype=np.int64)
+        ids[:start] = self.bos_token_id
+        ids[start:stop] = levels[:, _ZXY][faces].ravel()
+        ids[stop:] = self.eos_token_id
+        return ids
+
+    def decode_arrays(self, ids: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Vertices (V, 3) float64 in [-0.5, 0.5] and faces (F, 3) int64 of one sequence of ids.
+
+        Takes a list, an array or a tensor of whole numbers, with anything in it that a model can emit: padding and
+        start tokens in front are skipped, the whole faces before the first id that is no coordinate are kept, and of
+        these, degenerate and repeated ones dropped. Equal vertices are merged; faces keep their order and winding. What
+        has no face gives empty arrays. Raises ValueError for ids that are not whole numbers or not one sequence.
+        """
+        ids = _to_array(ids)
+        if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
+            raise ValueError(f"ids must be one sequence of whole numbers, got {ids.dtype} of the shape {ids.shape}")
+        in_front = (ids == self.pad_token_id) | (ids == self.bos_token_id)
+        ids = ids[_first(~in_front) :]
+        ids = ids[: _first((ids < 0) | (ids > self.coordinate_resolution))]
+        corners = ids[: len(ids) // FACE * FACE].astype(np.int64).reshape(-1, 3, 3)[:, :, _XYZ]
+        if self.reversed_winding:
+            corners = corners[:, _SWAP]
+        levels, faces = weld(corners)
+        return from_y_up(dequantise(levels, self.coordinate_resolution), self.up_axis), faces
+
+    def decode_mesh(self, ids: Any) -> "trimesh.Trimesh":  # noqa: F821
+        """A welded `trimesh.Trimesh` within [-0.5, 0.5] of one sequence of ids: `decode_arrays` as a mesh.
+
+        Without a whole face the mesh is empty. Raises ValueError for ids that are not whole numbers or not one
+        sequence, ImportError where trimesh is missing.
+        """
+        vertices, faces = self.decode_arrays(ids)
+        return import_trimesh().Trimesh(vertices=vertices, faces=faces, process=False)
+
+    def batch_decode_mesh(self, ids: Any) -> "list[trimesh.Trimesh]":  # noqa: F821
+        """`decode_mesh` of each row of ids: a list of sequences, or an array or tensor (B, T)."""
+        return [self.decode_mesh(row) for row in (ids if isinstance(ids, (list, tuple)) else _to_array(ids))]
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """Ids and attention mask of a mesh or a list of meshes, or of text.
+
+        A mesh is anything `encode_mesh` takes; of strings, those that end in the suffix of a mesh file. Of the
+        arguments every tokenizer has, meshes know `add_special_tokens` (start and end face), `padding`, `truncation`,
+        `max_length`, `pad_to_multiple_of`, `padding_side`, `return_tensors`, `return_attention_mask` and `verbose`.
+        Rows are padded by whole faces. `truncation=True` keeps as many whole faces as `max_length` holds from the
+        front; the end face goes first, since a mesh that was cut has not ended. Text, such as "<bos> 5 7", is taken
+        word by word; nothing is added to it.
+
+        Raises ValueError for what is neither, for a list of both, for lengths that would pad in mid-face, and as
+        `encode_mesh` does.
+        """
+        is_batch = isinstance(text, (list, tuple)) and not is_mesh(text)
+        items = list(text) if is_batch else [text]
+        are_meshes = [is_mesh(item) for item in items]
+        if not any(are_meshes):
+            for item in items:
+                if not isinstance(item, (str, int, list, tuple, type(None))):
+                    raise ValueError(
+                        f"neither a mesh nor text: {type(item).__name__}; a mesh is a path, a Trimesh, a Scene or a "
+                        "tuple (vertices, faces)"
+                    )
+            return super().__call__(text, *args, **kwargs)
+        if not all(are_meshes):
+            raise ValueError("a list must hold meshes alone or text alone")
+        if args:
+            raise ValueError("with meshes every other argument is given by name")
+        return self._encode_meshes(items, is_batch, **kwargs)
+
+    def _encode_meshes(
+        self,
+        meshes: list[Any],
+        is_batch: bool,
+        *,
+        add_special_tokens: bool = True,
+        padding: Any = False,
+        truncation: Any = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: Any = None,
+        return_attention_mask: bool | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        padding, truncation, max_length, _ = self._get_padding_truncation_strategies(
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            verbose=verbose,
+        )
+        if padding != "do_not_pad":
+            lengths = {"pad_to_multiple_of": pad_to_multiple_of}
+            if padding == "max_length":
+                lengths["max_length"] = max_length
+            for name, length in lengths.items():
+                if length is not None and length % FACE:
+                    raise ValueError(f"meshes are padded by whole faces: {name} must be a multiple of 9, got {length}")
+        rows = [self.encode_mesh(mesh, add_start=add_special_tokens, add_end=add_special_tokens) for mesh in meshes]
+        if truncation != "do_not_truncate":
+            if max_length < FACE:
+                raise ValueError(f"max_length must hold a face, nine tokens, got {max_length}")
+            rows = [row[: max_length // FACE * FACE] for row in rows]
+        batch = self.pad(
+            {"input_ids": rows},
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
+            verbose=verbose,
+        )
+        if is_batch or return_tensors is not None:
+            return batch
+        return BatchEncoding({name: rows[0] for name, rows in batch.items()})
+
+
+def _to_array(ids: Any) -> np.ndarray:
+    if hasattr(ids, "detach"):
+        ids = ids.detach().cpu()
+    try:
+        return np.asarray(ids)
+    except ValueError as error:
+        raise ValueError("ids must be one sequence of whole numbers") from error
+
+
+def _first(is_hit: np.ndarray) -> int:
+    """Index of the first True, or the length."""
+    return int(is_hit.argmax()) if is_hit.any() else len(is_hit)
+
+
+IFlameTokenizer.register_for_auto_class("AutoTokenizer")
