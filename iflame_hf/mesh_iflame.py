@@ -5,12 +5,13 @@ vertices in the same order; `faces` (F, 3) int64 rows of vertex indices, counter
 from `to_y_up` to `from_y_up`. No function changes its arguments.
 """
 
+import json
 import os
+import re
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-
 
 MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off", ".dae")
 UP_AXES = ("y", "z")
@@ -31,13 +32,13 @@ def import_trimesh():
 
 
 @contextmanager
-def errors_name(mesh: Any):
-    """Begin the message of a ValueError with the file's name, where `mesh` is the path of a file."""
+def errors_name(source: Any):
+    """Begin the message of a ValueError with `source` where that is a path or a name, not arrays or an object."""
     try:
         yield
     except ValueError as error:
-        if isinstance(mesh, (str, os.PathLike)):
-            raise ValueError(f"{os.fspath(mesh)}: {error}") from error
+        if isinstance(source, (str, os.PathLike)):
+            raise ValueError(f"{os.fspath(source)}: {error}") from error
         raise
 
 
@@ -63,7 +64,7 @@ def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     with errors_name(mesh):
         if isinstance(mesh, (str, os.PathLike)):
-            vertices, faces = _flatten(_read_file(os.fspath(mesh)))
+            vertices, faces = _read_file(os.fspath(mesh))
         elif _is_trimesh(mesh) or _is_scene(mesh):
             vertices, faces = _flatten(mesh)
         elif isinstance(mesh, tuple) and len(mesh) == 2:
@@ -78,13 +79,13 @@ def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
 def normalise(vertices: np.ndarray) -> np.ndarray:
     """Centre the bounding box at 0 and scale its longest side to 1: (V, 3) in any unit -> (V, 3) in [-0.5, 0.5].
 
-    Raises ValueError for vertices that lie in a single point, and for an extent that float64 cannot hold.
+    Raises ValueError for vertices that lie in a single point, and for an extent that is not a finite number.
     """
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     with np.errstate(over="ignore"):
         size = (high - low).max()
     if not 0 < size < np.inf:
-        raise ValueError("all vertices lie in one point" if size == 0 else "the mesh is too large for float64")
+        raise ValueError("all vertices lie in one point" if size == 0 else "its extent is not a finite number")
     return (vertices - (low / 2 + high / 2)) / size
 
 
@@ -214,8 +215,8 @@ def _flatten(loaded: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(all_vertices), np.concatenate(all_faces)
 
 
-def _read_file(path: str) -> Any:
-    """A Trimesh or Scene from a file, or ValueError with the reason (without the file's name)."""
+def _read_file(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices and faces of a file, or ValueError with the reason (without the file's name)."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     suffix = os.path.splitext(path)[1].lower()
@@ -233,8 +234,48 @@ def _read_file(path: str) -> Any:
         raise ValueError("not a binary glTF file: it does not begin with glTF")
     trimesh = import_trimesh()
     try:
-        return trimesh.load(path, force="scene", process=False)
+        if suffix == ".off":
+            return _read_off(path)
+        if suffix in (".glb", ".gltf"):
+            _check_gltf(path)
+        return _flatten(trimesh.load_scene(path, process=False, skip_materials=True))
     except ImportError as error:
         raise ImportError(f"{path}: reading {suffix} files needs another package ({error})") from error
     except Exception as error:  # each of trimesh's readers raises what its parser happens to raise
-        raise ValueError(f"cannot be read as {suffix[1:]}: {type(error).__name__}: {error}") from error
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot be read as {suffix[1:]}: {reason}") from error
+
+
+def _check_gltf(path: str) -> None:
+    """ValueError for what the glTF format has and trimesh would leave out, or misread, without a word."""
+    with open(path, "rb") as file:
+        data = file.read()
+    if data.startswith(b"glTF"):  # 12 bytes of header, then the length and type of the JSON chunk
+        data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
+    tree = json.loads(data)
+    for extension in tree.get("extensionsRequired", []):
+        if "compression" in extension:
+            raise ValueError(f"its geometry is compressed ({extension}); save it without compression")
+    for mesh in tree.get("meshes", []):
+        for primitive in mesh["primitives"]:
+            if primitive.get("mode") == 6:
+                raise ValueError("it has triangle fans; save it with separate triangles")
+            if tree["accessors"][primitive["attributes"]["POSITION"]].get("normalized"):
+                raise ValueError("its positions are normalised integers; save it with floating-point positions")
+
+
+def _read_off(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices and triangles of an OFF file. trimesh 5.2 fails where polygons of different sizes meet."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = re.sub(r"#.*", "", file.read()).strip()
+    header = re.match(r"(ST)?C?N?OFF", text)
+    if header is None:
+        raise ValueError("it does not begin with OFF")
+    rows = [line.split() for line in text[header.end() :].splitlines() if line.strip()]
+    vertex_count, face_count = int(rows[0][0]), int(rows[0][1])
+    if len(rows) < 1 + vertex_count + face_count:
+        raise ValueError("it ends early")
+    vertices = np.array([row[:3] for row in rows[1 : 1 + vertex_count]], dtype=np.float64)
+    polygons = [row[1 : 1 + int(row[0])] for row in rows[1 + vertex_count : 1 + vertex_count + face_count]]
+    fans = [(corners[0], *corners[i : i + 2]) for corners in polygons for i in range(1, len(corners) - 1)]
+    return vertices, np.array(fans, dtype=np.int64)

@@ -21,7 +21,6 @@ from .mesh_iflame import (
 )
 from .mesh_iflame import normalise as normalise_vertices
 
-
 FACE = 9  # tokens of a face: three vertices of three coordinates
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}  # in the order of their ids
 
@@ -56,11 +55,12 @@ class IFlameTokenizer(PreTrainedTokenizer):
     ):
         if not isinstance(coordinate_resolution, int) or not 1 <= coordinate_resolution <= MAX_RESOLUTION:
             raise ValueError(
-                f"coordinate_resolution must be a whole number from 1 to {MAX_RESOLUTION}, got {coordinate_resolution!r}"
+                f"coordinate_resolution must be a whole number from 1 to {MAX_RESOLUTION}, "
+                f"got {coordinate_resolution!r}"
             )
         if up_axis not in UP_AXES:
             raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
-        self.coordinate_resolution = coordinate_resolution
+        self._resolution = coordinate_resolution
         self.up_axis = up_axis
         self.reversed_winding = bool(reversed_winding)
         self._tokens = [str(level) for level in range(coordinate_resolution + 1)] + list(SPECIAL_TOKENS.values())
@@ -71,7 +71,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
                 raise ValueError(f"{name} of an IFlameTokenizer is always {token}, got {kwargs[name]}")
         kwargs["added_tokens_decoder"] = self._saved_tokens(kwargs.get("added_tokens_decoder", {}))
         kwargs.setdefault("special_tokens_pattern", "none")
-        kwargs.setdefault("model_max_length", FACE * (10_000 + 2))
+        kwargs.setdefault("model_max_length", FACE * 10_000)
         super().__init__(
             coordinate_resolution=coordinate_resolution, up_axis=up_axis, reversed_winding=reversed_winding, **kwargs
         )
@@ -85,6 +85,10 @@ class IFlameTokenizer(PreTrainedTokenizer):
         if added:
             raise ValueError(f"coordinate_resolution cannot change: the saved tokenizer has added tokens {added}")
         return {}
+
+    @property
+    def coordinate_resolution(self) -> int:
+        return self._resolution
 
     @property
     def vocab_size(self) -> int:
@@ -103,7 +107,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
             if word not in self._ids:
                 raise ValueError(
                     f"{word!r} is no token: text is made of the numbers 0 to {self.coordinate_resolution} and "
-                    f"{', '.join(SPECIAL_TOKENS.values())}; the name of a mesh file ends in its format, as in chair.obj"
+                    f"{', '.join(SPECIAL_TOKENS.values())}; the name of a mesh file ends as in chair.obj"
                 )
         return words
 
@@ -189,8 +193,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
 
         Takes a list, an array or a tensor of whole numbers, with anything in it that a model can emit: padding and
         start tokens in front are skipped, the whole faces before the first id that is no coordinate are kept, and of
-        these, degenerate and repeated ones dropped. Equal vertices are merged; faces keep their order and winding. What
-        has no face gives empty arrays. Raises ValueError for ids that are not whole numbers or not one sequence.
+        these, degenerate and repeated ones dropped. Equal vertices are merged; faces keep their order and winding.
+        What has no face gives empty arrays. Raises ValueError for ids that are not whole numbers or not one sequence.
         """
         ids = _to_array(ids)
         if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
@@ -235,7 +239,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
         are_meshes = [is_mesh(item) for item in items]
         if not any(are_meshes):
             for item in items:
-                if not isinstance(item, (str, int, list, tuple, type(None))):
+                if item is not None and not isinstance(item, (str, int, list, tuple)):
                     raise ValueError(
                         f"neither a mesh nor text: {type(item).__name__}; a mesh is a path, a Trimesh, a Scene or a "
                         "tuple (vertices, faces)"
@@ -276,7 +280,10 @@ class IFlameTokenizer(PreTrainedTokenizer):
             for name, length in lengths.items():
                 if length is not None and length % FACE:
                     raise ValueError(f"meshes are padded by whole faces: {name} must be a multiple of 9, got {length}")
-        rows = [self.encode_mesh(mesh, add_start=add_special_tokens, add_end=add_special_tokens) for mesh in meshes]
+        rows = []
+        for index, mesh in enumerate(meshes):
+            with errors_name(f"mesh {index} of the list" if is_batch else None):
+                rows.append(self.encode_mesh(mesh, add_start=add_special_tokens, add_end=add_special_tokens))
         if truncation != "do_not_truncate":
             if max_length < FACE:
                 raise ValueError(f"max_length must hold a face, nine tokens, got {max_length}")
