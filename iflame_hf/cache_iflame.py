@@ -12,8 +12,8 @@ class KeyValueState:
     """
     Keys and values of one full-attention layer, at that layer's own level: (B, H, length, D) each.
 
-    New entries are written into spare room behind the old ones; the room doubles when it is used up, so that a step costs
-    one write however long the sequence is.
+    New entries are written into spare room behind the old ones; the room doubles when it is used up, so that a step
+    costs one write however long the sequence is.
     """
 
     def __init__(self):

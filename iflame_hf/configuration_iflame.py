@@ -31,9 +31,10 @@ class IFlameConfig(PreTrainedConfig):
             of the frequencies of the rotary embedding are zero.
         intermediate_size (`int`, *optional*): hidden units of the SwiGLU, by default `int(8 / 3 * hidden_size)`.
         stage_layers (`list[int]`): blocks of the five stages: coordinates, vertices, faces, vertices, coordinates.
-        full_attention_interval (`int`): every so many-th block of the whole stack has full attention, the others linear
-            attention. Layers are counted from 1.
-        max_position_embeddings (`int`): longest sequence in tokens that the model accepts. Nothing is allocated for it.
+        full_attention_interval (`int`): every so many-th block of the whole stack has full attention, the others
+            linear attention. Layers are counted from 1.
+        max_position_embeddings (`int`): longest sequence in tokens that the model accepts; nothing is allocated
+            for it.
         rope_base (`float`): base of the rotary frequencies, which run from 1 to `1 / rope_base`.
         rms_norm_eps (`float`): added to the mean square in every RMSNorm.
         initializer_range (`float`): standard deviation of fresh weights; the two projections that write into the
@@ -43,8 +44,8 @@ class IFlameConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`): special ids, by default the three ids after the levels.
         use_cache (`bool`): whether the model returns its decoding state by default.
         linear_attn_implementation (`str`): how linear attention is computed: `"eager"` (the recurrence itself),
-            `"chunked"` (plain torch), `"lightning_attn"` or `"fla"` (the packages of those names), or `"auto"`: the best
-            that is installed for the device. It belongs to a process, not to a checkpoint, and is not saved.
+            `"chunked"` (plain torch), `"lightning_attn"` or `"fla"` (the packages of those names), or `"auto"`: the
+            best that is installed for the device. It belongs to a process, not to a checkpoint, and is not saved.
 
     Raises:
         ValueError: for sizes that do not fit together, naming the argument.
@@ -131,7 +132,8 @@ class IFlameConfig(PreTrainedConfig):
     def linear_attn_implementation(self, name: str) -> None:
         if name not in LINEAR_ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
-                f"linear_attn_implementation must be one of {', '.join(LINEAR_ATTENTION_IMPLEMENTATIONS)}, got {name!r}"
+                f"linear_attn_implementation must be one of {', '.join(LINEAR_ATTENTION_IMPLEMENTATIONS)}, got "
+                f"{name!r}"
             )
         self._linear_attn_implementation = name
 

@@ -27,6 +27,15 @@ class IFlameGenerationMixin(GenerationMixin):
         if self.generation_config.max_length in (None, 20):
             self.generation_config.max_length = min(DEFAULT_MAX_LENGTH, self.config.max_position_embeddings)
 
+    def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
+        # max_new_tokens takes the place of the default length; it is no conflict to warn of.
+        default = self.generation_config.max_length
+        if generation_config.max_new_tokens is not None and generation_config.max_length == default:
+            has_default_max_length = True
+        return super()._prepare_generated_length(
+            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
+        )
+
     def _maybe_initialize_input_ids_for_generation(self, inputs=None, bos_token_id=None, model_kwargs=None):
         initialised = super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
         if inputs is None and initialised.shape[1] == 1:
@@ -38,8 +47,8 @@ class IFlameGenerationMixin(GenerationMixin):
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={implementation!r} is not available: the state of an hourglass with linear attention fits "
-                "an IFlameCache only. Leave cache_implementation out"
+                f"cache_implementation={implementation!r} is not available: the state of an hourglass with linear "
+                "attention fits an IFlameCache only. Leave cache_implementation out"
             )
         if given is not None:
             if not hasattr(given, "mesh_starts"):

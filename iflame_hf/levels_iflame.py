@@ -1,4 +1,8 @@
-"""What the three levels must know of a batch: positions, mesh boundaries, attention masks. Padding on the left is one more mesh in a row."""
+"""
+What the three levels must know of a batch: positions, mesh boundaries, attention masks.
+
+Padding on the left is treated as one more mesh in its row.
+"""
 
 from typing import NamedTuple
 
@@ -58,7 +62,8 @@ def level_inputs(
             past_key_values.mesh_starts = (segments != segments[:, -1:]).sum(dim=1)
     if segments is None and seen + length > config.max_position_embeddings:
         raise ValueError(
-            f"a sequence of {seen + length} tokens is longer than max_position_embeddings = {config.max_position_embeddings}"
+            f"a sequence of {seen + length} tokens is longer than max_position_embeddings = "
+            f"{config.max_position_embeddings}"
         )
     return [_one_level(config, stride, tokens, seen, positions, segments, past_key_values) for stride in LEVEL_STRIDES]
 
@@ -90,8 +95,8 @@ def _meshes_in_rows(tokens, attention_mask, position_ids, decoding):
     if (starts % TOKENS_PER_FACE != 0).any():
         row, column = (starts % TOKENS_PER_FACE != 0).nonzero()[0].tolist()
         raise ValueError(
-            f"a mesh must be padded, and packed behind others, by whole faces ({TOKENS_PER_FACE} tokens), got one that "
-            f"begins at token {int(starts[row, column])} of row {row}"
+            f"a mesh must be padded, and packed behind others, by whole faces ({TOKENS_PER_FACE} tokens), got one "
+            f"that begins at token {int(starts[row, column])} of row {row}"
         )
     if position_ids is not None and (real & (position_ids != positions)).any():
         raise ValueError("position_ids must count tokens from 0 in every mesh, without a gap")

@@ -1,6 +1,7 @@
 """
-The iFlame network (arXiv 2503.16653): an hourglass over coordinates, vertices and faces whose blocks have linear attention and, every
-fourth, full attention. One body of code serves training, prefill and single steps; what differs between them is data.
+The iFlame network (arXiv 2503.16653): an hourglass over coordinates, vertices and faces whose blocks have linear
+attention and, every fourth, full attention. One body of code serves training, prefill and single steps; what differs
+between them is data.
 """
 
 from typing import NamedTuple
@@ -54,7 +55,10 @@ class IFlameMLP(nn.Module):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Causal softmax attention spelled out: query, key, value (B, H, T, D) -> (B, T, H, D), weights (B, H, T, P + T)."""
+    """Causal softmax attention spelled out.
+
+    query, key, value (B, H, T or P + T, D) -> output (B, T, H, D), weights (B, H, T, P + T).
+    """
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is None:
         behind = key.shape[2] - query.shape[2]
@@ -234,16 +238,17 @@ class IFlameModel(IFlamePreTrainedModel):
         r"""
         Args:
             input_ids: (B, T) token ids; with a cache, the T tokens behind those it has seen.
-            attention_mask: (B, tokens seen + T), 0 for padding. Padding on the left must be whole faces (multiples of nine
-                tokens); on the right it changes nothing for the tokens before it.
+            attention_mask: (B, tokens seen + T), 0 for padding. Padding on the left must be whole faces (multiples of
+                nine tokens); on the right it changes nothing for the tokens before it.
             position_ids: (B, T) position of each token in its mesh. Where they start again from 0 another mesh begins
                 (a packed row); meshes must begin at multiples of nine tokens. By default one mesh a row.
             past_key_values ([`IFlameCache`]): the state that an earlier call returned.
             inputs_embeds: (B, T, C) instead of `input_ids`.
 
         Returns:
-            [`BaseModelOutputWithPast`]: `hidden_states` holds the input of the first block and the output of every block that ran,
-            at the length of its own level; `attentions` the weights of the full-attention layers (`"eager"` only).
+            [`BaseModelOutputWithPast`]: `hidden_states` holds the input of the first block and the output of every
+            block that ran, at the length of its own level; `attentions` the weights of the full-attention layers
+            (`"eager"` only).
 
         Raises:
             ValueError: for inputs that do not fit together, in plain words.
@@ -264,8 +269,8 @@ class IFlameModel(IFlamePreTrainedModel):
             past_key_values = IFlameCache(config)
         if past_key_values is not None and type(past_key_values).__name__ != IFlameCache.__name__:
             raise ValueError(
-                f"past_key_values must be an IFlameCache (IFlameCache(model.config)), got a {type(past_key_values).__name__}: "
-                "the hourglass keeps state that other caches have no place for"
+                f"past_key_values must be an IFlameCache (IFlameCache(model.config)), got a "
+                f"{type(past_key_values).__name__}: the hourglass keeps state that other caches have no place for"
             )
 
         levels = level_inputs(config, inputs_embeds, attention_mask, position_ids, past_key_values)
@@ -287,7 +292,8 @@ class IFlameModel(IFlamePreTrainedModel):
         """
         Runs the stages of level `depth` and of all levels below it on (B, T, C) new items, T >= 1.
 
-        Position i of a level reads group floor((i - 2) / 3) of the level below, which is complete exactly when item i arrives.
+        Position i of a level reads group floor((i - 2) / 3) of the level below, which is complete exactly when item i
+        arrives.
         """
         cache, level = past_key_values, levels[depth]
         encoder, decoder = depth, len(STAGE_LEVELS) - 1 - depth
@@ -351,8 +357,8 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
         As [`IFlameModel`], and:
 
         Args:
-            labels: (B, T) token ids, -100 where nothing is to be predicted; shifted here. The loss is the mean over the labels, or
-                their sum divided by `num_items_in_batch` if that is given.
+            labels: (B, T) token ids, -100 where nothing is to be predicted; shifted here. The loss is the mean over
+                the labels, or their sum divided by `num_items_in_batch` if that is given.
             logits_to_keep: only the last so many logits (0: all), or those at the given indices.
 
         Returns:

@@ -1,6 +1,6 @@
 """What attention computes, as plain functions, and the one place that chooses an implementation.
 
-Linear ("lightning") attention of one head with decay rate s (TransNormerLLM, arXiv 2307.14995; iFlame, arXiv 2503.16653):
+Linear ("lightning") attention of one head with decay rate s (arXiv 2307.14995; iFlame, arXiv 2503.16653):
 
     S_t = exp(-s) S_(t-1) + k_t v_t^T        o_t = q_t S_t
 
@@ -23,8 +23,9 @@ LinearAttentionOutput = tuple[torch.Tensor, torch.Tensor]
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
     """
-    Decay rates (H,) of the heads in float32: the slopes of ALiBi (arXiv 2108.12409, section 3), 2 ** (-8 h / H) for h = 1..H;
-    for a number of heads that is no power of two those of the power of two below, then every other one of twice as many.
+    Decay rates (H,) of the heads in float32: the slopes of ALiBi (arXiv 2108.12409, section 3), 2 ** (-8 h / H) for h
+    = 1..H; for a number of heads that is no power of two those of the power of two below, then every other one of
+    twice as many.
 
     They are computed on the device from nothing, so that neither a checkpoint, nor a cast of the model, nor
     initialisation on the meta device can touch them.
@@ -41,7 +42,8 @@ def rotary_tables(positions: torch.Tensor, head_dim: int, base: float) -> tuple[
     """
     Cosines and sines for `apply_rotary`.
 
-    Half of the D/2 frequencies are zero ("half-truncated" rotary embedding): (1 / base) ** linspace(0, 1, D / 4), then zeros.
+    Half of the D/2 frequencies are zero ("half-truncated" rotary embedding): (1 / base) ** linspace(0, 1, D / 4), then
+    zeros.
 
     Args:
         positions: (B or 1, T) whole numbers, in items of the level.
@@ -57,7 +59,7 @@ def rotary_tables(positions: torch.Tensor, head_dim: int, base: float) -> tuple[
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the two halves of each head of x (B, T, H, D) by the angles of `rotary_tables`, in float32; returns x's dtype."""
+    """Turns the halves of each head of x (B, T, H, D) by the angles of `rotary_tables`, in float32; keeps dtype."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
@@ -107,8 +109,9 @@ def chunked_linear_attention(
     segments: torch.Tensor | None = None,
 ) -> LinearAttentionOutput:
     """
-    Linear attention in plain torch and linear time: attention within chunks of 64 items, one state handed from chunk to
-    chunk (arXiv 2312.06635, section 4). Arguments and results are those of `recurrent_linear_attention`; o is float32.
+    Linear attention in plain torch and linear time: attention within chunks of 64 items, one state handed from chunk
+    to chunk (arXiv 2312.06635, section 4). Arguments and results are those of `recurrent_linear_attention`; o is
+    float32.
     """
     batch, length, heads, size = q.shape
     if length <= 1:
@@ -154,7 +157,8 @@ def _states_between_chunks(updates, slopes, bounds, state, segments):
     """
     States before the first and after each chunk: X_n = exp(-s (b_n - b_(n-1))) X_(n-1) + U_n, where X_0 is `state`.
 
-    Up to 64 chunks are one product with a triangular matrix; more are taken in groups of 64, so that time stays linear.
+    Up to 64 chunks are one product with a triangular matrix; more are taken in groups of 64, so that time stays
+    linear.
 
     Args:
         updates: (B, H, N, D, D). slopes: (H,). bounds: (N + 1,) items before each chunk and after the last.
@@ -263,8 +267,8 @@ def _is_installed(name: str) -> bool:
 
 def _how_to_install(name: str) -> str:
     return (
-        f"linear_attn_implementation={name!r} needs the package {_PACKAGES[name][1]}: pip install {_PACKAGES[name][1]}, or "
-        "choose 'chunked', which needs nothing"
+        f"linear_attn_implementation={name!r} needs the package {_PACKAGES[name][1]}: pip install "
+        f"{_PACKAGES[name][1]}, or choose 'chunked', which needs nothing"
     )
 
 
@@ -284,10 +288,11 @@ def linear_attention(
     implementation: str = "auto",
 ) -> LinearAttentionOutput:
     """
-    Linear attention by the implementation of that name; arguments and results are those of `recurrent_linear_attention`.
+    Linear attention by the implementation of that name; arguments and results are those of
+    `recurrent_linear_attention`.
 
-    `"auto"` is `"chunked"` on a CPU and, on a CUDA GPU, `"fla"` or else `"lightning_attn"` where it is installed. A single item is
-    the recurrence itself, whatever the name: there is nothing to save.
+    `"auto"` is `"chunked"` on a CPU and, on a CUDA GPU, `"fla"` or else `"lightning_attn"` where it is installed. A
+    single item is the recurrence itself, whatever the name: there is nothing to save.
 
     Raises:
         ImportError: the package of the implementation is missing.
@@ -298,7 +303,8 @@ def linear_attention(
         implementation = next((name for name in candidates if _is_installed(name)), "chunked")
     if implementation in _PACKAGES and q.device.type == "cpu":
         raise ValueError(
-            f"linear_attn_implementation={implementation!r} runs on a GPU only, and the model is on the CPU: use 'auto'"
+            f"linear_attn_implementation={implementation!r} runs on a GPU only, and the model is on the CPU: use "
+            "'auto'"
         )
     if q.shape[1] == 1:
         implementation = "eager"
