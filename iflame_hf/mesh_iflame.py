@@ -166,7 +166,7 @@ def _drop_unused(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, n
 def _checked(vertices: Any, faces: Any) -> tuple[np.ndarray, np.ndarray]:
     try:
         vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"vertices must be an array of numbers and faces one of indices ({error})") from error
     if vertices.size == 0 or faces.size == 0:
         raise ValueError("the mesh has no vertices" if vertices.size == 0 else "the mesh has no faces")

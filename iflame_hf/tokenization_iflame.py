@@ -226,8 +226,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
 
         A mesh is anything `encode_mesh` takes; of strings, those that end in the suffix of a mesh file. Of the
         arguments every tokenizer has, meshes know `add_special_tokens` (start and end face), `padding`, `truncation`,
-        `max_length`, `pad_to_multiple_of`, `padding_side`, `return_tensors`, `return_attention_mask` and `verbose`.
-        Rows are padded by whole faces. `truncation=True` keeps as many whole faces as `max_length` holds from the
+        `max_length`, `pad_to_multiple_of`, `padding_side`, `return_tensors`, `return_attention_mask` and `verbose`;
+        beside these, `add_end=False` leaves out the end face alone, for prompts that a model goes on from. Rows are padded by whole faces. `truncation=True` keeps as many whole faces as `max_length` holds from the
         front; the end face goes first, since a mesh that was cut has not ended. Text, such as "<bos> 5 7", is taken
         word by word; nothing is added to it.
 
@@ -257,6 +257,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
         is_batch: bool,
         *,
         add_special_tokens: bool = True,
+        add_end: bool | None = None,
         padding: Any = False,
         truncation: Any = None,
         max_length: int | None = None,
@@ -280,10 +281,11 @@ class IFlameTokenizer(PreTrainedTokenizer):
             for name, length in lengths.items():
                 if length is not None and length % FACE:
                     raise ValueError(f"meshes are padded by whole faces: {name} must be a multiple of 9, got {length}")
+        add_end = add_special_tokens if add_end is None else add_end
         rows = []
         for index, mesh in enumerate(meshes):
             with errors_name(f"mesh {index} of the list" if is_batch else None):
-                rows.append(self.encode_mesh(mesh, add_start=add_special_tokens, add_end=add_special_tokens))
+                rows.append(self.encode_mesh(mesh, add_start=add_special_tokens, add_end=add_end))
         if truncation != "do_not_truncate":
             if max_length < FACE:
                 raise ValueError(f"max_length must hold a face, nine tokens, got {max_length}")
