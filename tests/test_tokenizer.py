@@ -1,0 +1,534 @@
+"""Meshes to ids and back: the sequence itself, everything a model may emit, and a tokenizer's life in transformers."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mesh_fixtures import reference_meshes, signed_volume, solids
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from iflame_hf.mesh_iflame import normalise
+from iflame_hf.tokenization_iflame import IFlameTokenizer
+
+PAD, BOS, EOS = 129, 130, 131
+START, END = [BOS] * 9, [EOS] * 9
+
+
+@pytest.fixture
+def tokenizer() -> IFlameTokenizer:
+    return IFlameTokenizer()
+
+
+def random_mesh(seed: int, vertex_count: int = 100, face_count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    corners = rng.permuted(np.tile(np.arange(vertex_count), (face_count, 1)), axis=1)[:, :3]
+    return rng.normal(size=(vertex_count, 3)), corners
+
+
+def corner_triples(mesh: trimesh.Trimesh) -> list:
+    return np.asarray(mesh.vertices)[np.asarray(mesh.faces)].tolist()
+
+
+# The sequence
+
+
+@pytest.mark.parametrize("name", reference_meshes())
+def test_sequences_are_the_original_codes_with_second_and_third_vertex_of_a_face_swapped(name, tokenizer):
+    vertices, faces, tokens = reference_meshes()[name]
+    swapped = tokens.reshape(-1, 3, 3)[:, [0, 2, 1]].ravel().tolist()
+    assert tokenizer.encode_mesh((vertices, faces)) == START + swapped + END
+
+
+@pytest.mark.parametrize("name", reference_meshes())
+def test_reversed_winding_reads_and_writes_the_original_codes_sequences(name, tokenizer):
+    vertices, faces, tokens = reference_meshes()[name]
+    reversing = IFlameTokenizer(reversed_winding=True)
+    ids = reversing.encode_mesh((vertices, faces))
+    assert ids == START + tokens.ravel().tolist() + END
+    ours, originals = tokenizer.decode_mesh(tokenizer.encode_mesh((vertices, faces))), reversing.decode_mesh(ids)
+    assert corner_triples(ours) == corner_triples(originals)
+
+
+def test_a_box_is_written_from_the_bottom_up_in_the_order_z_x_y(tokenizer):
+    ids = tokenizer.encode_mesh(trimesh.creation.box(extents=(2.0, 1.0, 0.5)))
+    corners = np.array(ids[9:-9]).reshape(-1, 3, 3)
+    assert len(ids) == 9 * 14
+    assert [sorted(set(corners[..., axis].ravel().tolist())) for axis in range(3)] == [[48, 80], [0, 128], [32, 96]]
+    firsts = [tuple(face[0][::-1]) for face in corners.tolist()]
+    assert firsts == sorted(firsts) and firsts[0] == (32, 0, 48)
+
+
+def test_start_and_end_face_can_be_left_out(tokenizer):
+    box = trimesh.creation.box()
+    faces = tokenizer.encode_mesh(box, add_start=False, add_end=False)
+    assert len(faces) == 108 and max(faces) <= 128
+    assert tokenizer.encode_mesh(box, add_end=False) == START + faces
+    assert tokenizer.encode_mesh(box, add_start=False) == faces + END
+
+
+def test_more_faces_than_allowed_are_refused_with_advice(tokenizer):
+    box = trimesh.creation.box()
+    assert len(tokenizer.encode_mesh(box, max_faces=12)) == 126
+    with pytest.raises(ValueError, match="12 faces after quantisation, more than 11: simplify"):
+        tokenizer.encode_mesh(box, max_faces=11)
+
+
+def test_a_mesh_that_vanishes_in_quantisation_is_refused_by_name(tokenizer, tmp_path):
+    (tmp_path / "needle.obj").write_text("v 0 0 0\nv 1000 0 0\nv 1000 1 0\nf 1 2 3\n")
+    with pytest.raises(ValueError, match="needle.obj: no face is left after quantisation to 128 steps"):
+        tokenizer.encode_mesh(tmp_path / "needle.obj")
+    assert len(IFlameTokenizer(4096).encode_mesh(tmp_path / "needle.obj")) == 27
+
+
+def test_a_mesh_flat_to_a_point_is_refused_by_name(tokenizer, tmp_path):
+    (tmp_path / "point.obj").write_text("v 1 2 3\nv 1 2 3\nv 1 2 3\nf 1 2 3\n")
+    with pytest.raises(ValueError, match="point.obj: all vertices lie in one point"):
+        tokenizer.encode_mesh(tmp_path / "point.obj")
+    with pytest.raises(ValueError, match="^all vertices lie in one point"):
+        tokenizer.encode_mesh((np.ones((3, 3)), [[0, 1, 2]]))
+
+
+def test_a_part_of_a_mesh_can_stay_in_its_place(tokenizer):
+    whole = tokenizer.encode_mesh(solids()["torus"])
+    part = tokenizer.decode_mesh(whole[: 9 * 41])
+    assert tokenizer.encode_mesh(part, normalise=False, add_end=False) == whole[: 9 * 41]
+    assert tokenizer.encode_mesh(part, add_end=False) != whole[: 9 * 41]
+    with pytest.raises(ValueError, match=r"must lie in \[-0.5, 0.5\]"):
+        tokenizer.encode_mesh(solids()["torus"], normalise=False)
+
+
+# The round trip
+
+
+@pytest.mark.parametrize("reversed_winding", [False, True])
+@pytest.mark.parametrize("up_axis", ["y", "z"])
+@pytest.mark.parametrize("name", solids())
+def test_signed_volume_survives_within_the_quantisation_error(name, up_axis, reversed_winding):
+    tokenizer = IFlameTokenizer(up_axis=up_axis, reversed_winding=reversed_winding)
+    mesh = solids()[name]
+    for faces in (mesh.faces, mesh.faces[:, ::-1]):
+        before = trimesh.Trimesh(normalise(np.asarray(mesh.vertices)), faces, process=False)
+        after = tokenizer.decode_mesh(tokenizer.encode_mesh((mesh.vertices, faces)))
+        volumes = signed_volume(before.vertices, before.faces), signed_volume(after.vertices, after.faces)
+        # a corner moves by at most half a step on each axis, so the surface by that along its normal
+        assert abs(volumes[0] - volumes[1]) <= before.area * np.sqrt(3) / 2 / 128
+        assert volumes[0] * volumes[1] > 0
+        assert after.volume == pytest.approx(volumes[1])
+
+
+@pytest.mark.parametrize("up_axis", ["y", "z"])
+def test_every_vertex_comes_back_within_half_a_step(up_axis):
+    tokenizer = IFlameTokenizer(up_axis=up_axis)
+    for mesh in solids().values():
+        after = tokenizer.decode_mesh(tokenizer.encode_mesh(mesh))
+        distances = np.abs(normalise(np.asarray(mesh.vertices))[:, None] - after.vertices[None]).max(axis=2)
+        assert distances.min(axis=1).max() <= 0.5 / 128 + 1e-12
+        assert distances.min(axis=0).max() <= 0.5 / 128 + 1e-12
+
+
+def test_z_up_sorts_along_z_and_is_y_up_of_the_turned_mesh(tokenizer):
+    mesh = solids()["annulus"]
+    turned = mesh.copy()
+    turned.apply_transform(trimesh.transformations.rotation_matrix(-np.pi / 2, (1, 0, 0)))
+    turned.vertices = np.round(turned.vertices, 12)
+    mesh.vertices = np.round(mesh.vertices, 12)
+    z_up = IFlameTokenizer(up_axis="z")
+    ids = z_up.encode_mesh(mesh)
+    assert ids == tokenizer.encode_mesh(turned) != tokenizer.encode_mesh(mesh)
+    heights = z_up.decode_mesh(ids).vertices[:, 2]
+    assert (np.diff(heights) >= 0).all() and heights[0] < heights[-1]
+
+
+def test_a_mirrored_scene_node_comes_back_with_its_outside_outside(tokenizer):
+    scene = trimesh.Scene()
+    scene.add_geometry(solids()["annulus"], transform=np.diag([-1.0, 1, 1, 1]))
+    mesh = tokenizer.decode_mesh(tokenizer.encode_mesh(scene))
+    assert mesh.volume > 0 and mesh.is_watertight
+
+
+def test_a_decoded_mesh_is_welded(tokenizer):
+    corners = np.asarray(solids()["icosphere"].triangles).reshape(-1, 3)
+    mesh = tokenizer.decode_mesh(tokenizer.encode_mesh((corners, np.arange(len(corners)).reshape(-1, 3))))
+    assert mesh.is_watertight and len(mesh.vertices) == 162
+
+
+@pytest.mark.parametrize("name", reference_meshes())
+def test_encoding_a_decoded_mesh_gives_the_same_ids(name, tokenizer):
+    ids = tokenizer.encode_mesh(reference_meshes()[name][:2])
+    assert tokenizer.encode_mesh(tokenizer.decode_mesh(ids)) == ids
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["y", "z"]), st.booleans(), st.sampled_from([4, 63, 128]))
+def test_encoding_decoded_arrays_gives_the_same_ids(seed, up_axis, reversed_winding, resolution):
+    tokenizer = IFlameTokenizer(resolution, up_axis=up_axis, reversed_winding=reversed_winding)
+    ids = tokenizer.encode_arrays(
+        np.random.default_rng(seed).uniform(-0.5, 0.5, (30, 3)), random_mesh(seed, 30, 60)[1]
+    )
+    np.testing.assert_array_equal(tokenizer.encode_arrays(*tokenizer.decode_arrays(ids)), ids)
+
+
+# What a model may emit
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 3), st.integers(-100, 140), st.sampled_from([PAD, BOS, EOS])), max_size=60))
+def test_any_ids_decode_to_the_whole_faces_before_the_first_id_that_is_no_coordinate(ids):
+    tokenizer = IFlameTokenizer()
+    rest = list(ids)
+    while rest and rest[0] in (PAD, BOS):
+        rest.pop(0)
+    faces, face = [], []
+    for token in rest:
+        if not 0 <= token <= 128:
+            break
+        face.append(token)
+        if len(face) == 9:
+            corners = [
+                (x / 128 - 0.5, y / 128 - 0.5, z / 128 - 0.5) for z, x, y in zip(*[iter(face)] * 3, strict=True)
+            ]
+            if len(set(corners)) == 3 and set(corners) not in [set(other) for other in faces]:
+                faces.append(corners)
+            face = []
+    mesh = tokenizer.decode_mesh(ids)
+    assert [[tuple(corner) for corner in face] for face in corner_triples(mesh)] == faces
+    assert len(mesh.vertices) == len({corner for face in faces for corner in face})
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_a_face_that_was_cut_short_is_left_out(cut, tokenizer):
+    ids = tokenizer.encode_mesh(trimesh.creation.box(), add_end=False)
+    assert len(tokenizer.decode_mesh(ids[:-cut]).faces) == 11
+    assert len(tokenizer.decode_mesh(ids[:-cut] + END).faces) == 11
+
+
+def test_padding_in_front_the_start_face_and_all_behind_the_end_are_passed_over(tokenizer):
+    box = trimesh.creation.box()
+    faces = tokenizer.encode_mesh(box, add_start=False, add_end=False)
+    expected = corner_triples(tokenizer.decode_mesh(faces))
+    assert len(expected) == 12
+    for front in ([], START, [PAD] * 18 + START):
+        for back in ([], END, [EOS], [PAD] * 9, END + [PAD] * 9, END + faces):
+            assert corner_triples(tokenizer.decode_mesh(front + faces + back)) == expected
+
+
+def test_nothing_decodes_to_an_empty_mesh(tokenizer):
+    for ids in ([], START, START + END, [PAD] * 9, [EOS], [1, 2, 3], [7] * 9, torch.zeros(0, dtype=torch.long)):
+        mesh = tokenizer.decode_mesh(ids)
+        assert isinstance(mesh, trimesh.Trimesh) and mesh.vertices.shape == (0, 3) and mesh.faces.shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint64])
+def test_ids_may_be_a_list_an_array_or_a_tensor_of_any_integer_type(dtype, tokenizer):
+    ids = tokenizer.encode_mesh(trimesh.creation.box())
+    expected = corner_triples(tokenizer.decode_mesh(ids))
+    array = np.array(ids, dtype=dtype)
+    for same in (array, torch.from_numpy(array), tuple(ids), list(array), list(torch.tensor(ids))):
+        assert corner_triples(tokenizer.decode_mesh(same)) == expected
+
+
+@pytest.mark.parametrize(
+    "ids", [[0.0] * 9, torch.zeros(9), [[0] * 9], 7, ["<bos>"] * 9, [None], [[1, 2], [3]], [True] * 9, [2**70] * 9]
+)
+def test_what_is_not_one_sequence_of_whole_numbers_is_refused(ids, tokenizer):
+    with pytest.raises(ValueError, match="one sequence of whole numbers"):
+        tokenizer.decode_mesh(ids)
+
+
+def test_a_batch_decodes_row_by_row(tokenizer):
+    meshes = list(solids().values())
+    rows = [tokenizer.encode_mesh(mesh) for mesh in meshes]
+    padded = tokenizer(meshes, padding=True, return_tensors="pt")["input_ids"]
+    for batch in (rows, padded, padded.numpy()):
+        decoded = tokenizer.batch_decode_mesh(batch)
+        assert [corner_triples(mesh) for mesh in decoded] == [
+            corner_triples(tokenizer.decode_mesh(row)) for row in rows
+        ]
+    with pytest.raises(ValueError, match="one sequence"):
+        tokenizer.batch_decode_mesh(rows[0])
+
+
+def test_a_decoded_mesh_can_be_exported_and_read_again(tokenizer, tmp_path):
+    ids = tokenizer.encode_mesh(solids()["torus"])
+    for suffix in ("glb", "obj", "ply", "stl"):
+        tokenizer.decode_mesh(ids).export(tmp_path / f"torus.{suffix}")
+        assert tokenizer.encode_mesh(tmp_path / f"torus.{suffix}") == ids
+
+
+# Calling it
+
+
+def test_a_mesh_a_scene_arrays_and_a_file_give_the_same_encoding(tokenizer, tmp_path):
+    box = trimesh.creation.box(extents=(1.0, 2.0, 3.0))
+    box.export(tmp_path / "box.ply")
+    ids = tokenizer.encode_mesh(box)
+    sources = [box, trimesh.Scene(box), (box.vertices, box.faces), tmp_path / "box.ply", str(tmp_path / "box.ply")]
+    for source in sources:
+        encoded = tokenizer(source)
+        assert encoded == {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    for batch in (sources, tuple(sources)):
+        assert tokenizer(batch)["input_ids"] == [ids] * 5
+
+
+def test_one_mesh_as_tensors_is_a_batch_of_one(tokenizer):
+    box = trimesh.creation.box()
+    ids = tokenizer.encode_mesh(box)
+    encoded = tokenizer(box, return_tensors="pt")
+    assert encoded["input_ids"].tolist() == [ids] and encoded["input_ids"].dtype == torch.int64
+    assert encoded["attention_mask"].tolist() == [[1] * len(ids)]
+    assert isinstance(tokenizer(box, return_tensors="np")["input_ids"], np.ndarray)
+
+
+def test_special_tokens_can_be_left_out_or_the_end_alone(tokenizer):
+    box = trimesh.creation.box()
+    ids = tokenizer.encode_mesh(box)
+    assert tokenizer(box, add_special_tokens=False)["input_ids"] == ids[9:-9]
+    assert tokenizer(box, add_end=False)["input_ids"] == ids[:-9]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_are_padded_by_whole_faces(side, tokenizer):
+    meshes = list(solids().values())
+    rows = [tokenizer.encode_mesh(mesh) for mesh in meshes]
+    longest = max(map(len, rows))
+    encoded = tokenizer(meshes, padding=True, padding_side=side, return_tensors="pt")
+    assert encoded["input_ids"].shape == (4, longest)
+    for row, ids, mask in zip(rows, encoded["input_ids"].tolist(), encoded["attention_mask"].tolist(), strict=True):
+        padding = longest - len(row)
+        assert padding % 9 == 0
+        ones, zeros, pads = [1] * len(row), [0] * padding, [PAD] * padding
+        assert ids == (pads + row if side == "left" else row + pads)
+        assert mask == (zeros + ones if side == "left" else ones + zeros)
+    assert tokenizer.padding_side == "left"
+
+
+def test_padding_goes_to_a_length_or_a_multiple_when_that_is_of_whole_faces(tokenizer):
+    box = trimesh.creation.box()
+    assert len(tokenizer(box, padding="max_length", max_length=180)["input_ids"]) == 180
+    assert len(tokenizer(box, padding=True, pad_to_multiple_of=72)["input_ids"]) == 144
+    with pytest.raises(ValueError, match="max_length must be a multiple of 9, got 200"):
+        tokenizer(box, padding="max_length", max_length=200)
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be a multiple of 9, got 64"):
+        tokenizer([box], padding=True, pad_to_multiple_of=64)
+
+
+@pytest.mark.parametrize("max_length", [9, 17, 18, 53, 54, 125, 126, 127])
+def test_truncation_keeps_whole_faces_from_the_front(max_length, tokenizer):
+    box = trimesh.creation.box()
+    ids = tokenizer.encode_mesh(box)
+    truncated = tokenizer(box, truncation=True, max_length=max_length)
+    assert truncated["input_ids"] == ids[: max_length // 9 * 9]
+    assert len(truncated["attention_mask"]) == len(truncated["input_ids"])
+
+
+def test_truncation_follows_the_tokenizers_own_length_and_not_less_than_a_face():
+    box = trimesh.creation.box()
+    short = IFlameTokenizer(model_max_length=45)
+    assert len(short(box, truncation=True)["input_ids"]) == 45
+    assert len(short(box)["input_ids"]) == 126
+    with pytest.raises(ValueError, match="must hold a face"):
+        short(box, truncation=True, max_length=8)
+
+
+def test_text_goes_the_text_way(tokenizer):
+    assert tokenizer("<bos> 5 7")["input_ids"] == [BOS, 5, 7]
+    assert tokenizer(["<bos><eos>", "128"])["input_ids"] == [[BOS, EOS], [128]]
+    assert tokenizer(text="1 2", return_tensors="pt")["input_ids"].tolist() == [[1, 2]]
+    assert tokenizer.encode("0 128 <pad>") == [0, 128, PAD]
+
+
+def test_text_and_ids_are_each_others_inverse(tokenizer):
+    ids = [PAD, BOS, 0, 12, 128, EOS]
+    assert tokenizer.decode(ids) == "<pad> <bos> 0 12 128 <eos>"
+    assert tokenizer.decode(torch.tensor(ids), skip_special_tokens=True) == "0 12 128"
+    assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
+    assert tokenizer.batch_decode([ids[:2], ids[2:4]]) == ["<pad> <bos>", "0 12"]
+    everything = list(range(132))
+    assert tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(everything)) == everything
+
+
+@pytest.mark.parametrize("text", ["a chair", "129", "-1", "chair.xyz", "007"])
+def test_a_word_that_is_no_token_is_refused(text, tokenizer):
+    with pytest.raises(ValueError, match="is no token"):
+        tokenizer(text)
+
+
+def test_a_mixed_list_and_things_that_are_neither_are_refused(tokenizer):
+    box = trimesh.creation.box()
+    with pytest.raises(ValueError, match="meshes alone or text alone"):
+        tokenizer([box, "<bos> 5"])
+    with pytest.raises(ValueError, match="neither a mesh nor text: ndarray"):
+        tokenizer([np.asarray(box.vertices), np.asarray(box.faces)])
+    with pytest.raises(ValueError, match="neither a mesh nor text: dict"):
+        tokenizer({"vertices": box.vertices})
+    with pytest.raises(TypeError, match="stride"):
+        tokenizer(box, stride=3)
+
+
+def test_a_bad_mesh_in_a_list_is_named_by_its_place_and_file(tokenizer, tmp_path):
+    box = trimesh.creation.box()
+    with pytest.raises(ValueError, match="mesh 1 of the list: a coordinate is NaN"):
+        tokenizer([box, (box.vertices * np.nan, box.faces)])
+    (tmp_path / "chair.glb").write_text("a chair")
+    with pytest.raises(ValueError, match="mesh 1 of the list: .*chair.glb: not a binary glTF file"):
+        tokenizer([box, tmp_path / "chair.glb"])
+    with pytest.raises(FileNotFoundError, match="missing.obj"):
+        tokenizer("missing.obj")
+
+
+# A tokenizer's life
+
+
+@pytest.mark.parametrize("resolution", [1, 64, 128, 1024])
+def test_special_ids_follow_the_resolution(resolution):
+    tokenizer = IFlameTokenizer(resolution)
+    specials = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert specials == [resolution + 1, resolution + 2, resolution + 3]
+    assert len(tokenizer) == tokenizer.vocab_size == len(tokenizer.get_vocab()) == resolution + 4
+    assert sorted(tokenizer.all_special_ids) == specials
+    vertices, faces = tokenizer.decode_arrays(tokenizer.encode_mesh(trimesh.creation.box()))
+    assert faces.shape == (12, 3) and np.abs(vertices).max() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"coordinate_resolution": 0}, "coordinate_resolution"),
+        ({"coordinate_resolution": 12.5}, "coordinate_resolution"),
+        ({"coordinate_resolution": 2**21}, "coordinate_resolution"),
+        ({"up_axis": "x"}, "up_axis must be one of y, z"),
+        ({"pad_token": "<eos>"}, "pad_token of an IFlameTokenizer is always <pad>"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        IFlameTokenizer(**arguments)
+
+
+def test_saving_and_loading_keeps_every_setting(tmp_path):
+    saved = IFlameTokenizer(64, up_axis="z", reversed_winding=True, padding_side="right", model_max_length=900)
+    saved.save_pretrained(tmp_path)
+    loaded = IFlameTokenizer.from_pretrained(tmp_path)
+    for name in ("coordinate_resolution", "up_axis", "reversed_winding", "padding_side", "model_max_length"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    assert loaded.get_vocab() == saved.get_vocab()
+    mesh = solids()["torus"]
+    assert loaded.encode_mesh(mesh) == saved.encode_mesh(mesh)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["auto_map"]["AutoTokenizer"][0] == "tokenization_iflame.IFlameTokenizer"
+
+
+def test_a_resolution_changed_while_loading_changes_all_ids_with_it(tmp_path):
+    IFlameTokenizer().save_pretrained(tmp_path)
+    loaded, fresh = IFlameTokenizer.from_pretrained(tmp_path, coordinate_resolution=64), IFlameTokenizer(64)
+    assert loaded.get_vocab() == fresh.get_vocab() and len(loaded) == 68
+    assert loaded.added_tokens_decoder.keys() == {65, 66, 67}
+    assert loaded.encode_mesh(trimesh.creation.box()) == fresh.encode_mesh(trimesh.creation.box())
+    assert loaded.decode([65, 66, 67]) == "<pad> <bos> <eos>"
+
+
+def test_added_tokens_are_kept_but_not_at_another_resolution(tmp_path):
+    tokenizer = IFlameTokenizer()
+    tokenizer.add_tokens(["<chair>"])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = IFlameTokenizer.from_pretrained(tmp_path)
+    assert (
+        loaded("<chair> 5")["input_ids"] == [132, 5] and loaded.decode([132, 5]) == "<chair> 5" and len(loaded) == 133
+    )
+    with pytest.raises(ValueError, match="coordinate_resolution cannot change: .*<chair>"):
+        IFlameTokenizer.from_pretrained(tmp_path, coordinate_resolution=64)
+
+
+def test_the_resolution_of_a_tokenizer_cannot_be_changed_under_its_vocabulary(tokenizer):
+    with pytest.raises(AttributeError):
+        tokenizer.coordinate_resolution = 64
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
+def test_a_copy_is_the_same_tokenizer(copier):
+    tokenizer = IFlameTokenizer(64, up_axis="z", reversed_winding=True)
+    same = copier(tokenizer)
+    mesh = solids()["annulus"]
+    assert same.encode_mesh(mesh) == tokenizer.encode_mesh(mesh) and same.get_vocab() == tokenizer.get_vocab()
+    assert same("<bos> 5")["input_ids"] == [66, 5]
+
+
+def test_transformers_padding_collator_pads_its_encodings(tokenizer):
+    meshes = [solids()["box"], solids()["torus"]]
+    batch = DataCollatorWithPadding(tokenizer)([tokenizer(mesh) for mesh in meshes])
+    expected = tokenizer(meshes, padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+
+
+CLEAN_PROCESS = """
+import sys
+sys.modules["iflame_hf"] = None
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(tokenizer).__module__.startswith("transformers_modules."), type(tokenizer)
+square = ([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], [[0, 1, 2], [0, 2, 3]])
+ids = tokenizer(square, return_tensors="np")["input_ids"][0]
+vertices, faces = tokenizer.decode_arrays(ids)
+assert faces.shape == (2, 3) and vertices.shape == (4, 3)
+if sys.argv[2] == "with trimesh":
+    assert tokenizer.decode_mesh(ids).area == 1.0
+    tokenizer.save_pretrained(sys.argv[3])
+else:
+    assert "trimesh" not in sys.modules
+    sys.modules["trimesh"] = None
+    for work in (lambda: tokenizer.decode_mesh(ids), lambda: tokenizer.encode_mesh(sys.argv[3])):
+        try:
+            work()
+        except ImportError as error:
+            assert "pip install trimesh" in str(error)
+        else:
+            raise AssertionError("no ImportError")
+print("all is well")
+"""
+
+
+@pytest.mark.parametrize("case", ["with trimesh", "without trimesh"])
+def test_autotokenizer_loads_it_where_the_package_is_not_installed(case, tmp_path):
+    folder, again = tmp_path / "model", tmp_path / "again"
+    IFlameTokenizer(up_axis="z").save_pretrained(folder)
+    last = again
+    if case == "without trimesh":
+        last = tmp_path / "box.obj"
+        trimesh.creation.box().export(last)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", CLEAN_PROCESS, str(folder), case, str(last)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "all is well" in result.stdout, result.stderr
+    if case == "with trimesh":
+        assert {"tokenization_iflame.py", "mesh_iflame.py", "tokenizer_config.json"} <= set(os.listdir(again))
+
+
+def test_the_auto_class_returns_it_in_this_process_too(tmp_path):
+    IFlameTokenizer(up_axis="z").save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == "IFlameTokenizer" and loaded.up_axis == "z"
+
+
+def test_a_data_loader_gets_its_meshes_fast_enough(tokenizer):
+    """From arrays to ids at 200 faces; on a quiet core it does several thousand a second."""
+    meshes = [random_mesh(seed) for seed in range(50)]
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        for mesh in meshes:
+            ids = tokenizer.encode_mesh(mesh)
+        best = min(best, (time.perf_counter() - begin) / len(meshes))
+    assert len(ids) >= 9 * 190
+    assert 1 / best >= 1000
