@@ -22,7 +22,8 @@ class LevelInputs(NamedTuple):
     sin: torch.Tensor
     positions: torch.Tensor | None  # (B, T) positions in the mesh; None: no mesh begins behind the start of its row
     segments: torch.Tensor | None  # (B, T) number of the mesh in its row; None: the T items of a row are of one mesh
-    attention_mask: torch.Tensor | None  # (B or 1, 1, T, P + T), True where an item may look; (B, P + T) for flash
+    # (B or 1, 1, T, P + T), True where an item may look; (B, P + T) for flash; a BlockMask for flex attention
+    attention_mask: torch.Tensor | None
     flash_bounds: tuple[torch.Tensor, int] | None  # bounds of the meshes of all rows laid end to end; the longest
 
 
@@ -117,12 +118,17 @@ def _one_level(config, stride, tokens, seen, positions, segments, past_key_value
         table_positions = positions = positions[:, closing] // stride
     cos, sin = rotary_tables(table_positions, config.head_dim, config.rope_base)
 
-    flash = "flash" in (config._attn_implementation or "")
+    implementation = config._attn_implementation or ""
+    flash = "flash" in implementation
     mask = flash_bounds = None
     index = torch.arange(after, device=tokens.device)
     causal = index <= index[before:, None]  # (T, P + T)
     if segments is not None:
-        segments = segments[:, closing]
+        segments = segments[:, closing].contiguous()
+    if implementation == "flex_attention" and count > 1:
+        mesh_starts = None if past_key_values is None else past_key_values.mesh_starts
+        mask = _block_mask(tokens, before, after, segments, mesh_starts, stride)
+    elif segments is not None:
         if flash:
             flash_bounds = _bounds(segments)
         else:
@@ -140,3 +146,27 @@ def _bounds(segments):
     begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
     bounds = F.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel()).to(torch.int32)
     return bounds, int(bounds.diff().max())
+
+
+def _block_mask(tokens, before, after, segments, mesh_starts, stride):
+    """The same masks as a torch BlockMask, which skips whole blocks of items that see nothing of each other."""
+    if tokens.device.type == "cpu":
+        raise ValueError(
+            "attn_implementation='flex_attention' runs on a GPU only, and the model is on the CPU: use 'sdpa'"
+        )
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    first = None if segments is not None or mesh_starts is None else mesh_starts.to(tokens.device) // stride
+
+    def may_look(row, head, query, key):
+        allowed = key <= query + before
+        if segments is not None:
+            allowed = allowed & (segments[row, query] == segments[row, key])
+        if first is not None:
+            allowed = allowed & (key >= first[row])
+        return allowed
+
+    rows = None if segments is None and first is None else tokens.shape[0]
+    # Without a compiler the mask is first written out entry by entry, which only small sequences can afford.
+    compiled = not torch.compiler.is_compiling()
+    return create_block_mask(may_look, rows, None, after - before, after, tokens.device, _compile=compiled)

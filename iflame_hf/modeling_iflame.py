@@ -98,7 +98,11 @@ class IFlameFullAttention(IFlameAttention):
         query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level))
         if past_key_values is not None:
             key, value = past_key_values.layers[self.layer_idx].update(key, value)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        if implementation == "flex_attention" and query.shape[2] == 1:
+            # A compiled kernel for every length of the cache is no way to take single steps.
+            implementation = "sdpa"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         packing = {}
         if level.flash_bounds is not None:
             bounds, longest = level.flash_bounds
@@ -111,7 +115,7 @@ class IFlameFullAttention(IFlameAttention):
         output, weights = attend(
             self, query, key, value, level.attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **packing
         )
-        return self.o_proj(output.reshape(hidden_states.shape)), weights
+        return self.o_proj(output.reshape(hidden_states.shape)), weights if implementation == "eager" else None
 
 
 class IFlameLinearAttention(IFlameAttention):
@@ -186,6 +190,7 @@ class IFlamePreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     # generate() refuses assisted decoding for such models: a recurrent state cannot be rolled back.
     _is_stateful = True
 
