@@ -17,7 +17,7 @@ from .cache_iflame import IFlameCache
 from .configuration_iflame import STAGE_LEVELS, IFlameConfig
 from .generation_iflame import IFlameGenerationMixin
 from .levels_iflame import LevelInputs, level_inputs
-from .ops_iflame import alibi_slopes, apply_rotary, check_linear_attention_implementation, linear_attention
+from .ops_iflame import apply_rotary, check_linear_attention_implementation, linear_attention
 
 # B batch, T items of a level, H heads, D head size, C channels
 
@@ -49,6 +49,7 @@ class IFlameMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj.writes_residual = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
@@ -82,6 +83,8 @@ class IFlameAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        # A mark for _init_weights, which transformers calls for modules with parameters of their own only.
+        self.o_proj.writes_residual = True
 
     def project(self, hidden_states: torch.Tensor, level: LevelInputs):
         """(B, T, C) -> query, key, value, each (B, T, H, D)."""
@@ -132,7 +135,7 @@ class IFlameLinearAttention(IFlameAttention):
             query,
             key,
             value,
-            alibi_slopes(query.shape[2], query.device),
+            level.slopes,
             None if memory is None else memory.state,
             level.segments,
             self.config.linear_attn_implementation,
@@ -197,6 +200,9 @@ class IFlamePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range
+        if getattr(module, "writes_residual", False):
+            # As in GPT-2: each block adds to the residual stream twice, and the sum should keep its size.
+            std = std / (2 * self.config.num_hidden_layers) ** 0.5
         if isinstance(module, (nn.Linear, nn.Embedding)):
             initialization.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
@@ -205,11 +211,6 @@ class IFlamePreTrainedModel(PreTrainedModel):
             initialization.ones_(module.weight)
         elif isinstance(module, IFlameUpsample):
             initialization.ones_(module.scale)
-        elif isinstance(module, IFlameBlock):
-            # As in GPT-2: each block adds to the residual stream twice, and the sum should keep its size.
-            residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
-            initialization.normal_(module.self_attn.o_proj.weight, mean=0.0, std=residual_std)
-            initialization.normal_(module.mlp.down_proj.weight, mean=0.0, std=residual_std)
 
 
 class IFlameModel(IFlamePreTrainedModel):
