@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from .configuration_iflame import LEVEL_STRIDES, TOKENS_PER_FACE, IFlameConfig
-from .ops_iflame import rotary_tables
+from .ops_iflame import alibi_slopes, rotary_tables
 
 # B batch, T items of a level, P items of that level that a cache has seen, D head size
 
@@ -20,6 +20,7 @@ class LevelInputs(NamedTuple):
 
     cos: torch.Tensor  # (B or 1, T, 1, D / 2)
     sin: torch.Tensor
+    slopes: torch.Tensor  # (H,) decay rates of linear attention
     positions: torch.Tensor | None  # (B, T) positions in the mesh; None: no mesh begins behind the start of its row
     segments: torch.Tensor | None  # (B, T) number of the mesh in its row; None: the T items of a row are of one mesh
     # (B or 1, 1, T, P + T), True where an item may look; (B, P + T) for flash; a BlockMask for flex attention
@@ -121,8 +122,6 @@ def _one_level(config, stride, tokens, seen, positions, segments, past_key_value
     implementation = config._attn_implementation or ""
     flash = "flash" in implementation
     mask = flash_bounds = None
-    index = torch.arange(after, device=tokens.device)
-    causal = index <= index[before:, None]  # (T, P + T)
     if segments is not None:
         segments = segments[:, closing].contiguous()
     if implementation == "flex_attention" and count > 1:
@@ -132,13 +131,21 @@ def _one_level(config, stride, tokens, seen, positions, segments, past_key_value
         if flash:
             flash_bounds = _bounds(segments)
         else:
-            mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
+            mask = (_causal(before, after, tokens) & (segments[:, :, None] == segments[:, None, :]))[:, None]
     elif positions is not None:
-        visible = index >= (past_key_values.mesh_starts.to(tokens.device) // stride)[:, None]
-        mask = visible if flash else (causal & visible[:, None, :])[:, None]
+        first = past_key_values.mesh_starts.to(tokens.device) // stride
+        visible = torch.arange(after, device=tokens.device) >= first[:, None]
+        mask = visible if flash else (_causal(before, after, tokens) & visible[:, None, :])[:, None]
     elif before > 0 and count > 1 and not flash:
-        mask = causal[None, None]
-    return LevelInputs(cos, sin, positions, segments, mask, flash_bounds)
+        mask = _causal(before, after, tokens)[None, None]
+    slopes = alibi_slopes(config.num_attention_heads, tokens.device)
+    return LevelInputs(cos, sin, slopes, positions, segments, mask, flash_bounds)
+
+
+def _causal(before, after, tokens):
+    """(after - before, after) True where an item may look."""
+    index = torch.arange(after, device=tokens.device)
+    return index <= index[before:, None]
 
 
 def _bounds(segments):
