@@ -1,0 +1,236 @@
+"""The options of training/train.py, and how a yaml file and the command line set them."""
+
+import difflib
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from training.optim import OPTIMIZERS, SCHEDULES
+from training.packing import TOKENS_PER_FACE
+
+LONG_MESHES = ("error", "crop", "drop")
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with its help text, and what may be chosen."""
+    metadata: dict[str, Any] = {"help": text} if choices is None else {"help": text, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = option(
+        None, "Folder or Hub name of a model to start from; without it a new model of the sizes below is made."
+    )
+    hidden_size: int = option(128, "Channels of every block.")
+    num_attention_heads: int = option(4, "Heads; hidden_size / num_attention_heads must be a multiple of 4.")
+    intermediate_size: int | None = option(None, "Hidden units of the SwiGLU; int(8 / 3 * hidden_size) if not given.")
+    stage_layers: list[int] = option(
+        [2, 2, 4, 2, 2], "Blocks of the five stages: coordinates, vertices, faces, vertices, coordinates."
+    )
+    full_attention_interval: int = option(4, "Every so many-th block has full attention, the others linear attention.")
+    attn_implementation: str | None = option(None, "How full attention is computed: sdpa, eager, flash_attention_2.")
+    linear_attn_implementation: str = option("auto", "How linear attention is computed: auto, chunked, fla, ...")
+    gradient_checkpointing: bool = option(False, "Recompute blocks in the backward pass: less memory, more time.")
+
+
+@dataclass
+class DataArguments:
+    train_file: list[str] | None = option(
+        None,
+        "Parquet files with the columns vertices and faces, and category and name where known. Without them the "
+        "meshes are generated.",
+    )
+    validation_file: list[str] | None = option(None, "Parquet files of held-out meshes.")
+    num_procedural_meshes: int = option(4000, "Meshes to generate for training where no train_file is given.")
+    num_procedural_validation_meshes: int = option(128, "Meshes to generate for evaluation in that case.")
+    procedural_max_faces: int = option(200, "Most faces of a generated mesh.")
+    max_train_samples: int | None = option(None, "Use only the first so many training meshes.")
+    max_eval_samples: int | None = option(None, "Use only the first so many held-out meshes.")
+    row_length: int = option(
+        3 * 9 * 202, "Tokens of a row, which is filled with whole meshes of nine tokens a face; a multiple of nine."
+    )
+    long_meshes: str = option(
+        "error",
+        "What to do with a mesh longer than a row: stop with an error, crop it by whole faces to its lowest ones and "
+        "leave its end open, or drop it.",
+        LONG_MESHES,
+    )
+    scale_augmentation: bool = option(True, "Stretch every mesh by 0.75 to 1.25 along each axis, anew in every epoch.")
+    shift_augmentation: bool = option(True, "Move every mesh by up to 0.1 (0.075 along the third axis) in its box.")
+    balance: str | None = option(
+        None, "category: draw the meshes of an epoch so that all categories are drawn equally often.", ("category",)
+    )
+    up_axis: str = option("y", "Vertical axis of the meshes.", ("y", "z"))
+    dataloader_num_workers: int = option(0, "Processes that prepare rows; 0 prepares them in the main process.")
+
+
+@dataclass
+class TrainArguments:
+    output_dir: str = option("outputs/train", "Where checkpoints, log, samples and in the end the model are written.")
+    max_steps: int = option(-1, "Steps of the optimiser; by default as many as num_train_epochs takes.")
+    num_train_epochs: float = option(3.0, "Passes through the data, if max_steps is not given.")
+    max_minutes: float | None = option(
+        None,
+        "Minutes that training may take: on a machine too slow for max_steps the run, schedule and all, is shortened.",
+    )
+    per_device_train_batch_size: int = option(2, "Rows that one device takes at once.")
+    per_device_eval_batch_size: int | None = option(None, "The same for evaluation; as in training if not given.")
+    gradient_accumulation_steps: int = option(1, "Such batches for one step of the optimiser.")
+    optim: str = option("muon", "muon trains the matrices in blocks with Muon, the rest with AdamW.", OPTIMIZERS)
+    learning_rate: float = option(1e-3, "Highest learning rate, of Muon and of AdamW.")
+    weight_decay: float = option(0.1, "Decay of the matrices in blocks; nothing else is decayed.")
+    adam_beta1: float = option(0.9, "AdamW's decay of the mean.")
+    adam_beta2: float = option(0.95, "AdamW's decay of the mean square.")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient, above which it is scaled down; 0 for no limit.")
+    lr_scheduler_type: str = option("cosine", "How the learning rate changes.", SCHEDULES)
+    lr_scheduler_kwargs: str | None = option(
+        None, 'More settings of the schedule as JSON, such as {"num_decay_steps": 100} or {"min_lr_rate": 0.1}.'
+    )
+    warmup_steps: float = option(0.05, "Steps in which the learning rate rises, or below 1 a share of all steps.")
+    ema_decay: float | None = option(
+        None, "Keep a moving average of the weights, such as 0.999, which is evaluated, sampled from and published."
+    )
+    bf16: bool = option(False, "Compute in bfloat16 with weights in float32.")
+    fp16: bool = option(False, "Compute in float16 with weights in float32.")
+    torch_compile: bool = option(False, "Compile the model with torch.compile.")
+    torch_compile_mode: str | None = option(None, "torch.compile's mode.")
+    use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
+    seed: int = option(42, "Of the fresh weights, the order of the data, its augmentation and the samples.")
+    logging_steps: int = option(10, "Write the loss every so many steps.")
+    eval_steps: int | None = option(None, "Evaluate every so many steps, and at the end; as save_steps if not given.")
+    save_steps: int = option(500, "Save a checkpoint every so many steps, and at the end; 0 saves none.")
+    save_total_limit: int | None = option(3, "Checkpoints to keep; the latest and the best are always kept.")
+    load_best_model_at_end: bool = option(
+        False, "Publish the checkpoint with the lowest evaluation loss, not the last."
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "latest, or a checkpoint's folder: continue as if the run had not stopped. latest without any starts anew.",
+    )
+    report_to: list[str] = option(
+        ["none"], "Trackers besides the JSONL log: tensorboard, wandb, trackio, ... or none."
+    )
+    run_name: str | None = option(None, "Name of the run for trackers.")
+    disable_tqdm: bool = option(False, "Show no progress bar.")
+    sample_steps: int = option(0, "Generate and draw meshes every so many steps; 0 only at the end.")
+    num_samples: int = option(16, "Meshes to generate at the end and every sample_steps; 0 for none.")
+    sample_max_faces: int = option(200, "Faces at which a sample is cut off.")
+    temperature: float = option(1.0, "Of sampling.")
+    top_k: int = option(0, "Sample among so many likeliest tokens; 0 among all.")
+    top_p: float = option(0.95, "Sample among the likeliest tokens that have this probability together.")
+
+
+@dataclass
+class Arguments:
+    model: ModelArguments
+    data: DataArguments
+    train: TrainArguments
+
+    def __post_init__(self) -> None:
+        train, data = self.train, self.data
+        if train.bf16 and train.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        if train.max_steps == 0 or (train.max_steps < 0 and train.num_train_epochs <= 0):
+            raise ValueError("there is nothing to train: give max_steps or num_train_epochs above 0")
+        for part, names in (
+            (train, ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")),
+            (data, ("num_procedural_meshes",)),
+        ):
+            for name in names:
+                if getattr(part, name) < 1:
+                    raise ValueError(f"{name} must be at least 1, got {getattr(part, name)}")
+        if data.row_length % TOKENS_PER_FACE or data.row_length < 3 * TOKENS_PER_FACE:
+            raise ValueError(
+                f"row_length must be a multiple of nine, a mesh being faces of nine tokens, and at least 27; "
+                f"got {data.row_length}"
+            )
+        if train.save_total_limit is not None and train.save_total_limit < 1:
+            raise ValueError(f"save_total_limit must be at least 1, got {train.save_total_limit}")
+        if data.validation_file and not data.train_file:
+            raise ValueError("validation_file needs a train_file: generated meshes have their own held-out ones")
+        train.report_to = [name for name in train.report_to if name != "none"]
+        self.schedule_kwargs()
+
+    def schedule_kwargs(self) -> dict[str, Any]:
+        """`lr_scheduler_kwargs` as a dictionary. Raises ValueError if it is not one."""
+        text = self.train.lr_scheduler_kwargs or "{}"
+        try:
+            kwargs = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"lr_scheduler_kwargs must be JSON, got {text!r}: {error}") from error
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"lr_scheduler_kwargs must be a JSON object, got {text!r}")
+        return kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by name."""
+        return {**asdict(self.model), **asdict(self.data), **asdict(self.train)}
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """
+    Read `[config.yaml] [--options]`; what the command line says goes before what the file says.
+
+    Prints one line and ends the process with status 2 on an unknown option or yaml key, which it names, and on values
+    that make no sense.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainArguments),
+        prog="training/train.py",
+        usage="%(prog)s [config.yaml] [--option value ...]   (--help lists the options)",
+        description="Train iFlame. Without arguments a small model learns meshes that are generated on the spot.",
+        allow_abbrev=False,
+    )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and not argv[0].startswith("-"):
+            argv = _read_yaml(Path(argv[0])) + argv[1:]
+        *parts, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if rest:
+            raise ValueError(f"no such option: {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
+        return Arguments(*parts)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _read_yaml(path: Path) -> list[str]:
+    """The settings of a yaml file as command-line options, so that both are checked alike."""
+    if not path.is_file():
+        raise ValueError(f"there is no configuration file {path}")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid yaml: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold lines of the form 'option: value'")
+    options = []
+    for key, value in settings.items():
+        if key not in _option_names():
+            raise ValueError(f"{path}: no such option: {key}{_suggestion(str(key))}")
+        if isinstance(value, dict):
+            options.append(f"--{key}={json.dumps(value)}")
+        elif isinstance(value, list):
+            options += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{key}={value}")
+    return options
+
+
+def _option_names() -> list[str]:
+    return [entry.name for part in (ModelArguments, DataArguments, TrainArguments) for entry in fields(part)]
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, _option_names(), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,323 @@
+"""Meshes for training and evaluation: where they come from, how they vary from epoch to epoch, and their order.
+
+Everything random is a function of the seed, the epoch and the mesh, so that neither the number of worker processes nor
+of devices changes what is learnt, and a place in the data is two numbers: an epoch and a row.
+"""
+
+import hashlib
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import pyarrow.parquet
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from iflame_hf.mesh_iflame import load_mesh, normalise
+from iflame_hf.tokenization_iflame import IFlameTokenizer
+from training.packing import TOKENS_PER_FACE, best_fit, pack_row, plan_rows
+
+# Start and end face.
+EXTRA_FACES = 2
+# Ranges of the paper's code.
+SCALE_RANGE = (0.75, 1.25)
+SHIFT_RANGE = np.array([0.1, 0.1, 0.075])
+
+
+class Meshes(Protocol):
+    """A collection of meshes, in memory or on disk."""
+
+    num_faces: np.ndarray  # (N,)
+    categories: np.ndarray  # (N,) indices into category_names
+    category_names: list[str]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Vertices (V, 3) and faces (F, 3) of one mesh."""
+
+    def describe(self, index: int) -> str:
+        """What an error message calls the mesh."""
+
+
+class ProceduralMeshes:
+    """Meshes of `training.procedural`, in memory; their kind is their category."""
+
+    def __init__(self, meshes: Sequence[Any]):
+        self._meshes = meshes
+        self.num_faces = np.array([len(mesh.faces) for mesh in meshes], dtype=np.int64)
+        self.category_names, self.categories = _number([mesh.kind for mesh in meshes])
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._meshes[index].vertices, self._meshes[index].faces
+
+    def describe(self, index: int) -> str:
+        return f"generated mesh {index} ({self._meshes[index].kind})"
+
+
+class ParquetMeshes:
+    """
+    The meshes of parquet files, memory-mapped by `datasets`: columns `vertices` and `faces` (lists of three numbers),
+    and `category` and `name` where there are such.
+
+    Raises:
+        ValueError: no such file, a column is missing, or there is no mesh in them.
+    """
+
+    def __init__(self, files: Sequence[str], max_samples: int | None = None):
+        optional = {"category", "name"}
+        for file in files:
+            try:
+                names = set(pyarrow.parquet.read_schema(file).names)
+            except (OSError, pyarrow.ArrowInvalid) as error:
+                raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
+            missing = {"vertices", "faces"} - names
+            if missing:
+                raise ValueError(f"{file} has no column {' and no column '.join(sorted(missing))}")
+            optional &= names
+        self._data = datasets.load_dataset(
+            "parquet", data_files=list(files), split="train", columns=["vertices", "faces", *sorted(optional)]
+        )
+        if max_samples is not None:
+            self._data = self._data.take(min(max_samples, len(self._data)))
+        if len(self._data) == 0:
+            raise ValueError(f"there is no mesh in {', '.join(files)}")
+        table = self._data.with_format("arrow")
+        self.num_faces = pyarrow.compute.list_value_length(table["faces"][:]).to_numpy().astype(np.int64)
+        categories = self._data["category"][:] if "category" in optional else ["all"] * len(self._data)
+        self.category_names, self.categories = _number([str(category) for category in categories])
+        self._rows = self._data.select_columns(["vertices", "faces"]).with_format("arrow")
+        self._names = self._data.select_columns(["name"]) if "name" in optional else None
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        row = self._rows[index]
+        return _matrix(row["vertices"]), _matrix(row["faces"])
+
+    def describe(self, index: int) -> str:
+        return f"mesh {index}" if self._names is None else f"mesh {index} ({self._names[index]['name']})"
+
+
+def _number(names: list[str]) -> tuple[list[str], np.ndarray]:
+    unique, indices = np.unique(names, return_inverse=True)
+    return unique.tolist(), indices
+
+
+def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:
+    """The (rows, 3) array in a column of one list of lists."""
+    rows = column.chunk(0).flatten()
+    return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+
+
+def augment(vertices: np.ndarray, rng: np.random.Generator, scale: bool = True, shift: bool = True) -> np.ndarray:
+    """
+    The augmentation of the paper's code on normalised vertices (V, 3): stretch each axis by 0.75 to 1.25 and normalise
+    again, then move by up to 0.1 (0.075 along the third axis) as far as the cube [-0.5, 0.5] leaves room. Always takes
+    the same random numbers.
+    """
+    factors, offset = rng.uniform(*SCALE_RANGE, size=3), rng.uniform(-SHIFT_RANGE, SHIFT_RANGE)
+    if scale:
+        vertices = normalise(vertices * factors)
+    if shift:
+        vertices = vertices + np.clip(offset, -0.5 - vertices.min(axis=0), 0.5 - vertices.max(axis=0))
+    return vertices
+
+
+class RowKey(NamedTuple):
+    """
+    All that a row is made from. A draw is a mesh's index, plus the number of meshes for every time that the mesh was
+    drawn in the same epoch before.
+    """
+
+    epoch: int
+    draws: np.ndarray
+
+
+class MeshRows(Dataset):
+    """
+    Rows of the model's inputs by their keys: `input_ids`, `position_ids` and `labels`, and for evaluation
+    `categories`, the index of each token's category or -1; all (row_length,) int64.
+
+    A mesh that turns out to be unusable, for example flat to a point once it is quantised, is left out with a warning.
+    """
+
+    def __init__(
+        self,
+        meshes: Meshes,
+        tokenizer: IFlameTokenizer,
+        row_length: int,
+        seed: int = 0,
+        scale: bool = False,
+        shift: bool = False,
+        with_categories: bool = False,
+    ):
+        self.meshes = meshes
+        self.tokenizer = tokenizer
+        self.row_length = row_length
+        self.seed = seed
+        self.scale = scale
+        self.shift = shift
+        self.with_categories = with_categories
+
+    def sequence(self, epoch: int, draw: int) -> np.ndarray:
+        """Token ids of one draw, at most as long as a row: a longer mesh loses its end. Raises ValueError."""
+        vertices, faces = load_mesh(self.meshes[draw % len(self.meshes.num_faces)])
+        vertices = normalise(vertices)
+        if self.scale or self.shift:
+            rng = np.random.default_rng((self.seed, epoch, draw))
+            vertices = augment(vertices, rng, self.scale, self.shift)
+        return self.tokenizer.encode_arrays(vertices, faces)[: self.row_length]
+
+    def __getitem__(self, key: RowKey) -> dict[str, np.ndarray]:
+        sequences, categories = [], []
+        for draw in key.draws.tolist():
+            index = draw % len(self.meshes.num_faces)
+            try:
+                sequences.append(self.sequence(key.epoch, draw))
+                categories.append(self.meshes.categories[index])
+            except ValueError as error:
+                warnings.warn(f"{self.meshes.describe(index)} is left out: {error}", stacklevel=1)
+        row = pack_row(sequences, self.row_length, self.tokenizer.pad_token_id)
+        if self.with_categories:
+            lengths = [len(sequence) for sequence in sequences]
+            padding = self.row_length - sum(lengths)
+            row["categories"] = np.repeat(np.array([*categories, -1], dtype=np.int64), [*lengths, padding])
+        return row
+
+
+def mesh_sizes(meshes: Meshes, row_length: int, long_meshes: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The largest number of faces (N,) each mesh can take in a row, and the indices (M,) of the meshes to use.
+
+    Sizes are those before quantisation, which can only merge faces: rows are planned without reading a mesh.
+
+    Raises:
+        ValueError: a mesh is longer than a row and `long_meshes` is "error", or no mesh is left.
+    """
+    sizes, capacity = meshes.num_faces + EXTRA_FACES, row_length // TOKENS_PER_FACE
+    too_long = sizes > capacity
+    if too_long.any() and long_meshes == "error":
+        longest = int(sizes.argmax())
+        raise ValueError(
+            f"{too_long.sum()} of {len(sizes)} meshes are longer than a row of {row_length} tokens; the longest, "
+            f"{meshes.describe(longest)}, has {meshes.num_faces[longest]} faces: give --row_length "
+            f"{TOKENS_PER_FACE * sizes[longest]}, or --long_meshes crop or --long_meshes drop"
+        )
+    used = np.flatnonzero(~too_long) if long_meshes == "drop" else np.arange(len(sizes))
+    if len(used) == 0:
+        raise ValueError(f"every mesh is longer than a row of {row_length} tokens: give a larger --row_length")
+    return np.minimum(sizes, capacity), used
+
+
+class RowStream:
+    """
+    The endless stream of training rows: one epoch after the other, each in its own random order and company.
+
+    Args:
+        sizes: (N,) faces of every mesh in a row.
+        used: (M,) indices of the meshes to use.
+        capacity: faces of a row.
+        categories: (N,) category of each mesh, if an epoch's M meshes are to be drawn with replacement such that every
+            category is equally likely; otherwise an epoch is every mesh once.
+    """
+
+    def __init__(
+        self, sizes: np.ndarray, used: np.ndarray, capacity: int, seed: int, categories: np.ndarray | None = None
+    ):
+        self.sizes = sizes
+        self.used = used
+        self.capacity = capacity
+        self.seed = seed
+        self.weights = None
+        if categories is not None:
+            _, inverse, counts = np.unique(categories[used], return_inverse=True, return_counts=True)
+            self.weights = 1 / (len(counts) * counts[inverse])
+        self.rows_of = lru_cache(maxsize=2)(self._rows_of)
+
+    def _rows_of(self, epoch: int) -> list[np.ndarray]:
+        """The draws of every row of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        draws = self.used
+        if self.weights is not None:
+            draws = np.sort(rng.choice(self.used, size=len(self.used), p=self.weights))
+            draws = draws + len(self.sizes) * (np.arange(len(draws)) - np.searchsorted(draws, draws))
+        rows = plan_rows(self.sizes[draws % len(self.sizes)], self.capacity, rng)
+        return [draws[row] for row in rows]
+
+    def advance(self, epoch: int, row: int, count: int) -> tuple[int, int]:
+        """The place `count` rows behind row `row` of `epoch`."""
+        row += count
+        while row >= len(self.rows_of(epoch)):
+            row -= len(self.rows_of(epoch))
+            epoch += 1
+        return epoch, row
+
+    def batches(self, epoch: int, row: int, size: int, rank: int = 0, world_size: int = 1) -> Iterator[list[RowKey]]:
+        """From that place on, without end: every `world_size` batches of `size` rows, the one of `rank`."""
+        position = self.advance(epoch, row, rank * size)
+        while True:
+            batch = []
+            for _ in range(size):
+                batch.append(RowKey(position[0], self.rows_of(position[0])[position[1]]))
+                position = self.advance(*position, 1)
+            yield batch
+            position = self.advance(*position, (world_size - 1) * size)
+
+    def digest(self) -> str:
+        """Changes with the meshes, their order, or the length of rows: what a place in the data depends on."""
+        content = hashlib.sha256(repr((self.capacity, self.seed, self.weights is not None)).encode())
+        for array in (self.sizes, self.used):
+            content.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        return content.hexdigest()[:16]
+
+
+def evaluation_batches(
+    sizes: np.ndarray, used: np.ndarray, capacity: int, size: int, rank: int = 0, world_size: int = 1
+) -> list[list[RowKey]]:
+    """
+    Every mesh once in tightly packed rows, as batches of `size` rows; all ranks get the same number of batches, the
+    last filled up with empty rows.
+    """
+    order = used[np.argsort(-sizes[used], kind="stable")]
+    keys = [RowKey(0, order[row]) for row in best_fit(sizes[order].tolist(), capacity)]
+    keys += [RowKey(0, order[:0])] * (-len(keys) % (size * world_size))
+    batches = [keys[first : first + size] for first in range(0, len(keys), size)]
+    return batches[rank::world_size]
+
+
+class _Batches:
+    """A batch sampler that begins where it is told."""
+
+    def __init__(self, stream: RowStream, place: tuple[int, int], *args: int):
+        self.start = lambda: stream.batches(*place, *args)
+
+    def __iter__(self) -> Iterator[list[RowKey]]:
+        return self.start()
+
+
+def training_loader(
+    rows: MeshRows,
+    stream: RowStream,
+    place: tuple[int, int],
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """An endless loader of batches of `batch_size` rows from a place (epoch, row) of the stream on."""
+    return DataLoader(
+        rows,
+        batch_sampler=_Batches(stream, place, batch_size, rank, world_size),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=torch.Generator(),  # the loader's own numbers must not come from the state that a resume restores
+    )
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

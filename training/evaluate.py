@@ -1,0 +1,157 @@
+"""How good a model is on held-out meshes, and meshes that it generates."""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from iflame_hf.mesh_iflame import to_y_up
+from iflame_hf.tokenization_iflame import IFlameTokenizer
+from training.packing import IGNORED, TOKENS_PER_FACE
+from training.render import render_meshes
+
+TOKENS_PER_VERTEX = 3
+# What is counted for each category, in this order.
+COUNTS = ("loss", "tokens", "right_tokens", "vertices", "right_vertices", "faces", "right_faces")
+
+
+def evaluate(
+    model: torch.nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+    category_names: list[str],
+    coordinate_levels: int,
+) -> dict[str, Any]:
+    """
+    Loss, perplexity and accuracies of the next token, given the true ones before it, over all ranks' batches.
+
+    A token counts if it has a label. A vertex or face counts if it is geometry, not an end face, and is right if all
+    of its three or nine coordinates are.
+
+    Args:
+        batches: this rank's rows, each with `labels` and `categories` (B, T).
+        coordinate_levels: number of token ids that are coordinates.
+
+    Returns:
+        `eval_loss` (nats per token), `eval_perplexity`, `eval_token_accuracy`, `eval_vertex_accuracy`,
+        `eval_face_accuracy`, and the same without the prefix by category in `eval_by_category`.
+    """
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(len(category_names), len(COUNTS), dtype=torch.float64)
+    for batch in batches:
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        labels, categories = batch.pop("labels"), batch.pop("categories")
+        with torch.no_grad(), accelerator.autocast():
+            logits = model(**batch, use_cache=False).logits
+        counts += count_right(logits, labels, categories, len(category_names), coordinate_levels).cpu()
+    model.train(was_training)
+    if accelerator.num_processes > 1:
+        counts = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
+    metrics: dict[str, Any] = {f"eval_{name}": value for name, value in _metrics(counts.sum(dim=0)).items()}
+    metrics["eval_by_category"] = {
+        name: _metrics(row) for name, row in zip(category_names, counts, strict=True) if row[1] > 0
+    }
+    return metrics
+
+
+def count_right(
+    logits: torch.Tensor, labels: torch.Tensor, categories: torch.Tensor, num_categories: int, coordinate_levels: int
+) -> torch.Tensor:
+    """
+    The COUNTS of each category, (num_categories, 7).
+
+    Args:
+        logits: (B, T, vocabulary); those at place t are of the token at t + 1.
+        labels: (B, T) token ids, or -100 where nothing counts.
+        categories: (B, T) indices; -1 only where nothing counts.
+    """
+    predicted, target = logits[:, :-1].float(), labels[:, 1:]
+    losses = F.cross_entropy(predicted.transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
+    losses = F.pad(losses, (1, 0))  # (B, T), each at the place of its token
+    right = F.pad(predicted.argmax(dim=-1) == target, (1, 0))
+    counted = labels != IGNORED
+    geometry = counted & (labels < coordinate_levels)
+    counts = losses.new_zeros(num_categories, len(COUNTS))
+
+    def add(column: int, values: torch.Tensor, where: torch.Tensor, stride: int = 1) -> None:
+        counts[:, column].index_add_(0, categories[:, ::stride][where], values[where].to(counts.dtype))
+
+    add(0, losses, counted)
+    add(1, counted, counted)
+    add(2, right, counted)
+    for column, size in ((3, TOKENS_PER_VERTEX), (5, TOKENS_PER_FACE)):
+        whole = geometry.unflatten(1, (-1, size)).all(dim=-1)
+        add(column, whole, whole, size)
+        add(column + 1, right.unflatten(1, (-1, size)).all(dim=-1), whole, size)
+    return counts
+
+
+def _metrics(counts: torch.Tensor) -> dict[str, float]:
+    named = dict(zip(COUNTS, counts.tolist(), strict=True))
+    loss = named["loss"] / max(named["tokens"], 1)
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    for what in ("token", "vertex", "face"):
+        plural = {"token": "tokens", "vertex": "vertices", "face": "faces"}[what]
+        metrics[f"{what}_accuracy"] = named[f"right_{plural}"] / max(named[plural], 1)
+    return metrics
+
+
+def draw_samples(
+    model: PreTrainedModel,
+    tokenizer: IFlameTokenizer,
+    accelerator: Accelerator,
+    folder: Path,
+    count: int,
+    max_faces: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[dict[str, Any]]:
+    """
+    Generate `count` meshes, write them to `folder` as sample-00.glb, sample-01.glb, ... and a picture of all as
+    samples.png; the state of torch's random numbers is as before.
+
+    Returns:
+        For each sample its number of faces and whether it came to an end by itself. One without a face has no file.
+    """
+    was_training = model.training
+    model.eval()
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), accelerator.autocast():
+        torch.manual_seed(seed)
+        sequences = model.generate(
+            do_sample=True,
+            num_return_sequences=count,
+            max_new_tokens=TOKENS_PER_FACE * (max_faces + 1),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        ).cpu()
+    model.train(was_training)
+    folder.mkdir(parents=True, exist_ok=True)
+    meshes, samples = tokenizer.batch_decode_mesh(sequences), []
+    for index, (mesh, ids) in enumerate(zip(meshes, sequences, strict=True)):
+        mesh.vertices = to_y_up(np.asarray(mesh.vertices), tokenizer.up_axis)
+        path = folder / f"sample-{index:02d}.glb"
+        path.unlink(missing_ok=True)
+        if len(mesh.faces):
+            write_whole(path, mesh.export(file_type="glb"))
+        samples.append({"faces": len(mesh.faces), "ended": bool((ids == tokenizer.eos_token_id).any())})
+    render_meshes(meshes, folder / "samples.png", titles=[f"{sample['faces']} faces" for sample in samples])
+    return samples
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that nobody ever sees half of it."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content)
+    os.replace(beside, path)

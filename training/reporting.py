@@ -1,0 +1,67 @@
+"""What a run tells: lines for the user, a log for programs, numbers for trackers."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from training.evaluate import write_whole
+
+LOG = "log.jsonl"
+
+
+class RunLog:
+    """
+    Shows lines, and writes `log.jsonl` in the folder of a run: one object a line, each with the `step` it was written
+    after. On any but the main process it does nothing.
+    """
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator):
+        self.path = output_dir / LOG
+        self.accelerator = accelerator
+
+    def report(self, line: str) -> None:
+        """Show a line to the user, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line, file=sys.stderr)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append a line to the log, and tell the trackers the numbers in it."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=step)
+
+    def cut(self, step: int) -> None:
+        """Keep the lines up to a step only: later ones are written again, and a crash may have left half a line."""
+        if not self.accelerator.is_main_process:
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                if 0 < json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_whole(self.path, "".join(kept).encode())
+
+
+@dataclass
+class Window:
+    """What was done in some steps, and how long they took."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+    labels: int = 0
+
+    def add(self, seconds: float, rows: int, labels: int) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.rows += rows
+        self.labels += labels

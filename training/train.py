@@ -1,0 +1,528 @@
+"""
+Train iFlame with Accelerate.
+
+    accelerate launch training/train.py [config.yaml] [--option value ...]
+    python training/train.py --help
+
+Without arguments a small model learns meshes of furniture and buildings that are generated on the spot.
+"""
+
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, TorchDynamoPlugin, gather_object, set_seed
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
+from training.arguments import Arguments, parse_arguments
+from training.checkpointing import Checkpoints, Interruption, Progress
+from training.data import (
+    Meshes,
+    MeshRows,
+    ParquetMeshes,
+    ProceduralMeshes,
+    RowStream,
+    evaluation_batches,
+    mesh_sizes,
+    training_loader,
+)
+from training.evaluate import draw_samples, evaluate
+from training.optim import create_average, create_optimizer, learning_rate_curve
+from training.packing import IGNORED, TOKENS_PER_FACE
+from training.procedural import make_dataset
+from training.reporting import RunLog, Window
+
+WEIGHTS = "model.safetensors"
+AVERAGE = "average.safetensors"
+# Steps whose gradient is not finite are left out; so many in a row end the run.
+MOST_STEPS_LEFT_OUT = 10
+# Steps before the speed of a machine is taken for known.
+STEPS_TO_MEASURE = 20
+# What the held-out procedural meshes add to the seed.
+VALIDATION_SEED = 1_000_003
+
+
+@dataclass
+class Data:
+    """What a run learns from and is judged by."""
+
+    rows: MeshRows
+    stream: RowStream
+    validation: Meshes | None
+    validation_loader: DataLoader | None
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    disable_progress_bar()  # of transformers, for writing files; there is one for training
+    accelerator = create_accelerator(arguments)
+    set_seed(arguments.train.seed)
+    tokenizer, model = create_model(arguments)
+    data = load_data(arguments, tokenizer, accelerator)
+    run = Run(arguments, accelerator, tokenizer, model, data)
+    run.start()
+    with Interruption() as interruption:
+        finished = run.train(interruption)
+    if finished:
+        run.finish()
+    accelerator.end_training()
+
+
+def create_accelerator(arguments: Arguments) -> Accelerator:
+    train = arguments.train
+    dynamo = None
+    if train.torch_compile:
+        # Rows have one length: the shapes of the first step are those of all.
+        dynamo = TorchDynamoPlugin(backend="inductor", mode=train.torch_compile_mode, dynamic=False)
+    return Accelerator(
+        cpu=train.use_cpu,
+        mixed_precision="bf16" if train.bf16 else "fp16" if train.fp16 else None,
+        dynamo_plugin=dynamo,
+        log_with=train.report_to or None,
+        project_dir=train.output_dir,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
+    """A fresh model of the sizes asked for, or a trained one to go on from."""
+    sizes = arguments.model
+    implementations = {"linear_attn_implementation": sizes.linear_attn_implementation}
+    if sizes.attn_implementation is not None:
+        implementations["attn_implementation"] = sizes.attn_implementation
+    if sizes.model_name_or_path is not None:
+        tokenizer = IFlameTokenizer.from_pretrained(sizes.model_name_or_path)
+        model = IFlameForCausalLM.from_pretrained(sizes.model_name_or_path, dtype=torch.float32, **implementations)
+    else:
+        tokenizer = IFlameTokenizer(up_axis=arguments.data.up_axis)
+        config = IFlameConfig(
+            vocab_size=tokenizer.vocab_size,
+            coordinate_resolution=tokenizer.coordinate_resolution,
+            hidden_size=sizes.hidden_size,
+            num_attention_heads=sizes.num_attention_heads,
+            intermediate_size=sizes.intermediate_size,
+            stage_layers=sizes.stage_layers,
+            full_attention_interval=sizes.full_attention_interval,
+            **implementations,
+        )
+        model = IFlameForCausalLM(config)
+    if sizes.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return tokenizer, model
+
+
+def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
+    """The stream of training rows, and the held-out rows if there are any."""
+    options, train = arguments.data, arguments.train
+    validation: Meshes | None = None
+    if options.train_file:
+        with accelerator.main_process_first():  # which fills the cache of `datasets` for the others
+            meshes = ParquetMeshes(options.train_file, options.max_train_samples)
+            if options.validation_file:
+                validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
+    else:
+        faces = {"max_faces": options.procedural_max_faces}
+        count = min(options.num_procedural_meshes, options.max_train_samples or options.num_procedural_meshes)
+        meshes = ProceduralMeshes(make_dataset(count, train.seed, **faces))
+        held_out = options.num_procedural_validation_meshes
+        held_out = min(held_out, options.max_eval_samples or held_out)
+        if held_out:
+            validation = ProceduralMeshes(make_dataset(held_out, train.seed + VALIDATION_SEED, **faces))
+
+    length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
+    sizes, used = mesh_sizes(meshes, length, options.long_meshes)
+    balanced = meshes.categories if options.balance == "category" else None
+    rows = MeshRows(meshes, tokenizer, length, train.seed, options.scale_augmentation, options.shift_augmentation)
+    stream = RowStream(sizes, used, capacity, train.seed, balanced)
+    loader = None
+    if validation is not None:
+        batches = evaluation_batches(
+            *mesh_sizes(validation, length, options.long_meshes),
+            capacity,
+            train.per_device_eval_batch_size or train.per_device_train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        loader = DataLoader(MeshRows(validation, tokenizer, length, with_categories=True), batch_sampler=batches)
+    return Data(rows, stream, validation, loader)
+
+
+class Run:
+    """One training run: `start`, `train`, and when that says it has come to its end, `finish`."""
+
+    def __init__(
+        self,
+        arguments: Arguments,
+        accelerator: Accelerator,
+        tokenizer: IFlameTokenizer,
+        model: IFlameForCausalLM,
+        data: Data,
+    ):
+        self.arguments = arguments
+        self.options = options = arguments.train
+        self.accelerator = accelerator
+        self.tokenizer = tokenizer
+        self.data = data
+        self.output_dir = Path(options.output_dir)
+        self.log = RunLog(self.output_dir, accelerator)
+        self.checkpoints = Checkpoints(self.output_dir, options.save_total_limit, accelerator, self.log.report)
+        self.progress = Progress(data_digest=data.stream.digest(), arguments=arguments.to_dict())
+        self.saved_step: int | None = None
+        self.bar: tqdm | None = None
+
+        accumulated = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        self.rows_per_step = accumulated * accelerator.num_processes
+        if options.max_steps > 0:
+            self.planned_steps = options.max_steps
+        else:
+            rows = options.num_train_epochs * len(data.stream.rows_of(0))
+            self.planned_steps = max(1, round(rows / self.rows_per_step))
+        self.max_steps = self.planned_steps
+
+        self.average = None
+        if options.ema_decay is not None:
+            self.average = create_average(model, options.ema_decay).to(accelerator.device)
+        optimizer = create_optimizer(
+            model,
+            options.optim,
+            options.learning_rate,
+            options.weight_decay,
+            (options.adam_beta1, options.adam_beta2),
+            options.adam_epsilon,
+        )
+        self.schedule = LambdaLR(optimizer, self.learning_rate_curve())
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(self.load_weights)
+
+    def learning_rate_curve(self) -> Callable[[int], float]:
+        options = self.options
+        return learning_rate_curve(
+            options.lr_scheduler_type, options.warmup_steps, self.max_steps, self.arguments.schedule_kwargs()
+        )
+
+    def start(self) -> None:
+        """Begin anew or go on from a checkpoint, and say what is going to happen."""
+        accelerator, wanted = self.accelerator, self.options.resume_from_checkpoint
+        if accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.clean()
+        accelerator.wait_for_everyone()
+        checkpoint = None if wanted is None else self.checkpoints.find(wanted)
+        if wanted is None and self.checkpoints.folders():
+            raise ValueError(
+                f"{self.output_dir} holds the checkpoints of another run: go on from them with "
+                "--resume_from_checkpoint latest, delete the folder, or choose another --output_dir"
+            )
+        if checkpoint is not None:
+            self.resume(checkpoint)
+        self.log.cut(self.progress.step)
+        if self.options.report_to:
+            settings = {name: str(value) for name, value in self.progress.arguments.items()}
+            names = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
+            accelerator.init_trackers("iflame", config=settings, init_kwargs=names)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        rows = len(self.data.stream.rows_of(0))
+        self.log.report(
+            f"{parameters:,} parameters; {len(self.data.stream.used):,} meshes in {rows:,} rows of "
+            f"{self.arguments.data.row_length:,} tokens; {self.max_steps:,} steps of {self.rows_per_step} rows, "
+            f"{self.max_steps * self.rows_per_step / rows:.1f} epochs; {accelerator.num_processes} x "
+            f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
+        )
+
+    def resume(self, checkpoint: Path) -> None:
+        """Restore everything that a checkpoint holds. Raises ValueError if it belongs to other data."""
+        saved = Progress.read(checkpoint)
+        if saved.data_digest != self.progress.data_digest:
+            raise ValueError(
+                f"{checkpoint} belongs to other training data, or to another --row_length, --seed, --long_meshes or "
+                "--balance, so that its place in the data means nothing here. Give the same options, or start a new "
+                f"run from its weights with --model_name_or_path {checkpoint} and another --output_dir"
+            )
+        arguments = self.progress.arguments
+        changed = {name for name, value in saved.arguments.items() if arguments.get(name) != value}
+        if saved.max_steps and not changed & {"max_steps", "num_train_epochs", "max_minutes"}:
+            self.set_max_steps(saved.max_steps)
+        saved.arguments, saved.max_steps = arguments, self.progress.max_steps
+        self.accelerator.load_state(str(checkpoint))
+        self.schedule.load_state_dict(saved.scheduler)
+        self.progress = saved
+        self.saved_step = saved.step
+        changed -= {"resume_from_checkpoint"}
+        self.log.report(
+            f"resumed from {checkpoint}" + (f" with other {', '.join(sorted(changed))}" if changed else "")
+        )
+
+    def load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
+        """Called by Accelerate, which still loads the weights itself where they are sharded."""
+        if models:
+            self.accelerator.unwrap_model(self.model).load_state_dict(load_file(Path(folder) / WEIGHTS))
+            models.clear()
+        if self.average is not None:
+            self.average.load_state_dict(load_file(Path(folder) / AVERAGE))
+
+    def train(self, interruption: Interruption) -> bool:
+        """Train until the last step or an interruption; whether it was the former."""
+        progress, options = self.progress, self.options
+        batches = iter(
+            training_loader(
+                self.data.rows,
+                self.data.stream,
+                (progress.epoch, progress.row),
+                options.per_device_train_batch_size,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                self.arguments.data.dataloader_num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        )
+        self.bar = tqdm(
+            total=self.max_steps,
+            initial=progress.step,
+            unit="step",
+            disable=options.disable_tqdm or not self.accelerator.is_main_process,
+        )
+        pace, window = Window(), Window()
+        left_out = 0
+        self.model.train()
+        while progress.step < self.max_steps:
+            began = time.monotonic()
+            batch = [next(batches) for _ in range(options.gradient_accumulation_steps)]
+            labels, stop, max_steps = self.agree(batch, interruption.asked, pace)
+            if stop:
+                break
+            self.set_max_steps(max_steps)
+            loss, gradient_norm = self.step(batch, labels)
+            left_out = 0 if gradient_norm is not None else left_out + 1
+            if left_out == MOST_STEPS_LEFT_OUT:
+                raise RuntimeError(
+                    f"the gradient was not finite in {left_out} steps in a row: lower --learning_rate, or train in "
+                    "bf16 instead of fp16"
+                )
+            if gradient_norm is not None:
+                progress.loss_sum += loss
+                progress.loss_steps += 1
+                progress.labels += labels
+            progress.step += 1
+            progress.epoch, progress.row = self.data.stream.advance(progress.epoch, progress.row, self.rows_per_step)
+            progress.eval_loss = None
+            seconds = time.monotonic() - began
+            progress.seconds += seconds
+            window.add(seconds, self.rows_per_step, labels)
+            if progress.step > 2 or pace.steps:  # the first steps compile and allocate
+                pace.add(seconds, self.rows_per_step, labels)
+
+            if self.due(options.logging_steps, at_end=True) and progress.loss_steps:
+                self.log_loss(gradient_norm, window)
+                window = Window()
+            self.bar.update()
+            if self.due(options.eval_steps or options.save_steps, at_end=True):
+                self.evaluate()
+            if self.due(options.sample_steps, at_end=False):
+                self.sample(self.output_dir / f"samples-{progress.step}")
+            if self.due(options.save_steps, at_end=options.save_steps > 0):
+                self.save()
+        self.bar.close()
+        if progress.step < self.max_steps:
+            self.save()
+            self.log.report(
+                f"stopped after step {progress.step} of {self.max_steps}; --resume_from_checkpoint latest goes on"
+            )
+        return progress.step >= self.max_steps
+
+    def agree(self, batch: list[dict[str, torch.Tensor]], asked: bool, pace: Window) -> tuple[int, bool, int]:
+        """
+        What all processes must know before a step: the number of labels that all of them together learn from, whether
+        any was asked to stop, and the number of the last step.
+        """
+        max_steps = self.max_steps
+        minutes = self.options.max_minutes
+        if minutes is not None and pace.steps and pace.steps % STEPS_TO_MEASURE == 0:
+            left = max(0.0, 60 * minutes - self.progress.seconds) / (pace.seconds / pace.steps)
+            fitting = min(self.planned_steps, self.progress.step + max(1, int(left)))
+            if abs(fitting - max_steps) > 0.02 * max_steps:
+                max_steps = fitting
+        labels = sum(int((rows["labels"] != IGNORED).sum()) for rows in batch)
+        main = self.accelerator.is_main_process
+        known = torch.tensor([labels, asked, max_steps if main else 0], device=self.accelerator.device)
+        labels, asked, max_steps = self.accelerator.reduce(known, "sum").tolist()
+        return labels, asked > 0, max_steps
+
+    def step(self, batch: list[dict[str, torch.Tensor]], labels: int) -> tuple[float, float | None]:
+        """
+        One step of the optimiser on the sum of the losses of all rows of all processes, divided once by the number of
+        their labels. Returns that loss and the norm of its gradient, None if it was not finite and the step left out.
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
+        total = torch.zeros((), device=device)
+        num_items = torch.tensor(labels, device=device)
+        for index, rows in enumerate(batch):
+            rows = {name: tensor.to(device, non_blocking=True) for name, tensor in rows.items()}
+            last = index == len(batch) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self.model(**rows, use_cache=False, num_items_in_batch=num_items).loss
+                # The mean over processes is what gradients are synchronised to; their sum is wanted.
+                accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
+        norm = float(norm)
+        finite = math.isfinite(norm)
+        if finite or accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
+            self.optimizer.step()
+            finite = finite and not accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad()
+        if not finite:
+            losses = gather_object([float(total)])
+            self.log.report(
+                f"step {self.progress.step + 1} is left out, its gradient is not finite; losses by process: {losses}"
+            )
+            return float("nan"), None
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        return float(accelerator.reduce(total, "sum")), norm
+
+    def set_max_steps(self, max_steps: int) -> None:
+        """Let the run, its schedule and its progress bar end at another step."""
+        if max_steps == self.max_steps:
+            return
+        self.max_steps = max_steps
+        self.progress.max_steps = max_steps
+        self.schedule.lr_lambdas = [self.learning_rate_curve()] * len(self.schedule.lr_lambdas)
+        if self.bar is not None:
+            self.bar.total = max_steps
+
+    def due(self, every: int, at_end: bool) -> bool:
+        step = self.progress.step
+        return bool(every) and step % every == 0 or at_end and step == self.max_steps
+
+    def evaluate(self) -> None:
+        if self.data.validation is None:
+            return
+        metrics = evaluate(
+            self.model if self.average is None else self.average.module,
+            self.data.validation_loader,
+            self.accelerator,
+            self.data.validation.category_names,
+            self.tokenizer.coordinate_resolution + 1,
+        )
+        self.progress.eval_loss = metrics["eval_loss"]
+        self.log.write(self.progress.step, metrics)
+        self.log.report(
+            f"step {self.progress.step}: evaluation loss {metrics['eval_loss']:.4f}, accuracy of tokens "
+            f"{metrics['eval_token_accuracy']:.1%}, vertices {metrics['eval_vertex_accuracy']:.1%}, faces "
+            f"{metrics['eval_face_accuracy']:.1%}"
+        )
+
+    def sample(self, folder: Path) -> None:
+        """Generate meshes, on the main process."""
+        options = self.options
+        if options.num_samples == 0:
+            return
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            self.log.report("no samples are drawn while the weights are sharded (FSDP)")
+            return
+        if self.accelerator.is_main_process:
+            if self.average is None:
+                model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            else:
+                model = self.average.module
+            samples = draw_samples(
+                model,
+                self.tokenizer,
+                self.accelerator,
+                folder,
+                options.num_samples,
+                options.sample_max_faces,
+                options.seed,
+                options.temperature,
+                options.top_k,
+                options.top_p,
+            )
+            ended = sum(sample["ended"] for sample in samples)
+            self.log.write(
+                self.progress.step,
+                {"samples": str(folder), "samples_ended": ended, "sample_faces": [x["faces"] for x in samples]},
+            )
+            self.log.report(f"{len(samples)} samples, {ended} of them complete: {folder / 'samples.png'}")
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Save a checkpoint, unless this very step has one."""
+        if self.saved_step == self.progress.step:
+            return
+        self.progress.scheduler = self.schedule.state_dict()
+        if self.checkpoints.save(self.progress.step, self.write_checkpoint):
+            self.saved_step = self.progress.step
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Called on every process: a folder that resumes this run and is a model that `from_pretrained` loads."""
+        self.accelerator.save_state(str(folder))
+        self.write_model(folder, self.accelerator.get_state_dict(self.model))
+        if self.accelerator.is_main_process:
+            if self.average is not None:
+                save_file(self.average.state_dict(), folder / AVERAGE)
+            self.progress.write(folder)
+
+    def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+
+    def finish(self) -> None:
+        """Leave the finished model with its tokenizer in the output folder, and samples of it."""
+        best = self.checkpoints.best() if self.options.load_best_model_at_end else None
+        if best is not None:
+            self.log.report(f"the checkpoint with the lowest evaluation loss is {best}")
+            self.accelerator.load_state(str(best))
+        weights = self.accelerator.get_state_dict(self.model if self.average is None else self.average.module)
+        if self.accelerator.is_main_process:
+            with tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".model-") as beside:
+                self.write_model(Path(beside), weights)
+                for path in Path(beside).iterdir():
+                    os.replace(path, self.output_dir / path.name)
+        self.sample(self.output_dir)
+        self.log.report(f"the model is in {self.output_dir}")
+
+    def log_loss(self, gradient_norm: float | None, window: Window) -> None:
+        """A line on training: the mean loss since the line before, and the speed of these steps."""
+        progress, length = self.progress, self.arguments.data.row_length
+        loss = progress.loss_sum / progress.loss_steps
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        epoch = progress.epoch + progress.row / len(self.data.stream.rows_of(progress.epoch))
+        speed = window.rows * length / window.seconds
+        self.log.write(
+            self.progress.step,
+            {
+                "loss": loss,
+                "grad_norm": gradient_norm,
+                "learning_rate": self.schedule.get_last_lr()[0],
+                "epoch": epoch,
+                "tokens_per_second": speed,
+                "useful_tokens_per_second": window.labels / window.seconds,
+                "labels": progress.labels,
+                "minutes": progress.seconds / 60,
+            },
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
