@@ -120,6 +120,11 @@ class IFlameConfig(PreTrainedConfig):
             **kwargs,
         )
 
+    def __init_subclass__(cls, **kwargs):
+        # transformers makes every subclass a dataclass: without an __init__ of its own it would be given a new one.
+        cls.__init__ = cls.__init__
+        super().__init_subclass__(**kwargs)
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
