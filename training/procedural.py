@@ -1,0 +1,70 @@
+"""Procedural meshes: furniture and buildings of many kinds, numbers of parts and proportions.
+
+A mesh is 128 units long on its longest side and its corners lie on whole units, so that the usual 129 levels represent
+it exactly. Every part is a closed solid with outward winding; parts touch or cross, but no two share a triangle.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from training import procedural_buildings as buildings
+from training import procedural_furniture as furniture
+from training.procedural_parts import Solid, merge, pick
+
+_MAKERS: dict[str, Callable[[np.random.Generator], list[Solid]]] = {
+    "table": furniture.table,
+    "chair": furniture.chair,
+    "stool": furniture.stool,
+    "bench": furniture.bench,
+    "bed": furniture.bed,
+    "shelf": furniture.shelf,
+    "sofa": furniture.sofa,
+    "lamp": furniture.lamp,
+    "house": buildings.house,
+    "tower": buildings.tower,
+    "church": buildings.church,
+    "castle": buildings.castle,
+    "fence": buildings.fence,
+    "bridge": buildings.bridge,
+}
+KINDS: tuple[str, ...] = tuple(_MAKERS)
+_TRIES = 1000
+
+
+class ProceduralMesh(NamedTuple):
+    """A mesh: `kind` from KINDS, `vertices` (V, 3) float32, y up, and `faces` (F, 3) int32, outward winding."""
+
+    kind: str
+    vertices: np.ndarray
+    faces: np.ndarray
+
+
+def make_mesh(rng: np.random.Generator, kind: str | None = None) -> ProceduralMesh:
+    """One mesh of `kind`, or of a kind drawn evenly. Raises ValueError for an unknown kind."""
+    if kind is None:
+        kind = pick(rng, KINDS)
+    if kind not in _MAKERS:
+        raise ValueError(f"unknown kind {kind!r}; known are {', '.join(KINDS)}")
+    points, triangles = merge(_MAKERS[kind](rng))
+    return ProceduralMesh(kind, np.array(points, dtype=np.float32), np.array(triangles, dtype=np.int32))
+
+
+def make_dataset(num_meshes: int, seed: int, min_faces: int = 12, max_faces: int = 200) -> list[ProceduralMesh]:
+    """`num_meshes` meshes with `min_faces` to `max_faces` faces; mesh i depends on `seed`, i and the limits alone.
+
+    Raises ValueError for a negative number or seed, and for limits that hardly a mesh meets (they have 20 to 198).
+    """
+    if num_meshes < 0 or seed < 0:
+        raise ValueError(f"num_meshes and seed must not be negative, got {num_meshes} and {seed}")
+    return [_make_within(seed, index, min_faces, max_faces) for index in range(num_meshes)]
+
+
+def _make_within(seed: int, index: int, min_faces: int, max_faces: int) -> ProceduralMesh:
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
+    for _ in range(_TRIES):
+        mesh = make_mesh(rng)
+        if min_faces <= len(mesh.faces) <= max_faces:
+            return mesh
+    raise ValueError(f"none of {_TRIES} procedural meshes has {min_faces} to {max_faces} faces; they have 20 to 198")
