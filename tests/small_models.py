@@ -48,4 +48,5 @@ def mesh_rows(batch, faces, seed=0, end=False):
 def relative_error(value, expected):
     """Size of the difference over the size of what was expected."""
     assert value.shape == expected.shape
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
+    value, expected = value.detach().double(), expected.detach().double()
+    return float((value - expected).norm() / expected.norm())
