@@ -227,7 +227,9 @@ class IFlameTokenizer(PreTrainedTokenizer):
         A mesh is anything `encode_mesh` takes; of strings, those that end in the suffix of a mesh file. Of the
         arguments every tokenizer has, meshes know `add_special_tokens` (start and end face), `padding`, `truncation`,
         `max_length`, `pad_to_multiple_of`, `padding_side`, `return_tensors`, `return_attention_mask` and `verbose`;
-        beside these, `add_end=False` leaves out the end face alone, for prompts that a model goes on from. Rows are padded by whole faces. `truncation=True` keeps as many whole faces as `max_length` holds from the
+        beside these, `add_end=False` leaves out the end face alone, for prompts that a model goes on from.
+
+        Rows are padded by whole faces. `truncation=True` keeps as many whole faces as `max_length` holds from the
         front; the end face goes first, since a mesh that was cut has not ended. Text, such as "<bos> 5 7", is taken
         word by word; nothing is added to it.
 
