@@ -97,6 +97,8 @@ class IFlameCache(Cache):
         self.tokens_seen = 0
         # (B,) where in its row the mesh that is being decoded begins (behind padding or earlier meshes); None: at 0.
         self.mesh_starts: torch.Tensor | None = None
+        # Whether padding on the right of some row went through the states, which then cannot be continued.
+        self.ends_in_padding = False
         # For coordinates and for vertices: (B, 0..2, C) and (B, 1, C).
         self.open_groups: list[torch.Tensor | None] = [None, None]
         self.handed_up: list[torch.Tensor | None] = [None, None]

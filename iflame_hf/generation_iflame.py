@@ -44,6 +44,9 @@ class IFlameGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         given = model_kwargs.get("past_key_values")
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError("to generate, pad prompts on the left (padding_side='left'), not on the right")
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(

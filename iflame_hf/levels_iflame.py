@@ -55,11 +55,12 @@ def level_inputs(
         )
     positions = segments = None
     if seen > 0:
+        index = torch.arange(seen, seen + length, device=tokens.device)
         if past_key_values.mesh_starts is not None:
-            index = torch.arange(seen, seen + length, device=tokens.device)
             positions = index - past_key_values.mesh_starts.to(tokens.device)[:, None]
+        _check_continuation(index if positions is None else positions, attention_mask, position_ids, past_key_values)
     elif attention_mask is not None or position_ids is not None:
-        positions, segments = _meshes_in_rows(tokens, attention_mask, position_ids, past_key_values is not None)
+        positions, segments = _meshes_in_rows(tokens, attention_mask, position_ids, past_key_values)
         if past_key_values is not None and segments is not None:
             past_key_values.mesh_starts = (segments != segments[:, -1:]).sum(dim=1)
     if segments is None and seen + length > config.max_position_embeddings:
@@ -70,7 +71,23 @@ def level_inputs(
     return [_one_level(config, stride, tokens, seen, positions, segments, past_key_values) for stride in LEVEL_STRIDES]
 
 
-def _meshes_in_rows(tokens, attention_mask, position_ids, decoding):
+def _check_continuation(positions, attention_mask, position_ids, past_key_values):
+    """Refuses what tokens behind a filled cache cannot be: padding, another mesh, or behind padding themselves."""
+    if past_key_values.ends_in_padding:
+        raise ValueError(
+            "a cache filled with rows that are padded on the right cannot be continued: to generate, pad prompts on "
+            "the left (padding_side='left')"
+        )
+    # A look at the values waits for the device: once for many tokens, but not in every single step.
+    if torch.compiler.is_compiling() or positions.shape[-1] == 1:
+        return
+    if attention_mask is not None and not attention_mask[:, -positions.shape[-1] :].all():
+        raise ValueError("attention_mask has zeros between ones: tokens behind a filled cache cannot be padding")
+    if position_ids is not None and (position_ids.to(positions.device) != positions).any():
+        raise ValueError("position_ids of tokens behind a filled cache must count on from those it has seen")
+
+
+def _meshes_in_rows(tokens, attention_mask, position_ids, past_key_values):
     """Positions in the mesh and number of the mesh in its row, (B, T) each; None, None if every row is one mesh."""
     batch, length = tokens.shape[:2]
     index = torch.arange(length, device=tokens.device)
@@ -92,8 +109,8 @@ def _meshes_in_rows(tokens, attention_mask, position_ids, decoding):
     if attention_mask is not None:
         if runs.max() > 1:
             raise ValueError("attention_mask has zeros between ones: only padding at the ends of a row can be masked")
-        if decoding and not real[:, -1].all():
-            raise ValueError("to generate, pad prompts on the left (padding_side='left'), not on the right")
+        if past_key_values is not None:
+            past_key_values.ends_in_padding = not bool(real[:, -1].all())
     if (starts % TOKENS_PER_FACE != 0).any():
         row, column = (starts % TOKENS_PER_FACE != 0).nonzero()[0].tolist()
         raise ValueError(
