@@ -44,9 +44,6 @@ class IFlameGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         given = model_kwargs.get("past_key_values")
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and not mask[:, -1].all():
-            raise ValueError("to generate, pad prompts on the left (padding_side='left'), not on the right")
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(
@@ -61,3 +58,7 @@ class IFlameGenerationMixin(GenerationMixin):
             given._is_user_defined = True
         elif generation_config.use_cache:
             model_kwargs["past_key_values"] = IFlameCache(self.config)
+        mask = model_kwargs.get("attention_mask")
+        # Rows that go on from a cache may have ended before others, in padding.
+        if mask is not None and (given is None or not given.get_seq_length()) and not mask[:, -1].all():
+            raise ValueError("to generate, pad prompts on the left (padding_side='left'), not on the right")

@@ -269,7 +269,14 @@ class IFlameModel(IFlamePreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if self.gradient_checkpointing and self.training and use_cache:
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("there are no tokens: a mesh begins with the start face of nine bos tokens")
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise ValueError(
+                    "gradient checkpointing computes every block twice, which a cache does not survive: leave "
+                    "past_key_values out, or call gradient_checkpointing_disable()"
+                )
             use_cache = False
         if past_key_values is None and use_cache:
             past_key_values = IFlameCache(config)
