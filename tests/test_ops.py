@@ -199,7 +199,7 @@ def test_each_segment_of_a_row_starts_from_nothing(function, state, length, star
     agreement(function, length, state, starts)
 
 
-@pytest.mark.parametrize("starts", [None, [[0, 1000, 4095]], [[0, 4096]], [[0, 4097, 4150]], [[0, 64, 4160]]])
+@pytest.mark.parametrize("starts", [None, [[0, 1000, 4096]], [[0, 64, 4095, 4160]]])
 def test_rows_of_more_than_64_chunks_are_taken_in_groups(starts):
     length = 4200
     assert length > CHUNK_SIZE * CHUNK_SIZE
