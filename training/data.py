@@ -68,23 +68,25 @@ class ParquetMeshes:
     """
 
     def __init__(self, files: Sequence[str], max_samples: int | None = None):
-        optional = {"category", "name"}
+        optional, filled = {"category", "name"}, []
         for file in files:
             try:
-                names = set(pyarrow.parquet.read_schema(file).names)
+                metadata = pyarrow.parquet.read_metadata(file)
             except (OSError, pyarrow.ArrowInvalid) as error:
                 raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
+            names = set(metadata.schema.to_arrow_schema().names)
             missing = {"vertices", "faces"} - names
             if missing:
                 raise ValueError(f"{file} has no column {' and no column '.join(sorted(missing))}")
             optional &= names
+            filled += [str(file)] * (metadata.num_rows > 0)
+        if not filled:
+            raise ValueError(f"there is no mesh in {', '.join(map(str, files))}")
         self._data = datasets.load_dataset(
-            "parquet", data_files=list(files), split="train", columns=["vertices", "faces", *sorted(optional)]
+            "parquet", data_files=filled, split="train", columns=["vertices", "faces", *sorted(optional)]
         )
         if max_samples is not None:
             self._data = self._data.take(min(max_samples, len(self._data)))
-        if len(self._data) == 0:
-            raise ValueError(f"there is no mesh in {', '.join(files)}")
         table = self._data.with_format("arrow")
         self.num_faces = pyarrow.compute.list_value_length(table["faces"][:]).to_numpy().astype(np.int64)
         categories = self._data["category"][:] if "category" in optional else ["all"] * len(self._data)

@@ -1,0 +1,143 @@
+"""Which parameter is trained how, and learning rates over a run."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from small_models import small_model
+
+from training.optim import MuonAdamW, create_average, create_optimizer, learning_rate_curve, parameter_groups
+
+MATRIX = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
+EMBEDDING = r"model\.embed_tokens\.weight|lm_head\.weight"
+OTHER = (
+    r"model\.embed_norm\.weight|lm_head\.bias|model\.upsamplers\.[01]\.scale|"
+    r"model\.layers\.\d+\.(mlp\.(gate|up|down)_proj\.bias|self_attn\.norm\.weight|(input|post_attention)_layernorm\.weight)"
+)
+
+
+def set_gradients(model, seed):
+    random = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+
+
+def test_every_parameter_is_in_one_group_and_in_the_right_one():
+    model = small_model()
+    groups = parameter_groups(model)
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    for group, pattern in (("matrices", MATRIX), ("embeddings", EMBEDDING), ("others", OTHER)):
+        assert groups[group], group
+        assert [name for name in groups[group] if not re.fullmatch(pattern, name)] == []
+    assert all(parameter.ndim == 2 for parameter in groups["matrices"].values())
+
+
+def test_a_parameter_that_fits_no_group_is_named():
+    model = small_model()
+    model.model.layers[0].strange = torch.nn.Parameter(torch.zeros(2, 2, 2))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.strange"):
+        parameter_groups(model)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_torch"])
+def test_the_optimiser_holds_every_parameter_once(name):
+    model = small_model()
+    held = [id(p) for group in create_optimizer(model, name, 1e-3, 0.1).param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_torch"])
+def test_only_matrices_in_blocks_are_decayed(name):
+    model = small_model()
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    create_optimizer(model, name, lr=0.01, weight_decay=0.5).step()
+    decayed = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    assert decayed == {key for key in before if re.fullmatch(MATRIX, key)}
+    for key in decayed:
+        torch.testing.assert_close(model.get_parameter(key), before[key] * (1 - 0.01 * 0.5))
+
+
+def test_muon_with_adamw_steps_as_the_two_optimisers_of_torch_do_apart():
+    together, apart = small_model(), small_model()
+    ours = create_optimizer(together, "muon", lr=3e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    assert isinstance(ours, MuonAdamW)
+    parameters = dict(apart.named_parameters())
+    matrices = [parameter for name, parameter in parameters.items() if re.fullmatch(MATRIX, name)]
+    rest = [parameter for name, parameter in parameters.items() if not re.fullmatch(MATRIX, name)]
+    muon = torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0, betas=(0.8, 0.9), eps=1e-6)
+    for step in range(3):
+        set_gradients(together, step)
+        set_gradients(apart, step)
+        ours.step()
+        muon.step()
+        adamw.step()
+    for name, parameter in together.named_parameters():
+        torch.testing.assert_close(parameter, parameters[name], rtol=0, atol=0, msg=name)
+
+
+def test_an_optimiser_restored_from_its_state_goes_on_as_before():
+    models = [small_model(), small_model()]
+    optimizers = [create_optimizer(model, "muon", lr=3e-3, weight_decay=0.1) for model in models]
+    set_gradients(models[0], 0)
+    optimizers[0].step()
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        set_gradients(model, 1)
+        optimizer.param_groups[0]["lr"] = 1e-3  # as a scheduler does; it must reach Muon
+        optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    matrix = models[1].model.layers[0].self_attn.q_proj.weight
+    before = matrix.detach().clone()
+    for group in optimizers[1].param_groups:
+        group["lr"] = 0.0
+    optimizers[1].step()
+    assert torch.equal(matrix, before)
+
+
+def test_an_old_torch_without_muon_is_told_what_to_do(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ImportError, match=r"torch 2\.9.*--optim adamw_torch"):
+        create_optimizer(small_model(), "muon", 1e-3, 0.1)
+    create_optimizer(small_model(), "adamw_torch", 1e-3, 0.1)
+
+
+def test_an_unknown_optimiser_or_schedule_is_refused():
+    with pytest.raises(ValueError, match="'sgd'"):
+        create_optimizer(small_model(), "sgd", 1e-3, 0.1)
+    with pytest.raises(ValueError, match="'polynomial'"):
+        learning_rate_curve("polynomial", 0, 10)
+
+
+def test_warm_up_and_cosine():
+    curve = learning_rate_curve("cosine", 0.1, 100)
+    assert [curve(step) for step in (0, 5, 10)] == pytest.approx([0, 0.5, 1])
+    assert curve(55) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert curve(100) == pytest.approx(0, abs=1e-9)
+
+
+def test_warm_up_stable_decay_decays_over_the_last_fifth():
+    curve = learning_rate_curve("warmup_stable_decay", 10, 100)
+    assert [curve(step) for step in (5, 10, 50, 79)] == pytest.approx([0.5, 1, 1, 1])
+    assert 0 < curve(95) < curve(85) < 1
+    assert learning_rate_curve("warmup_stable_decay", 10, 100, {"num_decay_steps": 5})(90) == 1
+
+
+def test_the_moving_average_follows_its_formula():
+    model = torch.nn.Linear(2, 2)
+    average = create_average(model, decay=0.5)
+    values = [1.0, 3.0, -2.0, 5.0, 5.0, 0.0]
+    expected = None
+    for count, value in enumerate(values):
+        torch.nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+        kept = min(0.5, (1 + count) / (10 + count))
+        expected = value if expected is None else kept * expected + (1 - kept) * value
+    torch.testing.assert_close(average.module.weight, torch.full((2, 2), expected))
