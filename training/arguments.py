@@ -211,7 +211,7 @@ def _read_yaml(path: Path) -> list[str]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid yaml: {error}") from error
+        raise ValueError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold lines of the form 'option: value'")
     options = []

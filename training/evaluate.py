@@ -131,7 +131,7 @@ def draw_samples(
         sequences = model.generate(
             do_sample=True,
             num_return_sequences=count,
-            max_new_tokens=TOKENS_PER_FACE * (max_faces + 1),
+            max_new_tokens=TOKENS_PER_FACE * max_faces + 1,  # the last may say that the mesh ends
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

@@ -1,0 +1,80 @@
+"""Options from a yaml file and the command line."""
+
+import pytest
+
+from training.arguments import parse_arguments
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def error_of(capsys, *argv):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(list(argv))
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_defaults_need_no_argument():
+    assert parse_arguments([]).train.max_steps == -1
+
+
+def test_the_command_line_goes_before_the_file(tmp_path):
+    text = """
+        learning_rate: 1e-3
+        max_steps: 7
+        stage_layers: [1, 2, 3, 2, 1]
+        bf16: true
+        scale_augmentation: false
+        save_total_limit: null
+        lr_scheduler_kwargs: {min_lr_rate: 0.1}
+    """
+    arguments = parse_arguments([write(tmp_path, text), "--max_steps", "9", "--row-length", "180"])
+    assert arguments.train.learning_rate == 1e-3 and arguments.train.max_steps == 9
+    assert arguments.model.stage_layers == [1, 2, 3, 2, 1]
+    assert arguments.train.bf16 is True and arguments.data.scale_augmentation is False
+    assert arguments.schedule_kwargs() == {"min_lr_rate": 0.1}
+    assert arguments.data.row_length == 180 and arguments.train.save_total_limit == 3
+    assert parse_arguments(["--no_shift_augmentation"]).data.shift_augmentation is False
+
+
+def test_every_option_is_in_the_dictionary_that_checkpoints_keep():
+    named = parse_arguments(["--hidden_size", "64", "--train_file", "a", "b", "--seed", "3"]).to_dict()
+    assert (named["hidden_size"], named["train_file"], named["seed"]) == (64, ["a", "b"], 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lerning_rate", "1"], "no such option: --lerning_rate (did you mean learning_rate?)"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--row_length", "100"], "row_length must be a multiple of nine"),
+        (["--bf16", "--fp16"], "bf16 and fp16"),
+        (["--max_steps", "0"], "nothing to train"),
+        (["--logging_steps", "0"], "logging_steps must be at least 1"),
+        (["--lr_scheduler_kwargs", "{min: 1}"], "lr_scheduler_kwargs must be JSON"),
+        (["--lr_scheduler_kwargs", "[1]"], "lr_scheduler_kwargs must be a JSON object"),
+        (["--validation_file", "a.parquet"], "needs a train_file"),
+        (["--long_meshes", "shorten"], "invalid choice: 'shorten'"),
+        (["nowhere.yaml"], "no configuration file nowhere.yaml"),
+    ],
+)
+def test_what_makes_no_sense_is_said_in_a_line(capsys, argv, message):
+    assert message in error_of(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "no such option: learning_rat (did you mean learning_rate?)"),
+        ("- learning_rate", "lines of the form"),
+        ("a: [1", "is not valid yaml"),
+        ("max_steps: many", "invalid int value: 'many'"),
+        ("bf16: maybe", "bf16"),
+    ],
+)
+def test_a_fault_in_the_file_is_named(tmp_path, capsys, text, message):
+    assert message in error_of(capsys, write(tmp_path, text))
