@@ -1,0 +1,566 @@
+"""Publishing: what goes up is whole, works by itself, holds no secret, and gets there through the real client."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_server import Commit, LoopbackHub, Repository
+from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import load_file, save_file
+from small_models import small_model
+
+import hub_upload
+from hub_upload import (
+    UploadError,
+    build_folder,
+    lay_out_cache,
+    load_checkpoint,
+    main,
+    publish,
+    published_files,
+    run_in_clean_process,
+    verify_folder,
+)
+from iflame_hf import IFlameForCausalLM, IFlameTokenizer
+from training import checkpointing, model_card, reporting
+
+ROOT = Path(__file__).resolve().parents[1]
+REPO_ID = "someone/small-meshes"
+# Made up, in the form of real ones; put together here so that no scanner takes this file for a leak.
+TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+OTHER_TOKEN = "hf_" + "HGFEDCBAzyxwvutsrqponmlkjihgfedcba"
+# The client sends files in a way that its own HTTP library calls outdated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+EVALUATION = {
+    "eval_loss": 1.25,
+    "eval_perplexity": 3.49,
+    "eval_token_accuracy": 0.61,
+    "eval_vertex_accuracy": 0.4,
+    "eval_face_accuracy": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The output folder of a run, with everything in it that must not be published."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    model = small_model()
+    model.save_pretrained(folder)
+    IFlameTokenizer().save_pretrained(folder)
+    (folder / "samples.png").write_bytes(b"\x89PNG\r\n picture")
+    for number in range(2):
+        (folder / f"sample-{number:02d}.glb").write_bytes(b"glTF mesh %d" % number)
+    (folder / "sample-02.glb").write_text("not a mesh")
+    log = [{"step": 10, "loss": 2.0}, {"step": 10, **EVALUATION, "eval_loss": 1.5}, {"step": 20, **EVALUATION}]
+    log[-1]["eval_by_category"] = {"chair": {"loss": 1.0, "face_accuracy": 0.25}}
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    state = folder / "checkpoint-20"
+    (folder / "samples-10").mkdir()
+    state.mkdir()
+    arguments = {"train_file": None, "model_name_or_path": None, "sample_max_faces": 4, "top_p": 0.9}
+    progress = {"step": 20, "labels": 12345, "seconds": 120.0, "arguments": arguments}
+    (state / "trainer_state.json").write_text(json.dumps(progress))
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "events.out.tfevents.host", ".env", "token"):
+        (folder / name).write_text(f"secret of this machine {OTHER_TOKEN}")
+        (state / name).write_text("secret of this machine")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return load_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint, loaded, tmp_path_factory):
+    """The folder that is published."""
+    folder = tmp_path_factory.mktemp("built")
+    build_folder(*loaded, checkpoint, folder, REPO_ID)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that this process and clean processes talk to, in which only `someone` may write."""
+    with LoopbackHub(someone=TOKEN, stranger=OTHER_TOKEN) as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        hub.settings = settings
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
+
+
+def files_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def on_main(hub):
+    return hub.repositories[REPO_ID].branches["main"]
+
+
+def copy_of(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+# What is published
+
+
+def test_a_dry_run_verifies_and_shows_all_that_would_go_up_without_a_network(checkpoint, tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("HF_TOKEN", None)
+    out = tmp_path / "new" / "folder"
+    command = [sys.executable, ROOT / "hub_upload.py", checkpoint, "--repo-id", REPO_ID, "--dry-run"]
+    run = subprocess.run(
+        [*command, "--output-dir", out], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    kept = files_of(out)
+    code = {path.name for path in (ROOT / "iflame_hf").glob("*_iflame.py")}
+    assert set(kept) == code | {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+        "samples.png",
+        "samples/sample-00.glb",
+        "samples/sample-01.glb",
+    }
+    listed = dict(re.findall(r"^ *([\d,]+)  (\S+)$", run.stdout, re.MULTILINE)[i][::-1] for i in range(len(kept)))
+    assert {name: int(size.replace(",", "")) for name, size in listed.items()} == {k: len(v) for k, v in kept.items()}
+    assert "dry run: nothing was sent" in run.stdout
+    assert "computes what the checkpoint does" in run.stdout
+    assert [path.name for path in out.parent.iterdir()] == ["folder"], "nothing is left beside it"
+    for name, content in kept.items():
+        assert str(checkpoint).encode() not in content, f"{name} names a path of this machine"
+        assert b"secret of this machine" not in content
+
+
+def test_the_code_that_is_published_is_that_of_the_project(built):
+    code = {path.name: path.read_bytes() for path in (ROOT / "iflame_hf").glob("*_iflame.py")}
+    assert len(code) >= 7
+    assert {name: content for name, content in files_of(built).items() if name.endswith(".py")} == code
+
+
+def test_code_references_to_another_repository_do_not_survive(checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {name: f"other/model--{where}" for name, where in config["auto_map"].items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    build_folder(*load_checkpoint(folder), folder, out, REPO_ID)
+    auto_map = json.loads((out / "config.json").read_text())["auto_map"]
+    assert len(auto_map) == 3 and not any("--" in where for where in auto_map.values())
+
+
+def test_large_weights_are_split_and_keep_their_precision(checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    half = IFlameForCausalLM.from_pretrained(folder).to(torch.bfloat16)
+    half.save_pretrained(folder)
+    out = tmp_path / "out"
+    out.mkdir()
+    build_folder(*load_checkpoint(folder), folder, out, REPO_ID, max_shard_size="50KB")
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1 and (out / "model.safetensors.index.json").is_file()
+    weights = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert weights.keys() == half.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in half.state_dict().items())
+    assert published_files(out).keys() >= {shard.name for shard in shards}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: shutil.rmtree(folder), "there is no folder"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "no iFlame model.*'llama'"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "holds no tokenizer"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "cannot be loaded"),
+        (lambda folder: (folder / "generation_config.json").write_text("[]"), "generation_config.json cannot be read"),
+        (lambda folder: edit_weights(folder, lambda w: w.pop("lm_head.bias")), "lack lm_head.bias"),
+        (lambda folder: edit_weights(folder, lambda w: w.update(x=torch.ones(1))), "do not belong to the model: x"),
+        (
+            lambda folder: edit_weights(folder, lambda w: w.update({"lm_head.bias": torch.ones(3)})),
+            "sizes.*: lm_head.bias",
+        ),
+        (
+            lambda folder: IFlameTokenizer(64).save_pretrained(folder),
+            "do not fit: coordinate_resolution is 128 and 64",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_is_refused_in_plain_words(checkpoint, tmp_path, capsys, damage, reason):
+    folder = copy_of(checkpoint, tmp_path)
+    damage(folder)
+    assert main([str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"hub_upload: .*{reason}", error), error
+    assert "copy" in error, "the folder is named"
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_log_that_cannot_be_read_is_named(checkpoint, loaded, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    (folder / "log.jsonl").write_text('{"step": 1, "eval_lo')
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UploadError, match=r"log\.jsonl cannot be read"):
+        build_folder(*loaded, folder, tmp_path / "out", REPO_ID)
+
+
+def test_a_folder_with_files_in_it_is_not_built_into(checkpoint, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    command = [str(checkpoint), "--repo-id", REPO_ID, "--dry-run", "--output-dir", str(tmp_path)]
+    assert main(command) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_called_that(checkpoint, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(hub_upload, "build_folder", fail)
+    assert main([str(checkpoint), "--repo-id", REPO_ID, "--dry-run"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("hub_upload: the disk is full: ")
+
+
+@pytest.mark.parametrize("repo_id", ["no-user", "a/b/c", "user/with space", "/x"])
+def test_a_name_that_the_hub_has_no_place_for_is_refused_at_once(repo_id, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["nowhere", "--repo-id", repo_id])
+    assert exit.value.code == 2
+    assert "USER/NAME" in capsys.readouterr().err
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    ("file", "secret", "kind"),
+    [
+        ("config.json", f'{{"note": "{OTHER_TOKEN}"}}', "a Hugging Face token"),
+        ("README.md", "clone https://me:pass@host/x", "a password in an address"),
+        ("tokenizer_config.json", '{"api_key": "0123456789"}', "a password or key"),
+        ("samples/mesh.glb", "glTF -----BEGIN RSA PRIVATE" + " KEY-----", "a private key"),
+        ("ops_iflame.py", "key = 'ghp_" + "0" * 36 + "'", "a GitHub or GitLab token"),
+        ("samples.png", "AKIA" + "ABCDEFGH12345678", "an API key"),
+        ("generation_config.json", "what I log in with", "your access token"),
+    ],
+)
+def test_a_file_with_a_secret_is_not_published(built, tmp_path, hub, file, secret, kind):
+    folder = copy_of(built, tmp_path)
+    (folder / file).write_text(secret)
+    with pytest.raises(UploadError, match=f"^{file} holds what looks like {kind}") as refused:
+        publish(folder, REPO_ID, "what I log in with")
+    assert secret not in str(refused.value)
+    assert hub.requests == []
+
+
+def test_a_secret_in_the_configuration_of_a_checkpoint_stops_the_run(checkpoint, tmp_path, capsys):
+    folder = copy_of(checkpoint, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "uploaded_with": OTHER_TOKEN}))
+    assert main([str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    assert "config.json holds what looks like a Hugging Face token" in error and OTHER_TOKEN not in error
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.bin", "random_states_0.pkl", "trainer_state.json", "x/config.json", ".env", "samples/x.txt"]
+)
+def test_files_that_are_no_part_of_a_model_are_not_published(built, tmp_path, hub, name):
+    folder = copy_of(built, tmp_path)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    with pytest.raises(UploadError, match=f"^{name} is no part"):
+        publish(folder, REPO_ID, TOKEN)
+    assert hub.requests == []
+
+
+def test_the_published_files_of_the_project_pass_the_search_for_secrets(built):
+    assert published_files(built, TOKEN).keys() == files_of(built).keys()
+
+
+# The model card
+
+
+def test_the_card_tells_the_hub_what_the_run_recorded(built):
+    card = ModelCard.load(built / "README.md")
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-to-3d", "mit")
+    assert "mesh-generation" in data.tags
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        name.removeprefix("eval_"): value for name, value in EVALUATION.items()
+    }
+    assert data.model_name == "small-meshes"
+    assert "| all | 1.25 | 3.49 | 0.61 | 0.4 | 0.2 |" in card.text
+    assert "| chair | 1 |  |  |  | 0.25 |" in card.text
+    assert "20 steps, 12,345 tokens learnt from, 2.0 minutes" in card.text
+    assert "![Meshes that the model generated](samples.png)" in card.text
+    assert "procedural meshes" in card.text
+
+
+def test_the_card_of_a_checkpoint_has_the_figures_of_its_own_step(checkpoint):
+    assert model_card.read_run(checkpoint / "checkpoint-20").evaluation["step"] == 20
+    (checkpoint / "checkpoint-10").mkdir(exist_ok=True)
+    assert model_card.read_run(checkpoint / "checkpoint-10").evaluation["eval_loss"] == 1.5
+
+
+def test_the_best_checkpoint_is_described_where_it_is_what_the_run_left(checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path)
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "eval_loss": 9.0}) + "\n")
+    assert model_card.read_run(folder).evaluation["step"] == 30
+    state = folder / "checkpoint-20" / "trainer_state.json"
+    progress = json.loads(state.read_text())
+    progress["arguments"]["load_best_model_at_end"] = True
+    state.write_text(json.dumps(progress))
+    assert model_card.read_run(folder).evaluation["step"] == 20
+
+
+def test_a_model_of_unknown_origin_is_not_given_a_licence(loaded):
+    card = ModelCard(model_card.model_card(loaded[0], model_card.RunRecord(), REPO_ID))
+    assert card.data.license is None and "has not been stated" in card.text
+    assert card.data.eval_results is None and "## Evaluation" not in card.text
+
+
+def test_licence_data_sets_and_base_model_reach_the_metadata(loaded, tmp_path):
+    run = model_card.RunRecord(progress={"arguments": {"train_file": ["x"], "model_name_or_path": "someone/base"}})
+    card = ModelCard(model_card.model_card(loaded[0], run, REPO_ID, license="cc-by-4.0", datasets=["a/b", "c/d"]))
+    assert (card.data.license, card.data.datasets, card.data.base_model) == (
+        "cc-by-4.0",
+        ["a/b", "c/d"],
+        "someone/base",
+    )
+    (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\ndatasets:\n- e/f\n---\n")
+    again = ModelCard(model_card.model_card(loaded[0], model_card.read_run(tmp_path), REPO_ID))
+    assert (again.data.license, again.data.datasets) == ("cc0-1.0", ["e/f"])
+
+
+def test_the_card_reads_the_files_that_training_writes():
+    assert (model_card.STATE, model_card.LOG) == (checkpointing.STATE, reporting.LOG)
+
+
+def test_the_citation_names_the_papers_authors(built):
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    card = (built / "README.md").read_text()
+    assert f"author  = {{{authors}}}" in card and f"title   = {{{paper['title']}}}" in card
+
+
+# Verification
+
+
+def test_a_folder_without_a_module_that_the_model_imports_is_not_verified(built, loaded, tmp_path):
+    folder = copy_of(built, tmp_path)
+    (folder / "levels_iflame.py").unlink()
+    with pytest.raises(UploadError, match="does not work where .*imports levels_iflame.py, which is missing"):
+        verify_folder(folder, REPO_ID, loaded[0])
+
+
+def test_a_folder_whose_code_fails_is_not_verified_and_the_error_is_shown(built, loaded, tmp_path):
+    folder = copy_of(built, tmp_path)
+    with (folder / "mesh_iflame.py").open("a") as file:
+        file.write("\nimport iflame_hf\n")
+    with pytest.raises(UploadError, match="does not work where .*iflame_hf"):
+        verify_folder(folder, REPO_ID, loaded[0])
+
+
+def test_a_folder_with_altered_weights_is_not_verified(built, loaded, tmp_path):
+    folder = copy_of(built, tmp_path)
+    edit_weights(folder, lambda weights: weights["model.layers.2.mlp.up_proj.weight"].mul_(1.01))
+    with pytest.raises(UploadError, match="computes something else: logits differ by"):
+        verify_folder(folder, REPO_ID, loaded[0])
+
+
+def test_a_model_of_broken_weights_is_not_verified(built):
+    model = small_model()
+    model.lm_head.bias.data[5] = float("nan")
+    with pytest.raises(UploadError, match="not finite"):
+        verify_folder(built, REPO_ID, model)
+
+
+# The upload, through the real client
+
+
+def test_what_is_uploaded_loads_from_the_hub_by_its_name_and_the_cards_snippet_runs(
+    checkpoint, loaded, hub, tmp_path, capsys
+):
+    assert main([str(checkpoint), "--repo-id", REPO_ID, "--token", TOKEN]) == 0
+    output = capsys.readouterr()
+    assert f"published: {hub.url}/{REPO_ID}" in output.out
+    assert TOKEN not in output.out + output.err
+
+    assert len(on_main(hub)) == 2, "one commit on top of the new repository's own"
+    uploaded = on_main(hub)[-1].files
+    assert sorted(on_main(hub)[-1].changed) == sorted(set(uploaded) - {".gitattributes"})
+    assert not any(TOKEN.encode() in content for content in uploaded.values())
+
+    snippet = re.search(r"```python\n(.*?)```", uploaded["README.md"].decode(), re.DOTALL)[1]
+    assert f'"{REPO_ID}"' in snippet and "'top_p': 0.9" in snippet and "9 * 5" in snippet
+    home = tmp_path / "home"
+    greedy = (
+        f"model.generate(do_sample=False, max_new_tokens=27, eos_token_id=None).tolist() == {self_generated(loaded)}"
+    )
+    process = run_in_clean_process(f"{snippet}\nassert {greedy}", home, hub.settings)
+    assert process.returncode == 0, process.stderr
+    assert sorted(path.name for path in home.glob("*.glb")) == [f"mesh_{number}.glb" for number in range(4)]
+
+    # The client's own cache has the form of the one that verification lays out.
+    folder = tmp_path / "folder"
+    for name in ("config.json", "model.safetensors", "modeling_iflame.py"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(uploaded[name])
+    lay_out_cache(folder, tmp_path / "ours", REPO_ID)
+    (repository,) = (home / "hub").glob("models--*")
+    ours = tmp_path / "ours" / "hub" / repository.name
+    assert (repository / "refs" / "main").read_text() == on_main(hub)[-1].oid
+    assert len((ours / "refs" / "main").read_text()) == len(on_main(hub)[-1].oid)
+    for path in (repository, ours):
+        (snapshot,) = (path / "snapshots").iterdir()
+        assert snapshot.name == (path / "refs" / "main").read_text()
+        assert (snapshot / "model.safetensors").resolve().read_bytes() == uploaded["model.safetensors"]
+
+
+def self_generated(loaded):
+    return loaded[0].generate(do_sample=False, max_new_tokens=27, eos_token_id=None).tolist()
+
+
+def test_the_same_folder_again_makes_no_second_commit(built, hub):
+    publish(built, REPO_ID, TOKEN)
+    publish(built, REPO_ID, TOKEN)
+    assert len(on_main(hub)) == 2
+    uploaded = {name: content for name, content in on_main(hub)[-1].files.items() if name != ".gitattributes"}
+    assert uploaded == files_of(built)
+
+
+def test_files_of_an_earlier_upload_go_in_the_same_commit_and_others_stay(built, hub, tmp_path):
+    earlier = {"model-00001-of-00002.safetensors": b"old", "old_iflame.py": b"old", "my-notes.md": b"mine"}
+    hub.repositories[REPO_ID] = Repository()
+    on_main(hub)[-1].files.update(earlier)
+    publish(built, REPO_ID, TOKEN)
+    assert len(on_main(hub)) == 2
+    assert set(on_main(hub)[-1].files) == set(files_of(built)) | {".gitattributes", "my-notes.md"}
+
+
+def test_an_upload_can_go_to_a_branch_or_become_a_pull_request(built, hub):
+    assert publish(built, REPO_ID, TOKEN, revision="v2") == f"{hub.url}/{REPO_ID}/tree/v2"
+    branches = hub.repositories[REPO_ID].branches
+    assert len(branches["main"]) == 1 and len(branches["v2"]) == 2
+    assert publish(built, REPO_ID, TOKEN, create_pr=True, commit_message="Try this").endswith("/discussions/1")
+    assert len(branches["main"]) == 1 and branches["refs/pr/1"][-1].message == "Try this"
+
+
+def test_the_snippet_of_another_branch_loads_that_branch(loaded):
+    assert (
+        model_card.usage_snippet(loaded[0], model_card.RunRecord(), REPO_ID, "v2").count(
+            'revision="v2", trust_remote_code=True'
+        )
+        == 2
+    )
+
+
+def test_a_private_upload_stays_private(built, hub):
+    publish(built, REPO_ID, TOKEN, private=True)
+    assert hub.repositories[REPO_ID].private
+    hub.repositories["someone/public"] = Repository()
+    with pytest.raises(UploadError, match="exists and is public"):
+        publish(built, "someone/public", TOKEN, private=True)
+    assert len(hub.repositories["someone/public"].branches["main"]) == 1
+
+
+def test_a_repository_of_another_model_is_not_overwritten(built, hub):
+    hub.repositories[REPO_ID] = Repository()
+    on_main(hub)[-1].files["config.json"] = b'{"model_type": "llama"}'
+    with pytest.raises(UploadError, match="holds another model, of the type llama"):
+        publish(built, REPO_ID, TOKEN)
+    assert len(on_main(hub)) == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "failure", "reason"),
+    [
+        ("wrong-token-0123", REPO_ID, None, "does not accept the access token"),
+        (OTHER_TOKEN, REPO_ID, None, "may not write there"),
+        (TOKEN, "stranger/model", None, "may not write there"),
+        (TOKEN, REPO_ID, ("POST", "/commit/", 500), "problem of its own .status 500.*run the same command again"),
+        (TOKEN, REPO_ID, ("POST", "/create", 429), "too many requests"),
+        (TOKEN, REPO_ID, ("PUT", "/lfs-objects/", 403), "may not write there"),
+        (TOKEN, REPO_ID, ("POST", "/create", 0), "cannot be reached"),
+        (TOKEN, REPO_ID, ("POST", "/commit/", 0), "cannot be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_plain_words_and_leaves_nothing_half_published(
+    built, hub, token, repo_id, failure, reason
+):
+    if failure:
+        hub.fail(*failure, message=f"refused, {token}", times=20)
+    with pytest.raises(UploadError, match=reason) as refused:
+        publish(built, repo_id, token)
+    assert token not in str(refused.value)
+    assert all(len(branch) == 1 for each in hub.repositories.values() for branch in each.branches.values())
+
+
+def test_a_commit_of_somebody_else_in_the_meantime_is_not_overwritten(built, hub, monkeypatch):
+    create_commit = HfApi.create_commit
+
+    def after_another(api, *arguments, **options):
+        on_main(hub).append(Commit({"README.md": b"theirs"}))
+        return create_commit(api, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", after_another)
+    with pytest.raises(UploadError, match="changed by somebody else"):
+        publish(built, REPO_ID, TOKEN)
+    assert on_main(hub)[-1].files == {"README.md": b"theirs"}
+
+
+def test_without_a_network_the_error_says_so_and_main_ends_with_status_1(checkpoint, built, monkeypatch, hub, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub_upload, "verify_folder", lambda *arguments: None)
+    assert main([str(checkpoint), "--repo-id", REPO_ID, "--token", TOKEN]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("hub_upload: the Hub cannot be reached")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UploadError, match="HF_HUB_OFFLINE is set"):
+        publish(built, REPO_ID, TOKEN)
+
+
+def test_without_a_token_nothing_is_even_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(hub_upload, "get_token", lambda: None)
+    assert main(["nowhere", "--repo-id", REPO_ID]) == 1
+    assert "no access token" in capsys.readouterr().err
+
+
+def test_passing_faults_of_the_server_are_tried_again(built, hub):
+    hub.fail("PUT", "/lfs-objects/", 503)
+    hub.fail("POST", "/preupload/", 502)
+    publish(built, REPO_ID, TOKEN)
+    assert len(on_main(hub)) == 2
+    assert on_main(hub)[-1].files["model.safetensors"] == (built / "model.safetensors").read_bytes()
+
+
+def test_an_interrupted_upload_goes_on_with_what_the_hub_already_has(built, hub):
+    hub.fail("POST", "/commit/", 500)
+    with pytest.raises(UploadError):
+        publish(built, REPO_ID, TOKEN)
+    sent = hub.sent("PUT", "/lfs-objects/")
+    assert sent == len([name for name in files_of(built) if name.endswith((".safetensors", ".glb", ".png"))])
+    publish(built, REPO_ID, TOKEN)
+    assert hub.sent("PUT", "/lfs-objects/") == sent
+    assert len(on_main(hub)) == 2

@@ -1,0 +1,226 @@
+"""The page of a model on the Hugging Face Hub: README.md with metadata, from what a run left in its folder."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+
+# What train.py writes; its own modules need packages that publishing does not.
+STATE = "trainer_state.json"
+LOG = "log.jsonl"
+# The nearest of the Hub's tasks: none is for 3D from nothing, and a model without a task passes for a text generator.
+PIPELINE_TAG = "text-to-3d"
+METRICS = {
+    "loss": "loss, nats a token",
+    "perplexity": "perplexity",
+    "token_accuracy": "coordinates right",
+    "vertex_accuracy": "vertices right",
+    "face_accuracy": "faces right",
+}
+PROCEDURAL = "procedural meshes of furniture and buildings"
+CITATION = """\
+@article{wang2025iflame,
+  title   = {iFlame: Interleaving Full and Linear Attention for Efficient Mesh Generation},
+  author  = {Wang, Hanxiao and Zhang, Biao and Quan, Weize and Yan, Dong-Ming and Wonka, Peter},
+  journal = {arXiv preprint arXiv:2503.16653},
+  year    = {2025}
+}"""
+
+
+@dataclass
+class RunRecord:
+    """What the folder of a run tells of it; all empty for a model that comes from elsewhere."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)  # of the README.md in it
+    progress: dict[str, Any] = field(default_factory=dict)  # of its latest checkpoint
+    evaluation: dict[str, Any] = field(default_factory=dict)  # of the weights in it
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.progress.get("arguments", {})
+
+    @property
+    def procedural(self) -> bool:
+        """Whether the project's own meshes are all that the model has learnt from."""
+        return bool(self.arguments) and not (
+            self.arguments.get("train_file") or self.arguments.get("model_name_or_path")
+        )
+
+
+def read_run(folder: Path) -> RunRecord:
+    """
+    The record of a run from its output folder, or from one of its checkpoints.
+
+    Raises:
+        ValueError: a file of the run cannot be read, naming it.
+    """
+    run = RunRecord()
+    card, output_dir, step = folder / "README.md", folder, None
+    if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+        output_dir, step = folder.parent, int(match[1])
+    states = [path for path in output_dir.glob(f"checkpoint-*/{STATE}") if step is None or path.parent == folder]
+    path = card
+    try:
+        if card.is_file():
+            run.metadata = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        for path in states:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+            if progress["step"] >= run.progress.get("step", 0):
+                run.progress = progress
+        path = output_dir / LOG
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        evaluations = [line for line in map(json.loads, lines) if "eval_loss" in line]
+        if step is not None:
+            evaluations = [line for line in evaluations if line["step"] == step]
+        elif run.arguments.get("load_best_model_at_end"):
+            evaluations.sort(key=lambda line: -line["eval_loss"])
+        run.evaluation = evaluations[-1] if evaluations else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
+    return run
+
+
+def model_card(
+    model: PreTrainedModel,
+    run: RunRecord,
+    repo_id: str,
+    revision: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    samples: Sequence[str] = (),
+) -> str:
+    """
+    The text of README.md for an iFlame model.
+
+    Args:
+        repo_id: name on the Hub, as the snippet uses it; `revision` likewise, if it is not the main branch.
+        license: identifier of the Hub's list; by default what the metadata of the run say, and mit for a model that
+            has learnt from the project's own meshes alone.
+        datasets: names on the Hub of what it was trained on; by default what the metadata of the run say.
+        samples: generated files that lie beside the card: samples.png, samples/*.glb.
+    """
+    name = repo_id.split("/")[-1]
+    datasets = list(datasets) or run.metadata.get("datasets") or []
+    license = license or run.metadata.get("license") or ("mit" if run.procedural else None)
+    judged_on = PROCEDURAL if run.procedural else ", ".join(datasets) or "meshes of the run"
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=["iflame", "mesh-generation", "mesh", "3d"],
+        base_model=_base_model(run),
+        license=license,
+        license_name=run.metadata.get("license_name"),
+        license_link=run.metadata.get("license_link"),
+        datasets=datasets or None,
+    )
+    figures = {metric: run.evaluation[f"eval_{metric}"] for metric in METRICS if f"eval_{metric}" in run.evaluation}
+    if figures:
+        data.model_name = name
+        data.eval_results = [
+            EvalResult(
+                task_type=PIPELINE_TAG,
+                task_name="Mesh generation",
+                dataset_type=datasets[0] if datasets else "meshes",
+                dataset_name=f"{judged_on}, held out",
+                metric_type=metric,
+                metric_name=METRICS[metric],
+                metric_value=value,
+            )
+            for metric, value in figures.items()
+        ]
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n\n# {name}",
+        _introduction(model, samples),
+        _usage(model, run, repo_id, revision),
+        _evaluation({"all": figures, **run.evaluation.get("eval_by_category", {})}, judged_on) if figures else "",
+        _training(run, datasets),
+        _licence(license),
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def usage_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
+    """Python code that generates meshes with the published model, as the samples of the run were generated."""
+    at = f'revision="{revision}", ' if revision else ""
+    faces = run.arguments.get("sample_max_faces") or model.generation_config.max_length // TOKENS_PER_FACE - 2
+    sampling = {"do_sample": True}
+    sampling |= {name: run.arguments[name] for name in ("temperature", "top_k", "top_p") if name in run.arguments}
+    return f"""\
+from transformers import AutoModel, AutoTokenizer
+
+name = "{repo_id}"
+tokenizer = AutoTokenizer.from_pretrained(name, {at}trust_remote_code=True)
+model = AutoModel.from_pretrained(name, {at}trust_remote_code=True)
+
+sampling = {sampling}
+# at most {faces} faces, and the end of the mesh
+ids = model.generate(num_return_sequences=4, max_new_tokens={TOKENS_PER_FACE} * {faces + 1}, **sampling)
+for number, mesh in enumerate(tokenizer.batch_decode_mesh(ids)):
+    mesh.export(f"mesh_{{number}}.glb")"""
+
+
+def _base_model(run: RunRecord) -> str | None:
+    """The Hub name of the model that training began from; a path of this machine says nothing to others."""
+    name = run.arguments.get("model_name_or_path") or ""
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name) else None
+
+
+def _introduction(model: PreTrainedModel, samples: Sequence[str]) -> str:
+    config = model.config
+    lines = [
+        "An [iFlame](https://arxiv.org/abs/2503.16653) model: it generates triangle meshes, coordinate by coordinate, "
+        "from nothing or from a part of a mesh. It takes no text.",
+        f"{model.num_parameters():,} parameters; {config.num_hidden_layers} blocks of {config.hidden_size} channels "
+        "over coordinates, vertices and faces, with linear and full attention; "
+        f"{config.coordinate_resolution + 1} levels of each coordinate.",
+    ]
+    if "samples.png" in samples:
+        lines.append("![Meshes that the model generated](samples.png)")
+    if meshes := [sample for sample in samples if sample.endswith(".glb")]:
+        lines.append(f"The folder `samples` holds {len(meshes)} generated meshes as glb files.")
+    return "\n\n".join(lines)
+
+
+def _usage(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None) -> str:
+    return (
+        '## Use\n\n```bash\npip install torch "transformers>=5.17,<6" trimesh\n```\n\n'
+        f"```python\n{usage_snippet(model, run, repo_id, revision)}\n```\n\n"
+        "To complete a mesh, let `generate` begin with its ids without an end: "
+        '`torch.tensor([tokenizer.encode_mesh("part.obj", add_end=False)])`.'
+    )
+
+
+def _evaluation(rows: dict[str, dict[str, float]], judged_on: str) -> str:
+    table = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for row, values in rows.items():
+        cells = [f"{values[metric]:.4g}" if metric in values else "" for metric in METRICS]
+        table.append(f"| {row} | " + " | ".join(cells) + " |")
+    lines = "\n".join(table)
+    return f"## Evaluation\n\nOn held-out {judged_on}, every token predicted from the true ones before it:\n\n{lines}"
+
+
+def _training(run: RunRecord, datasets: Sequence[str]) -> str:
+    lines = []
+    if run.procedural:
+        lines.append(f"Trained on {PROCEDURAL}, which the project generates itself.")
+    elif datasets:
+        names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
+        lines.append(f"Trained on {names}.")
+    if labels := run.progress.get("labels"):
+        minutes = run.progress["seconds"] / 60
+        lines.append(f"{run.progress['step']:,} steps, {labels:,} tokens learnt from, {minutes:,.1f} minutes.")
+    return "\n\n".join(["## Training", *lines]) if lines else ""
+
+
+def _licence(license: str | None) -> str:
+    weights = f"The weights: {license}." if license else "The licence of the weights has not been stated."
+    return f"## Licence\n\n{weights} The code, `*_iflame.py`: MIT."
