@@ -23,6 +23,8 @@ class LevelInputs(NamedTuple):
     slopes: torch.Tensor  # (H,) decay rates of linear attention
     positions: torch.Tensor | None  # (B, T) positions in the mesh; None: no mesh begins behind the start of its row
     segments: torch.Tensor | None  # (B, T) number of the mesh in its row; None: the T items of a row are of one mesh
+    # (B,) False where no item of the mesh that ends the row is complete yet; None: the last item is of that mesh
+    has_begun: torch.Tensor | None
     # (B or 1, 1, T, P + T), True where an item may look; (B, P + T) for flash; a BlockMask for flex attention
     attention_mask: torch.Tensor | None
     flash_bounds: tuple[torch.Tensor, int] | None  # bounds of the meshes of all rows laid end to end; the longest
@@ -75,8 +77,8 @@ def _check_continuation(positions, attention_mask, position_ids, past_key_values
     """Refuses what tokens behind a filled cache cannot be: padding, another mesh, or behind padding themselves."""
     if past_key_values.ends_in_padding:
         raise ValueError(
-            "a cache filled with rows that are padded on the right cannot be continued: to generate, pad prompts on "
-            "the left (padding_side='left')"
+            "a cache filled with rows that end in padding cannot be continued: to generate, pad prompts on the left "
+            "(padding_side='left')"
         )
     # A look at the values waits for the device: once for many tokens, but not in every single step.
     if torch.compiler.is_compiling() or positions.shape[-1] == 1:
@@ -138,9 +140,11 @@ def _one_level(config, stride, tokens, seen, positions, segments, past_key_value
 
     implementation = config._attn_implementation or ""
     flash = "flash" in implementation
-    mask = flash_bounds = None
+    mask = flash_bounds = has_begun = None
     if segments is not None:
+        last = segments[:, -1]
         segments = segments[:, closing].contiguous()
+        has_begun = segments[:, -1] == last
     if implementation == "flex_attention" and count > 1:
         mesh_starts = None if past_key_values is None else past_key_values.mesh_starts
         mask = _block_mask(tokens, before, after, segments, mesh_starts, stride)
@@ -156,7 +160,7 @@ def _one_level(config, stride, tokens, seen, positions, segments, past_key_value
     elif before > 0 and count > 1 and not flash:
         mask = _causal(before, after, tokens)[None, None]
     slopes = alibi_slopes(config.num_attention_heads, tokens.device)
-    return LevelInputs(cos, sin, slopes, positions, segments, mask, flash_bounds)
+    return LevelInputs(cos, sin, slopes, positions, segments, has_begun, mask, flash_bounds)
 
 
 def _causal(before, after, tokens):

@@ -141,6 +141,8 @@ class IFlameLinearAttention(IFlameAttention):
             self.config.linear_attn_implementation,
         )
         if memory is not None:
+            if level.has_begun is not None:
+                state = state * level.has_begun[:, None, None, None]
             memory.state = state
         return self.o_proj(self.norm(output.flatten(-2)).to(hidden_states.dtype)), None
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import PAD, mesh_rows, small_model
+from small_models import PAD, mesh_rows, relative_error, small_model
 
 from iflame_hf import IFlameCache
 
@@ -54,3 +54,21 @@ def test_tokens_behind_a_filled_cache_are_neither_padding_nor_another_mesh():
         continued(attention_mask=mask)
     with pytest.raises(ValueError, match="count on"):
         continued(position_ids=counting[:, :9])
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_a_prompt_may_end_anywhere_in_its_first_face_behind_padding_or_another_mesh(kind):
+    model, alone = small_model(), mesh_rows(1, faces=2)
+    before = torch.full((1, 18), PAD) if kind == "padded" else mesh_rows(1, faces=1, seed=1)
+    ids = torch.cat([before, alone], dim=1)
+    options = {
+        "padded": {"attention_mask": (torch.arange(45) >= 18)[None].long()},
+        "packed": {"position_ids": torch.cat([torch.arange(18), torch.arange(27)])[None]},
+    }[kind]
+    with torch.no_grad():
+        expected = model(alone).logits
+        for first in range(19, 28):
+            cache = IFlameCache(model.config)
+            model(ids[:, :first], **{name: each[:, :first] for name, each in options.items()}, past_key_values=cache)
+            logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(first, 45)]
+            assert relative_error(torch.cat(logits, dim=1), expected[:, first - 18 :]) < 1e-5, f"split at {first}"
