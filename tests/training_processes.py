@@ -1,0 +1,122 @@
+"""Training runs as processes of their own, started from one that has imported everything once."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+SMALL_RUN = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "stage_layers": [1, 1, 1, 1, 1],
+    "full_attention_interval": 2,
+    "num_procedural_meshes": 24,
+    "num_procedural_validation_meshes": 4,
+    "procedural_max_faces": 48,
+    "row_length": 450,
+    "max_steps": 8,
+    "logging_steps": 1,
+    "save_steps": 4,
+    "save_total_limit": 2,
+    "num_samples": 0,
+}
+
+
+def command_line(output_dir: Path, **options) -> list[str]:
+    arguments = [f"--output_dir={output_dir}"]
+    for name, value in {**SMALL_RUN, **options}.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def run_training(arguments: list[str], environment: dict[str, str], output: str, file_size: int | None) -> None:
+    """In the new process: what `python training/train.py` does, with its messages in a file."""
+    os.environ.update(environment)
+    if file_size is not None:  # what a full disk is to the programs that write
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    from training.train import main
+
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loader workers need not import everything again
+    main(arguments)
+
+
+class Trainer:
+    """Starts training processes; each has its messages in `messages`."""
+
+    def __init__(self, folder: Path):
+        self.messages = folder / "messages.txt"
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["training.train"])
+
+    def start(
+        self, output_dir: Path, environment: dict[str, str] | None = None, file_size: int | None = None, **options
+    ):
+        process = self.context.Process(
+            target=run_training,
+            args=(
+                command_line(output_dir, **options),
+                {**ENVIRONMENT, **(environment or {})},
+                str(self.messages),
+                file_size,
+            ),
+        )
+        process.start()
+        return process
+
+    def run(self, output_dir: Path, **options) -> None:
+        """A run that must come to its end."""
+        self.finish(self.start(output_dir, **options))
+
+    def finish(self, *processes, seconds: float = 120) -> None:
+        for process in processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        assert codes == [0] * len(processes), f"exit codes {codes}:\n{self.messages.read_text()}"
+
+    def start_ranks(self, output_dir: Path, count: int, **options) -> list:
+        """The processes that `accelerate launch --cpu --num_processes COUNT` would start."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        return [
+            self.start(output_dir, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+            for rank in range(count)
+        ]
+
+
+def log_of(output_dir: Path) -> list[dict]:
+    path = output_dir / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses_of(output_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in log_of(output_dir) if "loss" in line}
+
+
+def wait_for_step(output_dir: Path, step: int, process, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while max(losses_of(output_dir), default=0) < step:
+        assert process.is_alive(), "the process ended too early"
+        assert time.monotonic() < end, f"step {step} was not reached in {seconds} seconds"
+        time.sleep(0.01)
