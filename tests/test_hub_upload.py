@@ -139,6 +139,7 @@ def test_a_dry_run_verifies_and_shows_all_that_would_go_up_without_a_network(che
     assert "dry run: nothing was sent" in run.stdout
     assert "computes what the checkpoint does" in run.stdout
     assert [path.name for path in out.parent.iterdir()] == ["folder"], "nothing is left beside it"
+    assert not {"is_local", "local_files_only", "name_or_path"} & json.loads(kept["tokenizer_config.json"]).keys()
     for name, content in kept.items():
         assert str(checkpoint).encode() not in content, f"{name} names a path of this machine"
         assert b"secret of this machine" not in content

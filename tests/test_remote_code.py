@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from small_models import mesh_rows, small_model
 from transformers.dynamic_module_utils import get_relative_imports
 
+import hub_upload
 from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 from iflame_hf import IFlameTokenizer
 
@@ -136,6 +137,23 @@ def test_a_saved_folder_holds_the_files_of_model_and_tokenizer_and_all_they_impo
     assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer_config["auto_map"] == {"AutoTokenizer": ["tokenization_iflame.IFlameTokenizer", None]}
+
+
+def test_a_clean_process_lacks_hidden_packages_even_if_they_are_installed_and_the_settings_of_this_one(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(hub_upload, "HIDDEN_PACKAGES", ("yaml",))
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    (tmp_path / "only_here.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    source = (
+        "import importlib.util as find, json, os\n"
+        "found = [name for name in ('yaml', 'only_here', 'trimesh') if find.find_spec(name)]\n"
+        "print(json.dumps([found, os.environ.get('HF_TOKEN'), os.environ['HF_HOME'], os.getcwd()]))"
+    )
+    home = tmp_path / "home"
+    process = run_in_clean_process(source, home)
+    assert json.loads(process.stdout) == [["trimesh"], None, str(home), str(home)]
 
 
 def test_the_outside_process_cannot_import_this_project_or_optional_packages(outside):
