@@ -52,7 +52,9 @@ def test_a_kind_stands_upright_on_the_floor_and_fills_the_grid(kind):
 def test_quantising_moves_no_vertex_and_drops_no_face(dataset):
     for mesh in dataset[:500]:
         scaled = normalise(mesh.vertices.astype(np.float64))
-        np.testing.assert_allclose(quantise(scaled), scaled * 128 + 64, atol=1e-6)
+        levels = quantise(scaled)
+        np.testing.assert_allclose(levels, scaled * 128 + 64, atol=1e-6)
+        assert not (levels % 4).any()
     kept = [len(canonical(mesh)[1]) == len(mesh.faces) for mesh in dataset]
     assert np.mean(kept) > 0.999
 
@@ -101,10 +103,10 @@ def test_wrong_arguments_are_refused_in_plain_words():
     assert make_dataset(0, seed=0) == []
 
 
-def test_500_meshes_take_less_than_a_second():
-    def seconds() -> float:
-        start = time.perf_counter()
+def test_500_meshes_take_less_than_a_second_of_one_core():
+    def processor_seconds() -> float:
+        start = time.process_time()
         assert len(make_dataset(500, seed=1)) == 500
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    assert min(seconds() for _ in range(3)) < 1
+    assert min(processor_seconds() for _ in range(3)) < 1

@@ -1,13 +1,14 @@
 """Procedural furniture: one function a kind, each draws the parts of one object.
 
-Objects stand on y = 0, are symmetric about x = 0 as a rule, face positive z, and are 128 units long on their longest
-side, with corners on whole units. Halves are half widths.
+Objects stand on y = 0, face positive z, are symmetric about x = 0 as a rule, and are 128 units long on their longest
+side. Sizes are multiples of 4, heights and widths of 8: so the corners of a centred object lie on every fourth level.
 """
 
 import numpy as np
 
 from training.procedural_parts import (
     Solid,
+    Span,
     around,
     box,
     chance,
@@ -22,249 +23,190 @@ from training.procedural_parts import (
 )
 
 
-def _legs(x: float, z: float, height: float, half: float, foot: float, splay: float = 0) -> list[Solid]:
-    """Four legs under (+-x, +-z): `half` is half their thickness at the top, `foot` at the floor."""
-    return [
-        loft(
-            (0, rectangle(around(a + np.sign(a) * splay, foot), around(b + np.sign(b) * splay, foot))),
-            (height, rectangle(around(a, half), around(b, half))),
-        )
-        for a, b in corners(x, z)
-    ]
-
-
-def table(rng: np.random.Generator) -> list[Solid]:
-    depth = pick(rng, range(32, 65, 4))
-    height = pick(rng, range(52, 97, 4))
-    under = height - pick(rng, (4, 6, 8))
-    style = pick(rng, ("legs", "legs", "tapered", "panels", "round", "pedestal"))
-    if style in ("round", "pedestal"):
-        sides = pick(rng, (6, 8))
-        radius, foot = pick(rng, (4, 6, 8)), pick(rng, range(24, 41, 4))
-        top = ring(sides, widest(sides)) if style == "round" else rectangle((-64, 64), (-depth, depth))
-        column = pick(rng, (4, 6))
-        foot_height = pick(rng, (4, 6))
-        return [
-            prism(top, (under, height)),
-            prism(ring(column, radius), (foot_height, under)),
-            prism(ring(column, foot), (0, foot_height)),
-        ]
-    parts = [box((-64, 64), (under, height), (-depth, depth))]
-    inset = pick(rng, (2, 4, 8, 12))
-    half = pick(rng, (3, 4, 5, 6))
-    x, z = 64 - inset - half, depth - inset - half
-    if style == "panels":
-        parts += [box(around(side * x, half), (0, under), (-z - half, z + half)) for side in (-1, 1)]
-        if chance(rng, 0.5):
-            low = pick(rng, range(8, under - 15, 4))
-            parts.append(box((half - x, x - half), (low, low + 6), (-4, 4)))
-        return parts
-    foot = half if style == "legs" else half - 2
-    parts += _legs(x, z, under, half, foot)
-    extra = pick(rng, ("none", "none", "shelf", "apron")) if style == "legs" else "none"
-    if extra == "shelf":
-        low = pick(rng, range(8, 29, 4))
-        parts.append(box((half - x, x - half), (low, low + 4), (-z, z)))
-    if extra == "apron":
-        parts.append(box((half - x, x - half), (under - 10, under), (-z, z)))
+def legs(x: float, z: float, height: float, splay: float = 0) -> list[Solid]:
+    """Four legs, 8 thick, whose outer corners are (+-x, +-z) at the top and `splay` farther out on the floor."""
+    parts = []
+    for side_x, side_z in corners(1, 1):
+        top = rectangle(around(side_x * (x - 4), 4), around(side_z * (z - 4), 4))
+        foot = [(a + side_x * splay, b + side_z * splay) for a, b in top]
+        parts.append(loft((0, foot), (height, top)))
     return parts
 
 
-def _back(rng: np.random.Generator, half: float, y: tuple[float, float], z: tuple[float, float]) -> list[Solid]:
-    """The back of a seat, 2 `half` wide: a panel, or two posts with slats or spindles."""
-    style = pick(rng, ("panel", "panel", "slats", "spindles"))
-    if style == "panel":
+def supports(rng: np.random.Generator, x: float, z: float, height: float) -> list[Solid]:
+    """What a top reaching to (+-x, +-z) at `height` stands on: four legs, two panels, or a column on a foot."""
+    style = pick(rng, ("legs", "legs", "splayed", "panels", "panels", "column"))
+    if style == "legs":
+        inset = pick(rng, (0, 4, 8))
+        return legs(x - inset, z - inset, height)
+    if style == "splayed":
+        return legs(x - 8, z - 8, height, splay=4)
+    if style == "panels":
+        inset, thick = pick(rng, (0, 4, 8)), pick(rng, (4, 8))
+        middle = x - inset - thick / 2
+        return [box(around(side * middle, thick / 2), (0, height), (4 - z, z - 4)) for side in (-1, 1)]
+    foot = pick(rng, (12, 16, 20))
+    return [box((-4, 4), (4, height), (-4, 4)), prism(ring(pick(rng, (4, 8)), foot), (0, 4))]
+
+
+def back(rng: np.random.Generator, half: float, y: Span, z: Span) -> list[Solid]:
+    """The back of a seat, 2 `half` wide: a panel, or two posts and two slats."""
+    if chance(rng, 0.7):
         return [box((-half, half), y, z)]
-    post, rail = pick(rng, (4, 6)), pick(rng, (8, 10, 12))
-    inner = (post - half, half - post)
-    posts = [box((-half, -half + post), y, z), box((half - post, half), y, z)]
-    thin = (z[0] + 1, z[1] - 1)
-    if style == "slats":
-        count = pick(rng, (2, 3))
-        gap = (y[1] - y[0] - rail * count) // (count + 0.5)
-        tops = [y[1] - 2 - place * (rail + gap) for place in range(count)]
-        return posts + [box(inner, (top - rail, top), thin) for top in tops]
-    rows = [box(inner, (y[1] - 2 - rail, y[1] - 2), thin)]
-    places = spaced(-half + post + 6, half - post - 6, pick(rng, (2, 3)))
-    return posts + rows + [box(around(x, 2), (y[0], y[1] - 2 - rail), thin) for x in places]
+    slat, gap = pick(rng, (8, 12)), pick(rng, (4, 8))
+    inner = (8 - half, half - 8)
+    tops = [y[1] - 4, y[1] - 4 - slat - gap]
+    posts = [box((-half, -half + 8), y, z), box((half - 8, half), y, z)]
+    return posts + [box(inner, (top - slat, top), z) for top in tops]
+
+
+def table(rng: np.random.Generator) -> list[Solid]:
+    height = pick(rng, range(48, 97, 8))
+    under = height - pick(rng, (4, 8))
+    if chance(rng, 0.25):
+        sides, foot = pick(rng, (6, 8)), pick(rng, (16, 20, 24, 28, 32))
+        column = pick(rng, (4, 8))
+        return [
+            prism(ring(sides, widest(sides)), (under, height)),
+            box(around(0, column), (4, under), around(0, column)),
+            prism(ring(pick(rng, (4, sides)), foot), (0, 4)),
+        ]
+    depth = pick(rng, range(28, 65, 4))
+    parts = [box((-64, 64), (under, height), (-depth, depth)), *supports(rng, 64, depth, under)]
+    if len(parts) == 5 and chance(rng, 0.2):
+        low = pick(rng, (12, 16, 20, 24))
+        parts.append(box((-52, 52), (low, low + 4), (12 - depth, depth - 12)))
+    return parts
 
 
 def chair(rng: np.random.Generator) -> list[Solid]:
-    half_x, half_z = pick(rng, range(26, 37, 2)), pick(rng, range(26, 37, 2))
-    seat = pick(rng, range(48, 65, 4))
-    under = seat - pick(rng, (4, 6, 8))
+    x, z = pick(rng, range(24, 41, 4)), pick(rng, range(24, 37, 4))
+    seat, thick = pick(rng, range(44, 65, 4)), pick(rng, (4, 8))
+    parts = [*supports(rng, x, z, seat - thick), box((-x, x), (seat - thick, seat), (-z, z))]
+    parts += back(rng, x, (seat, 128), (-z, -z + pick(rng, (4, 8))))
     if chance(rng, 0.2):
-        sides, foot = pick(rng, (4, 6)), pick(rng, (18, 22, 26))
-        parts = [prism(ring(sides, 4), (4, under)), prism(ring(sides, foot), (0, 4))]
-    else:
-        half = pick(rng, (3, 4, 5))
-        inset, splay = pick(rng, ((0, 0), (2, 0), (4, 4)))
-        parts = _legs(half_x - inset - half, half_z - inset - half, under, half, pick(rng, (half, half - 1)), splay)
-    parts.append(box((-half_x, half_x), (under, seat), (-half_z, half_z)))
-    parts += _back(rng, half_x, (seat, 128), (-half_z, -half_z + pick(rng, (4, 6))))
-    if chance(rng, 0.15):
-        arm, front = seat + pick(rng, (20, 24)), half_z - pick(rng, (4, 8))
-        for side in (-1, 1):
-            x = around(side * (half_x - 3), 3)
-            parts.append(box(x, (arm, arm + 4), (-half_z + 6, front)))
-            parts.append(box(around(side * (half_x - 3), 2), (seat, arm), (front - 6, front - 2)))
+        arm, front = seat + pick(rng, (12, 16, 20)), z - pick(rng, (4, 8))
+        parts += [box(around(side * (x - 4), 4), (seat, arm), (8 - z, front)) for side in (-1, 1)]
     return parts
 
 
 def stool(rng: np.random.Generator) -> list[Solid]:
-    sides = pick(rng, (4, 6, 8))
+    sides = pick(rng, (4, 4, 6, 8))
+    low = chance(rng, 0.3)
+    height = pick(rng, range(56, 97, 8)) if low else 128
+    radius = widest(sides) if low else pick(rng, range(24, 49, 4))
+    under = height - (pick(rng, range(12, 37, 4)) if low else pick(rng, (4, 8, 12, 16)))
+    parts = [prism(ring(sides, radius), (under, height))]
+    place = pick(rng, (36, 40, 44)) if low else 4 * round(radius * 0.7 / 4) - pick(rng, (0, 4))
     if chance(rng, 0.3):
-        height, radius = pick(rng, range(64, 97, 4)), widest(sides)
-        under = height - pick(rng, (20, 24, 28))
-        half = pick(rng, (6, 8, 10))
-        place = pick(rng, (36, 40))
-        return [prism(ring(sides, radius), (under, height)), *_legs(place, place, under, half, half - 2)]
-    radius = pick(rng, range(26, 43, 2))
-    under = 128 - pick(rng, (6, 8, 12))
-    parts = [prism(ring(sides, radius), (under, 128))]
-    if chance(rng, 0.25):
-        column, foot = pick(rng, (4, 6)), radius - pick(rng, (4, 8))
-        return parts + [prism(ring(column, 6), (6, under)), prism(ring(column, foot), (0, 6))]
-    half = pick(rng, (4, 5, 6))
-    place = round(radius * 0.7) - half
+        column = pick(rng, (4, 8))
+        foot = prism(ring(4, place), (0, 4))
+        return [*parts, box(around(0, column), (4, under), around(0, column)), foot]
     splay = pick(rng, (0, 4, 8))
-    parts += _legs(place, place, under, half, half - pick(rng, (0, 1)), splay)
-    if splay == 0 and chance(rng, 0.6):
-        rung = pick(rng, range(20, 49, 4))
-        parts += [box((half - place, place - half), (rung, rung + 6), around(side * place, 2)) for side in (-1, 1)]
+    parts += legs(place, place, under, splay)
+    if splay == 0 and not low and chance(rng, 0.3):
+        rung = pick(rng, range(16, 49, 4))
+        parts += [box((8 - place, place - 8), (rung, rung + 4), around(side * (place - 4), 4)) for side in (-1, 1)]
     return parts
 
 
 def bench(rng: np.random.Generator) -> list[Solid]:
-    half_z = pick(rng, range(16, 29, 2))
-    seat = pick(rng, range(36, 57, 4))
-    under = seat - pick(rng, (4, 6, 8))
-    parts = [box((-64, 64), (under, seat), (-half_z, half_z))]
-    inset, half = pick(rng, (4, 8, 16)), pick(rng, (3, 4, 5))
+    z, thick = pick(rng, range(16, 33, 4)), pick(rng, (4, 8))
+    seat = pick(rng, (32, 40, 48, 56))
+    parts = [box((-64, 64), (seat - thick, seat), (-z, z))]
+    inset = pick(rng, range(0, 25, 4))
     if chance(rng, 0.5):
-        parts += _legs(64 - inset - half, half_z - 2 - half, under, half, half)
+        parts += legs(64 - inset, z, seat - thick)
     else:
-        places = spaced(-64 + inset + half, 64 - inset - half, pick(rng, (2, 3)))
-        parts += [box(around(x, half), (0, under), (2 - half_z, half_z - 2)) for x in places]
-    if chance(rng, 0.6):
-        parts += _back(rng, 64, (seat, seat + pick(rng, range(36, 53, 4))), (-half_z, -half_z + 6))
+        places = spaced(inset - 60, 60 - inset, pick(rng, (2, 3)))
+        parts += [box(around(x, 4), (0, seat - thick), (4 - z, z - 4)) for x in places]
+    if chance(rng, 0.5):
+        parts += back(rng, 64, (seat, seat + pick(rng, (32, 40, 48))), (-z, -z + pick(rng, (4, 8))))
     return parts
 
 
 def bed(rng: np.random.Generator) -> list[Solid]:
-    half_x = pick(rng, range(34, 59, 4))
-    legs, frame, mattress = pick(rng, (8, 12, 16)), pick(rng, (8, 12)), pick(rng, (8, 12, 16))
-    board = pick(rng, (4, 6, 8))
-    back, front = -64 + board, 64
-    top = legs + frame
+    x = pick(rng, range(32, 61, 4))
+    frame, mattress, thick = pick(rng, (12, 16, 20, 24)), pick(rng, (8, 12, 16)), pick(rng, (4, 8))
+    top = frame + mattress
+    head, foot = -64 + thick, 64
     parts: list[Solid] = []
-    if chance(rng, 0.25):
-        high = pick(rng, range(88, 121, 8))
-        x, z = half_x - 3, 61
-        parts += [box(around(a, 3), (0, high), around(b, 3)) for a, b in corners(x, z)]
-        parts.append(box((-half_x - 2, half_x + 2), (high, high + 4), (-64, 64)))
-        back, front = -58, 58
-        parts.append(box((3 - x, x - 3), (legs, top + mattress + 16), (-64, -60)))
+    if chance(rng, 0.15):
+        head, foot, high = -56, 56, pick(rng, (88, 96, 104))
+        parts += [box(around(a, 4), (0, high - 4), around(b, 4)) for a, b in corners(x - 4, 60)]
+        parts.append(box((-x, x), (high - 4, high), (-64, 64)))
     else:
-        parts.append(box((-half_x, half_x), (0, pick(rng, range(48, 77, 4))), (-64, back)))
+        high = pick(rng, (56, 64, 72, 80))
+        parts.append(box((-x, x), (0, high), (-64, head)))
         if chance(rng, 0.5):
-            front = 64 - board
-            parts.append(box((-half_x, half_x), (0, top + mattress + pick(rng, (-4, 4, 8))), (front, 64)))
-        else:
-            parts += [box(around(side * (half_x - 6), 4), (0, legs), (front - 10, front - 2)) for side in (-1, 1)]
-    parts.append(box((2 - half_x, half_x - 2), (legs, top), (back, front)))
-    parts.append(box((4 - half_x, half_x - 4), (top, top + mattress), (back, front - 2)))
-    pillows = (-1, 1) if half_x > 44 else (0,)
-    half = half_x // 2 - 6 if half_x > 44 else half_x // 2
-    for side in pillows:
-        x, z = side * (half_x - 4) // 2, (back + 4, back + 24)
-        base, soft = rectangle(around(x, half), z), rectangle(around(x, half - 4), (z[0] + 4, z[1] - 4))
-        parts.append(loft((top + mattress, base), (top + mattress + 8, soft)))
+            foot = 64 - thick
+            parts.append(box((-x, x), (0, top + pick(rng, (4, 8, 12))), (foot, 64)))
+    parts.append(box((4 - x, x - 4), (4, frame), (head, foot)))
+    parts.append(box((4 - x, x - 4), (frame, top), (head, foot - 4)))
+    half = pick(rng, (8, 12)) if x >= 44 else pick(rng, (12, 16))
+    for side in (-1, 1) if x >= 44 else (0,):
+        parts.append(box(around(side * (x - 8 - half), half), (top, top + 4), (head + 4, head + 20)))
     return parts
 
 
 def shelf(rng: np.random.Generator) -> list[Solid]:
-    half_x, half_z = pick(rng, range(24, 53, 4)), pick(rng, (12, 16, 20))
-    side, board = pick(rng, (4, 6)), pick(rng, (4, 6))
-    count = pick(rng, (3, 4, 4, 5))
-    x = (side - half_x, half_x - side)
-    back = -half_z
-    parts = [box(around(sign * (half_x - side / 2), side / 2), (0, 128), (-half_z, half_z)) for sign in (-1, 1)]
-    if chance(rng, 0.4):
-        back += 2
-        parts.append(box(x, (0, 128), (-half_z, back)))
-    lift = pick(rng, (0, 4, 8))
-    floors = [floor - board / 2 for floor in spaced(lift + board / 2, 128 - board / 2, count)]
-    parts += [box(x, (floor, floor + board), (back, half_z)) for floor in floors]
-    fill = pick(rng, ("none", "none", "divider" if count < 5 else "none", "doors", "books" if count < 5 else "none"))
-    low, high = floors[0] + board, floors[1]
-    if fill == "divider":
-        parts += [
-            box((-2, 2), (a + board, b), (back, half_z - 2)) for a, b in zip(floors[:-1], floors[1:], strict=True)
-        ]
+    x, z = pick(rng, range(24, 57, 4)), pick(rng, (12, 16, 20, 24))
+    side, count = pick(rng, (4, 8)), pick(rng, (3, 3, 3, 4, 5))
+    inner = (side - x, x - side)
+    parts = [box((-x, -x + side), (0, 128), (-z, z)), box((x - side, x), (0, 128), (-z, z))]
+    rear = -z
+    if chance(rng, 0.3):
+        rear += 4
+        parts.append(box(inner, (0, 128), (-z, rear)))
+    floors = spaced(pick(rng, (0, 4, 8)), 124, count)
+    parts += [box(inner, (floor, floor + 4), (rear, z)) for floor in floors]
+    fill = pick(rng, ("none", "none", "none", "divider", "doors"))
+    if fill == "divider" and count < 5:
+        spans = zip(floors[:-1], floors[1:], strict=True)
+        parts += [box((-4, 4), (low + 4, high), (rear, z - 4)) for low, high in spans]
     if fill == "doors":
-        parts += [box(span, (low, high), (half_z - 6, half_z - 2)) for span in ((x[0], -1), (1, x[1]))]
-    if fill == "books":
-        for floor in floors[:-1]:
-            start = pick(rng, range(int(x[0]), 1, 4))
-            parts.append(box((start, start + pick(rng, (12, 16, 20))), (floor + board, floor + board + 12), (back, 4)))
+        parts += [box(span, (floors[0] + 4, floors[1]), (z - 8, z - 4)) for span in ((inner[0], -4), (4, inner[1]))]
     return parts
 
 
 def sofa(rng: np.random.Generator) -> list[Solid]:
-    half_z = pick(rng, range(24, 35, 2))
-    feet, seat, back = pick(rng, (0, 0, 6, 8)), pick(rng, range(20, 29, 4)), pick(rng, range(48, 69, 4))
-    arm, arm_high, thick = pick(rng, (10, 12, 16)), pick(rng, range(32, 45, 4)), pick(rng, (12, 16))
-    inner = 64 - arm
-    behind = thick - half_z
+    z = pick(rng, range(24, 37, 4))
+    seat, high, arm_high = pick(rng, range(20, 33, 4)), pick(rng, (48, 56, 64, 72)), pick(rng, range(36, 45, 4))
+    arm, thick, soft = pick(rng, (8, 12, 16)), pick(rng, (8, 12, 16)), pick(rng, (4, 8))
+    inner, front = 64 - arm, thick - z
     parts = [
-        box((-inner, inner), (feet, seat), (behind, half_z)),
-        box((-inner, inner), (feet, back), (-half_z, behind)),
-        box((-64, -inner), (feet, arm_high), (-half_z, half_z)),
-        box((inner, 64), (feet, arm_high), (-half_z, half_z)),
+        box((-inner, inner), (0, seat), (front, z)),
+        box((-inner, inner), (0, high), (-z, front)),
+        box((-64, -inner), (0, arm_high), (-z, z)),
+        box((inner, 64), (0, arm_high), (-z, z)),
     ]
-    if feet:
-        parts += [box(around(a, 3), (0, feet), around(b, 3)) for a, b in corners(58, half_z - 6)]
-    count, soft = pick(rng, (1, 2, 2, 3)), pick(rng, (6, 8))
-    edges = spaced(1 - inner, inner - 1, count + 1)
-    spans = [(a + 1, b - 1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    parts += [box(span, (seat, seat + soft), (behind, half_z - 2)) for span in spans]
-    if not feet and chance(rng, 0.4):
-        for low, high in spans:
-            base, top = (
-                rectangle((low, high), (behind, behind + 10)),
-                rectangle((low + 2, high - 2), (behind, behind + 6)),
-            )
-            parts.append(loft((seat + soft, base), (back - 4, top)))
+    count = pick(rng, (0, 1, 1, 2, 3))
+    if count:
+        edges = spaced(-inner, inner, count + 1)
+        gap = 0 if count == 1 else 4
+        for low, end in zip(edges[:-1], edges[1:], strict=True):
+            parts.append(box((low, end - gap if end < inner else end), (seat, seat + soft), (front, z - 4)))
     return parts
 
 
 def lamp(rng: np.random.Generator) -> list[Solid]:
-    sides, thin = pick(rng, (4, 6, 8)), pick(rng, (4, 6))
+    sides = pick(rng, (4, 6, 8))
     style = pick(rng, ("floor", "floor", "table", "street"))
     if style == "street":
-        reach, foot = pick(rng, range(28, 49, 4)), pick(rng, (8, 10, 12))
-        parts = [
-            prism(ring(sides, foot), (0, 6)),
-            prism(ring(thin, 3), (6, 122)),
-            box((-reach, reach), (122, 128), (-3, 3)),
-        ]
-        drop, wide = pick(rng, (12, 16, 20)), pick(rng, (8, 10, 12))
-        arms = (-1, 1) if chance(rng, 0.6) else (1,)
-        for side in arms:
-            x = side * (reach - 6)
-            parts.append(loft((122 - drop, ring(sides, wide, x)), (122, ring(sides, wide - 5, x))))
+        reach, foot, wide, drop = (
+            pick(rng, each) for each in (range(24, 57, 4), (8, 12, 16), (8, 12), (8, 12, 16, 20, 24))
+        )
+        parts = [box((-4, 4), (4, 120), (-4, 4)), box((-foot, foot), (0, 4), (-foot, foot))]
+        parts.append(box((-reach, reach), (120, 128), (-4, 4)))
+        for x in (-reach + 4, reach - 4):
+            parts.append(loft((120 - drop, ring(4, wide, x)), (120, ring(4, 4, x))))
         return parts
-    shade_low, shade_high = pick(rng, range(20, 41, 4)), pick(rng, range(8, 21, 4))
+    shade, low, high = pick(rng, range(28, 53, 4)), pick(rng, range(20, 41, 4)), pick(rng, (8, 12, 16, 20))
+    top = loft((128 - shade, ring(sides, low)), (128, ring(sides, high)))
     if style == "floor":
-        foot, shade = pick(rng, range(14, 25, 2)), pick(rng, range(28, 45, 4))
-        parts = [prism(ring(sides, foot), (0, 4)), prism(ring(thin, 2), (4, 128 - shade))]
-    else:
-        shade = pick(rng, range(48, 65, 4))
-        foot, belly, neck = pick(rng, range(10, 21, 2)), pick(rng, range(14, 25, 2)), pick(rng, (4, 6))
-        bulge = pick(rng, (16, 20, 24, 28))
-        vase = ((0, ring(sides, foot)), (bulge, ring(sides, belly)), (bulge + 24, ring(sides, neck)))
-        parts = [loft(*vase), prism(ring(thin, 2), (bulge + 24, 128 - shade))]
-        shade_low, shade_high = shade_low + 8, shade_high + 8
-    parts.append(loft((128 - shade, ring(sides, shade_low)), (128, ring(sides, shade_high))))
-    return parts
+        foot = pick(rng, (12, 16, 20, 24))
+        return [top, box((-4, 4), (4, 128 - shade), (-4, 4)), prism(ring(pick(rng, (4, sides)), foot), (0, 4))]
+    foot, belly, bulge = pick(rng, (8, 12, 16)), pick(rng, (16, 20, 24)), pick(rng, (16, 20, 24))
+    neck = bulge + pick(rng, (16, 20, 24))
+    vase = loft((0, ring(sides, foot)), (bulge, ring(sides, belly)), (neck, ring(sides, 8)))
+    return [top, vase, box((-4, 4), (neck, 128 - shade), (-4, 4))]

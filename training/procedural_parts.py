@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+GRID = 4
 Choice = TypeVar("Choice")
 Point = tuple[float, float, float]
 Triangle = tuple[int, int, int]
@@ -19,10 +20,10 @@ Outline = list[tuple[float, float]]
 
 
 def ring(sides: int, radius: float, x: float = 0, z: float = 0) -> Outline:
-    """Corners (x, z) of a regular polygon, rounded to whole units; its flat sides are `radius` from the middle."""
-    reach = radius / math.cos(math.pi / sides)
+    """Corners (x, z) of a regular polygon, moved to the grid; its flat sides are `radius` from the middle."""
+    reach = radius / math.cos(math.pi / sides) / GRID
     angles = [math.pi * (2 * side + 1) / sides for side in range(sides)]
-    return [(x + round(reach * math.cos(angle)), z + round(reach * math.sin(angle))) for angle in angles]
+    return [(x + GRID * round(reach * math.cos(angle)), z + GRID * round(reach * math.sin(angle))) for angle in angles]
 
 
 def rectangle(x: Span, z: Span) -> Outline:
@@ -109,15 +110,13 @@ def corners(x: float, z: float) -> Outline:
 
 
 def spaced(low: float, high: float, count: int) -> list[float]:
-    """`count` places from `low` to `high`, evenly spaced and on whole units, symmetric about the middle."""
-    middle = (low + high) / 2
-    half = (high - low) / 2
-    return [middle + round(half * (2 * place / (count - 1) - 1)) for place in range(count)]
+    """`count` places from `low` to `high`, evenly spaced as far as the grid allows."""
+    return [GRID * round((low + (high - low) * place / (count - 1)) / GRID) for place in range(count)]
 
 
 def widest(sides: int) -> int:
     """The `ring` radius at which the longest extent is 128: the corners of a hexagon reach further than its sides."""
-    return 55 if sides == 6 else 64
+    return 56 if sides == 6 else 64
 
 
 def _fan(points: list[Point], polygon: Sequence[int]) -> list[Triangle]:
