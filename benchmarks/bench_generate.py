@@ -1,0 +1,184 @@
+"""
+Speed of generate() and of prefill, of this model and, given a folder of its code, of the original.
+
+    python benchmarks/bench_generate.py [--preset published] [--batch_size 1 64] [--reference DIR]
+
+Every variant is tested against the recurrence and spelled-out attention in float32 first, and has no figures if it
+fails.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
+
+import torch
+from torch import nn
+
+from benchmarks import common
+from benchmarks.common import Row, gibibytes, measure
+from benchmarks.models import build_model, draw_models, mesh_tokens
+from benchmarks.oracle import Oracle, WrongResult, computes_in, require_close
+from benchmarks.reference import original_generate, original_logits, original_prefill
+from iflame_hf import IFlameConfig, IFlameForCausalLM
+from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+
+# B batch, T tokens
+
+PRESETS = {
+    "published": {"batch_size": [1, 64], "faces": 20, "prompt_faces": 200, "repeats": 1},
+    "demo": {"batch_size": [1, 8], "faces": 6, "prompt_faces": 20, "repeats": 1},
+}
+COLUMNS = {
+    "model": "model",
+    "dtype": "dtype",
+    "batch_size": "rows",
+    "new_tokens": "new tokens",
+    "tokens_per_second": "tokens/s",
+    "milliseconds_per_step": "ms/step",
+    "prefill_tokens": "prompt",
+    "seconds_prefill": "prefill s",
+    "memory_gib": "GiB",
+}
+NOTES = """\
+generate() from the start face, with no end token, so that all take as many steps; tokens/s counts all rows.
+Prefill is one pass over a prompt into an empty cache. Two figures are two measurements. Memory is the GPU's peak.
+"""
+# Tokens that are generated for the test, and single steps behind a prefill that ends inside a face.
+TEST_NEW_TOKENS, TEST_STEPS = 4 * TOKENS_PER_FACE, 31
+
+
+def generate(model: IFlameForCausalLM, prompt: torch.Tensor, new_tokens: int, sample: bool = False) -> torch.Tensor:
+    choice = {"do_sample": True, "top_k": 50, "top_p": 0.95} if sample else {"do_sample": False}
+    return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, **choice)
+
+
+@torch.no_grad()
+def check_ours(model: IFlameForCausalLM, oracle: Oracle, allowed: float) -> None:
+    """Raises WrongResult unless one pass, a prefill with steps behind it, and generate() agree with the oracle."""
+    input_ids = oracle.input_ids.to(model.device)
+    require_close("logits in one pass", model(input_ids, use_cache=False).logits, oracle.logits, allowed)
+    first = input_ids.shape[1] - TEST_STEPS
+    output = model(input_ids[:, :first], use_cache=True)
+    pieces = [output.logits]
+    for token in input_ids[:, first:].split(1, dim=1):
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        pieces.append(output.logits)
+    require_close("logits of prefill and steps", torch.cat(pieces, dim=1), oracle.logits, allowed)
+    prompt = input_ids[:, :TOKENS_PER_FACE]
+    oracle.require_greedy(generate(model, prompt, TEST_NEW_TOKENS), TOKENS_PER_FACE, allowed)
+
+
+@torch.no_grad()
+def check_original(network: nn.Module, oracle: Oracle, device: torch.device) -> None:
+    """Raises WrongResult unless the original's logits in float32, and its greedy tokens, agree with the oracle."""
+    input_ids = oracle.input_ids.to(device)
+    allowed = oracle.logits_error(computes_in(torch.float32, device))
+    require_close("logits in one pass", original_logits(network, input_ids), oracle.logits, allowed)
+    tokens = original_generate(network, input_ids[:, :TOKENS_PER_FACE], TEST_NEW_TOKENS, device)
+    oracle.require_greedy(tokens, TOKENS_PER_FACE, oracle.logits_error(torch.float16))
+
+
+def add_figures(
+    row: Row,
+    options: argparse.Namespace,
+    config: IFlameConfig,
+    generate_tokens: Callable[[torch.Tensor, int], torch.Tensor],
+    prefill: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """
+    Measures, and writes the figures into the row.
+
+    Args:
+        generate_tokens: of a prompt (B, T) and a number of new tokens, the (B, T + new tokens) tokens.
+        prefill: of a prompt (B, T), anything.
+    """
+    batch, new_tokens = row["batch_size"], options.new_tokens
+    start = torch.full((batch, TOKENS_PER_FACE), config.bos_token_id, device=options.device)
+    generate_tokens(start, min(options.warmup_tokens, new_tokens))
+    shapes = set()
+    seconds, memory = measure(
+        lambda: shapes.add(tuple(generate_tokens(start, new_tokens).shape)), options.device, options.repeats
+    )
+    if shapes != {(batch, TOKENS_PER_FACE + new_tokens)}:
+        raise WrongResult(
+            f"generate() returned tokens of the shape {shapes}, not {new_tokens} new ones for {batch} rows"
+        )
+    row["tokens_per_second"] = [batch * new_tokens / each for each in seconds]
+    row["milliseconds_per_step"] = [1000 * each / new_tokens for each in seconds]
+    row["memory_gib"] = gibibytes(memory)
+    prompt = mesh_tokens(config, batch, options.prompt_faces, options.seed).to(options.device)
+    row["prefill_tokens"] = prompt.shape[1]
+    prefill(prompt)
+    row["seconds_prefill"], _ = measure(lambda: prefill(prompt), options.device, options.repeats)
+
+
+def ours(row: Row, options: argparse.Namespace, oracle: Oracle, attention: str, linear_attention: str) -> None:
+    dtype = common.DTYPES[options.dtype]
+    model = build_model(oracle.config, oracle.weights, options.device, dtype, attention, linear_attention)
+    check_ours(model, oracle, oracle.logits_error(computes_in(dtype, options.device, linear_attention)))
+
+    @torch.no_grad()
+    def prefill(prompt: torch.Tensor) -> torch.Tensor:
+        return model(prompt, use_cache=True, logits_to_keep=1).logits
+
+    def generate_tokens(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        return generate(model, prompt, new_tokens, options.do_sample)
+
+    add_figures(row, options, oracle.config, generate_tokens, prefill)
+
+
+def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, network: nn.Module) -> None:
+    network.to(options.device)
+    check_original(network, oracle, options.device)
+
+    def prefill(prompt: torch.Tensor) -> torch.Tensor:
+        return original_prefill(network, prompt)
+
+    def generate_tokens(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        return original_generate(network, prompt, new_tokens, options.device, options.do_sample)
+
+    add_figures(row, options, oracle.config, generate_tokens, prefill)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_model_options(parser)
+    parser.add_argument("--new_tokens", type=int, help="by default the tokens of --faces")
+    parser.add_argument("--prompt_faces", type=int, help="faces of the prompt that prefill is measured with")
+    parser.add_argument(
+        "--warmup_tokens", type=int, default=2 * TOKENS_PER_FACE, help="generated before the clock starts"
+    )
+    parser.add_argument(
+        "--do_sample", action="store_true", help="sample with top_k 50 and top_p 0.95, instead of greedy"
+    )
+    options = common.parse_options(parser, PRESETS, arguments)
+    if options.new_tokens is None:
+        options.new_tokens = options.faces * TOKENS_PER_FACE
+    device = options.device
+    try:
+        models = draw_models(common.build_config(options), options.seed, options.reference, device)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    oracle = Oracle(models.config, models.weights, options.seed)
+
+    rows = []
+    for batch in options.batch_size:
+        sizes = {"batch_size": batch, "new_tokens": options.new_tokens}
+        for attention in options.attn_implementation:
+            for linear_attention in options.linear_attn_implementation:
+                row = {"model": f"iflame_hf, {attention}, {linear_attention}", "dtype": options.dtype, **sizes}
+                with common.reported(row, rows, device):
+                    ours(row, options, oracle, attention, linear_attention)
+        if models.original is not None:
+            # Its own sampling computes in half precision on a GPU, with weights in float32.
+            row = {"model": "original", "dtype": "float16 autocast" if device.type == "cuda" else "float32", **sizes}
+            with common.reported(row, rows, device):
+                theirs(row, options, oracle, models.original())
+    return common.report("generate", options, rows, COLUMNS, NOTES + models.packages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""
+What is right, so that only what is right is timed: attention spelled out and the recurrence, in float32 on the CPU.
+
+How far a right result may lie from it is measured: twice as far as the same plain computation in the shorter type.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import torch
+
+from benchmarks.models import build_model, mesh_labels, mesh_tokens
+from iflame_hf import IFlameConfig, IFlameForCausalLM
+
+# B batch, T tokens, V vocabulary
+
+# Faces and rows that are compared: several chunks of 64 items on two levels, a part of one on the third.
+TEST_FACES, TEST_ROWS = 30, 2
+# Relative error allowed where nothing is rounded to a type shorter than float32.
+FLOAT32_ERROR = 1e-4
+
+
+class WrongResult(Exception):
+    """A variant does not compute what it should, so it has no speed."""
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Size of the difference over the size of what was expected; not a number if either holds one that is not."""
+    value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
+    if value.shape != expected.shape:
+        raise ValueError(f"expected the shape {tuple(expected.shape)}, got {tuple(value.shape)}")
+    return float((value - expected).norm() / expected.norm())
+
+
+def require_close(what: str, value: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:
+    """Raises WrongResult if the relative error is larger than allowed, or not a number."""
+    error = relative_error(value, expected)
+    if not error <= allowed:
+        raise WrongResult(f"{what}: relative error {error:.1e}, allowed {allowed:.1e}")
+
+
+def flat_gradients(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All gradients in the order of their names, as one vector on the CPU."""
+    return torch.cat([gradients[name].detach().float().cpu().flatten() for name in sorted(gradients)])
+
+
+def gradients_of(
+    model: IFlameForCausalLM, input_ids: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss of rows (B, T) that begin with a start face, under autocast if `dtype` is shorter."""
+    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(input_ids, labels=mesh_labels(input_ids), use_cache=False).loss
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+class Oracle:
+    """
+    Right results for one set of weights.
+
+    Args:
+        weights: by our names, on the CPU.
+    """
+
+    def __init__(self, config: IFlameConfig, weights: Mapping[str, torch.Tensor], seed: int):
+        self.config, self.weights = config, weights
+        self.model = build_model(config, weights)
+        self.input_ids = mesh_tokens(config, TEST_ROWS, TEST_FACES, seed)
+        self.logits = self.logits_of(self.input_ids)
+
+    @torch.no_grad()
+    def logits_of(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T, V)."""
+        return self.model(input_ids, use_cache=False).logits
+
+    @functools.cached_property
+    def gradients(self) -> torch.Tensor:
+        return flat_gradients(gradients_of(self.model, self.input_ids))
+
+    @functools.cache  # noqa: B019 (an oracle lives as long as its program)
+    def logits_error(self, dtype: torch.dtype) -> float:
+        """Relative error allowed to logits of a model whose weights are of that type."""
+        if dtype == torch.float32:
+            return FLOAT32_ERROR
+        with torch.no_grad():
+            rounded = build_model(self.config, self.weights, dtype=dtype)(self.input_ids, use_cache=False).logits
+        return 2 * relative_error(rounded, self.logits)
+
+    @functools.cache  # noqa: B019
+    def gradients_error(self, dtype: torch.dtype) -> float:
+        """Relative error allowed to gradients that are computed under autocast to that type."""
+        if dtype == torch.float32:
+            return 10 * FLOAT32_ERROR
+        return 2 * relative_error(flat_gradients(gradients_of(self.model, self.input_ids, dtype)), self.gradients)
+
+    def require_greedy(self, tokens: torch.Tensor, prompt: int, allowed: float) -> None:
+        """
+        Raises WrongResult unless the tokens (B, T) behind the prompt are the likeliest, or nearly: two logits that are
+        off by four times the relative error `allowed` explain the choice.
+        """
+        tokens = tokens.cpu()
+        logits = self.logits_of(tokens[:, :-1])[:, prompt - 1 :]
+        lost = logits.amax(dim=-1) - logits.gather(-1, tokens[:, prompt:, None]).squeeze(-1)
+        worst, explained = float(lost.max()), float(8 * allowed * logits.square().mean().sqrt())
+        if not worst <= explained:
+            raise WrongResult(f"greedy tokens: one is {worst:.2f} below the likeliest, allowed {explained:.2f}")
+
+
+def computes_in(dtype: torch.dtype, device: torch.device, linear_attn_implementation: str = "auto") -> torch.dtype:
+    """The type that decides on the error: Triton's kernels multiply float32 as tf32, which is as short as float16."""
+    triton = device.type == "cuda" and linear_attn_implementation not in ("eager", "chunked")
+    return torch.float16 if triton and dtype == torch.float32 else dtype

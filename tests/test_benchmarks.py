@@ -1,0 +1,286 @@
+"""The benchmarks time only what is right, say what they timed, and stand in for packages the original lacks."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import bench_generate, bench_train, common, reference
+from benchmarks.models import draw_models, mesh_labels
+from benchmarks.oracle import Oracle, WrongResult, require_close
+from iflame_hf import IFlameConfig, ops_iflame
+from iflame_hf.ops_iflame import recurrent_linear_attention
+from training.convert_checkpoint import BLOCK_NAMES, OTHER_NAMES, SKIP_WEIGHTS, STAGES
+
+CPU = torch.device("cpu")
+SIZES = (
+    "--device cpu --hidden_size 32 --num_attention_heads 4 --stage_layers 1 1 2 1 1 --batch_size 2 --repeats 1".split()
+)
+GENERATE = [*SIZES, "--new_tokens", "11", "--prompt_faces", "2", "--warmup_tokens", "3"]
+TRAIN = [*SIZES, "--faces", "5", "--warmup", "1"]
+FACTS = {"machine", "gpu", "torch", "transformers", "commit", "dtype", "batch_size", "faces", "hidden_size", "rows"}
+
+# What the original's files must offer, made of this project's own model, with the original's names for the weights.
+TRANSFORMER = """
+import timm
+import torch
+from einops import pack, rearrange, repeat
+from flash_attn import flash_attn_func
+from lightning_attn.ops import lightning_attn_func
+from lightning_attn.utils import _build_slope_tensor
+from tqdm import tqdm
+
+from multihead_flashdiff_2 import FACTOR
+from iflame_hf import IFlameConfig, IFlameForCausalLM
+from training.convert_checkpoint import convert_weights
+
+SHAPES = {shapes}
+
+
+class iFlame(torch.nn.Module):
+    def __init__(self, embed_dim, num_heads, depth, num_categories, length):
+        super().__init__()
+        self.heads = num_heads
+        self.ours = [IFlameForCausalLM(IFlameConfig(hidden_size=embed_dim, num_attention_heads=num_heads))]
+        for name, shape in SHAPES.items():
+            *path, leaf = name.split(".")
+            owner = self
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, torch.nn.Module())
+                owner = owner._modules[part]
+            owner.register_parameter(leaf, torch.nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x):
+        weights = convert_weights(dict(self.named_parameters()), self.heads)[1]
+        options = dict(use_cache=False)
+        return FACTOR * torch.func.functional_call(self.ours[0], weights, (x,), options).logits
+
+    def init_kv_cache(self, batch_size, max_len, dtype):
+        assert dtype == torch.float16
+
+    def inference_step(self, x):
+        return self(x)
+
+    def reset_kv_cache(self):
+        pass
+
+    @torch.no_grad()
+    def generate_sequence(self, initial_input, pc, max_seq_len, device, top_k, top_p):
+        tokens = initial_input
+        while tokens.shape[1] < max_seq_len:
+            tokens = torch.cat([tokens, self(tokens)[:, -1:].argmax(dim=-1)], dim=1)
+        return tokens.numpy()
+"""
+
+
+def run(capsys, main, arguments):
+    """Exit status, everything printed, and the JSON of the last line."""
+    status = main(arguments)
+    printed = capsys.readouterr().out.rstrip("\n")
+    return status, printed, json.loads(printed.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("main", "arguments"), [(bench_generate.main, GENERATE), (bench_train.main, TRAIN)])
+def test_a_benchmark_prints_a_table_and_then_its_conditions_and_figures_as_json(capsys, main, arguments):
+    status, printed, result = run(capsys, main, [*arguments, "--linear_attn_implementation", "chunked", "eager"])
+    assert status == 0 and FACTS <= result.keys()
+    assert [row["model"] for row in result["rows"]] == ["iflame_hf, sdpa, chunked", "iflame_hf, sdpa, eager"]
+    for row in result["rows"]:
+        assert row["batch_size"] == 2 and row["dtype"] == "float32"
+        assert len(row["tokens_per_second"]) == 2 and min(row["tokens_per_second"]) > 0
+    assert f"torch {torch.__version__}" in printed and "tokens/s" in printed
+
+
+def test_tokens_per_second_count_every_new_token_of_every_row(capsys):
+    _, _, result = run(capsys, bench_generate.main, GENERATE)
+    (row,) = result["rows"]
+    assert row["tokens_per_second"] == pytest.approx([2 * 1000 / each for each in row["milliseconds_per_step"]])
+    assert row["prefill_tokens"] == 27 and min(row["seconds_prefill"]) > 0
+    _, _, result = run(capsys, bench_train.main, TRAIN)
+    (row,) = result["rows"]
+    assert row["row_tokens"] == 63
+    assert row["tokens_per_second"] == pytest.approx([126_000 / each for each in row["milliseconds_per_step"]])
+
+
+def decays_twice_as_fast(q, k, v, slopes, state=None, segments=None):
+    return recurrent_linear_attention(q, k, v, 2 * slopes, state, segments)
+
+
+def forgets_its_state(q, k, v, slopes, state=None, segments=None):
+    return recurrent_linear_attention(q, k, v, slopes, None, segments)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "implementation", "fault", "message"),
+    [
+        (bench_generate.main, GENERATE, "chunked", decays_twice_as_fast, "logits in one pass"),
+        (bench_generate.main, GENERATE, "eager", forgets_its_state, "logits of prefill and steps"),
+        (bench_train.main, TRAIN, "chunked", decays_twice_as_fast, "gradients"),
+    ],
+)
+def test_a_wrong_result_has_no_figures(capsys, monkeypatch, main, arguments, implementation, fault, message):
+    monkeypatch.setitem(ops_iflame._IMPLEMENTATIONS, implementation, fault)
+    status, printed, result = run(capsys, main, [*arguments, "--linear_attn_implementation", "chunked"])
+    assert status == 1
+    (row,) = result["rows"]
+    assert message in row["wrong"] and row["wrong"] in printed
+    assert row.keys() == {"model", "dtype", "batch_size", "wrong"} | (
+        row.keys() & {"new_tokens", "step", "row_tokens"}
+    )
+
+
+def test_a_variant_that_fails_leaves_the_others_their_figures(capsys):
+    variants = ["--linear_attn_implementation", "fla", "chunked"]
+    status, _, result = run(capsys, bench_generate.main, [*GENERATE, *variants])
+    assert status == 1
+    assert "runs on a GPU only" in result["rows"][0]["wrong"] or "flash-linear" in result["rows"][0]["wrong"]
+    assert "tokens_per_second" not in result["rows"][0] and result["rows"][1]["tokens_per_second"]
+
+
+def test_greedy_tokens_are_right_only_if_they_are_the_likeliest():
+    models = draw_models(IFlameConfig(32 + 100, 32, 4, stage_layers=[1, 1, 2, 1, 1]), 0, None, CPU)
+    oracle = Oracle(models.config, models.weights, 0)
+    tokens = oracle.input_ids[:, :9]
+    while tokens.shape[1] < 20:
+        tokens = torch.cat([tokens, oracle.logits_of(tokens)[:, -1:].argmax(dim=-1)], dim=1)
+    oracle.require_greedy(tokens, 9, 1e-4)
+    tokens[1, 13] = (tokens[1, 13] + 1) % 129
+    with pytest.raises(WrongResult, match="below the likeliest"):
+        oracle.require_greedy(tokens, 9, 1e-2)
+
+
+def test_a_value_that_is_not_a_number_is_never_close():
+    expected = torch.ones(3)
+    require_close("it", expected + 1e-6, expected, 1e-5)
+    for wrong in (expected + 1, expected * float("nan")):
+        with pytest.raises(WrongResult, match="it: relative error"):
+            require_close("it", wrong, expected, 1e-5)
+
+
+def test_the_clock_reports_medians_and_twice():
+    pauses = iter([0.0, 0.06, 0.0] + [0.03, 0.03, 0.0])
+    seconds, memory = common.measure(lambda: time.sleep(next(pauses)), CPU, 3)
+    assert memory is None and len(seconds) == 2
+    assert seconds[0] < 0.02 and 0.03 <= seconds[1] < 0.06
+
+
+def test_labels_leave_the_start_face_out():
+    rows = torch.tensor([[130] * 9 + [5] * 9 + [131] * 9])
+    assert mesh_labels(rows).tolist() == [[-100] * 9 + [5] * 9 + [131] * 9]
+
+
+# The original and what stands in for its packages
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 6), (3, 8)])
+def test_the_stand_in_for_flash_attn_lets_the_last_query_see_all_keys(queries, keys):
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 4, generator=random) for n in (queries, keys, keys))
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double()) / 2
+    age = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+    weights = scores.masked_fill(age < 0, float("-inf")).softmax(dim=-1)
+    expected = torch.einsum("bhts,bshd->bthd", weights, v.double())
+    torch.testing.assert_close(reference.flash_attn_by_sdpa(q, k, v, causal=True).double(), expected)
+    half = reference.flash_attn_by_sdpa(q, k.half(), v.half(), causal=True)
+    assert half.dtype == torch.float32
+
+
+def test_the_stand_in_for_lightning_attn_is_the_recurrence_with_its_slopes():
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 70, 8, generator=random) for _ in range(3))
+    slopes = reference.slopes_by_heads(4)
+    assert slopes.shape == (4, 1, 1) and slopes.flatten().tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
+    state, outputs = torch.zeros(2, 4, 8, 8), []
+    for t in range(70):
+        state = torch.exp(-slopes) * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outputs.append((q[:, :, t, None] @ state)[:, :, 0])
+    torch.testing.assert_close(
+        reference.lightning_attn_by_chunks(q, k, v, slopes), torch.stack(outputs, dim=2), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_stand_in_for_einops_knows_the_one_pattern_and_refuses_others():
+    tensor = torch.arange(48.0).view(2, 2, 3, 4)
+    joined = reference.join_heads(tensor, "b h n d -> b n (h d)")
+    assert joined.shape == (2, 3, 8) and joined[1, 2].tolist() == [*tensor[1, 0, 2], *tensor[1, 1, 2]]
+    with pytest.raises(NotImplementedError, match="b n d -> n b d"):
+        reference.join_heads(tensor, "b n d -> n b d")
+
+
+def test_stand_ins_are_gone_once_the_original_is_imported():
+    before = {name: sys.modules.get(name) for name in ("flash_attn", "lightning_attn.ops", "timm", "einops")}
+    with reference.stand_ins(CPU) as computed_by:
+        from flash_attn import flash_attn_func
+
+        assert flash_attn_func is reference.flash_attn_by_sdpa
+        assert "flash-attn by torch SDPA" in computed_by
+    assert {name: sys.modules.get(name) for name in before} == before
+
+
+@pytest.fixture
+def original(tmp_path, monkeypatch):
+    """A folder with the original's interface, and with this project's model behind it."""
+    models = draw_models(IFlameConfig(hidden_size=32, num_attention_heads=4), 0, None, CPU)
+    shapes = {theirs: tuple(models.weights[ours].shape) for theirs, ours in OTHER_NAMES.items()}
+    for layer in range(24):
+        for theirs, ours in BLOCK_NAMES.items():
+            weight = models.weights.get(f"model.layers.{layer}.{ours}")
+            if weight is not None:
+                shapes[f"{list(STAGES)[layer // 4]}.{layer % 4}.{theirs}"] = tuple(weight.shape)
+    (tmp_path / "transformer.py").write_text(TRANSFORMER.replace("{shapes}", repr({**shapes, SKIP_WEIGHTS: (2,)})))
+    (tmp_path / "multihead_flashdiff_2.py").write_text("FACTOR = 1.0\n")
+    (tmp_path / "rms_norm.py").write_text("")
+    yield tmp_path
+    for name in reference.MODULES:
+        sys.modules.pop(name, None)
+
+
+def with_reference(arguments, folder):
+    """The arguments, at the stages that the original has."""
+    first = arguments.index("--stage_layers")
+    return [*arguments[:first], *arguments[first + 6 :], "--reference", str(folder)]
+
+
+@pytest.mark.parametrize(("main", "arguments"), [(bench_generate.main, GENERATE), (bench_train.main, TRAIN)])
+def test_the_original_is_measured_with_the_same_weights_and_said_to_run_on_stand_ins(
+    capsys, original, main, arguments
+):
+    status, printed, result = run(capsys, main, with_reference(arguments, original))
+    assert status == 0, printed
+    assert [row["model"] for row in result["rows"]] == ["iflame_hf, sdpa, auto", "original"]
+    assert all(min(row["tokens_per_second"]) > 0 for row in result["rows"])
+    assert "flash-attn by torch SDPA" in printed and str(original) not in printed
+
+
+@pytest.mark.parametrize(("main", "arguments"), [(bench_generate.main, GENERATE), (bench_train.main, TRAIN)])
+def test_an_original_that_computes_something_else_has_no_figures(capsys, original, main, arguments):
+    (original / "multihead_flashdiff_2.py").write_text("FACTOR = 1.01\n")
+    status, _, result = run(capsys, main, with_reference(arguments, original))
+    assert status == 1
+    assert result["rows"][0]["tokens_per_second"]
+    assert "relative error" in result["rows"][1]["wrong"] and "tokens_per_second" not in result["rows"][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*GENERATE, "--reference", "."], "there is no transformer.py of the original code"),
+        ([*GENERATE, "--device", "cuda"], "torch sees no CUDA device"),
+        ([*GENERATE, "--hidden_size", "30"], "multiple of num_attention_heads"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_plain_words(capsys, arguments, message):
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit) as end:
+        bench_generate.main(arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_original_cannot_be_built_with_other_stages(capsys, original):
+    with pytest.raises(SystemExit):
+        bench_train.main([*TRAIN, "--reference", str(original)])
+    assert "stage_layers [1, 1, 2, 1, 1]" in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""On a CUDA device every implementation computes what attention spelled out and the recurrence compute in float32."""
+
+import importlib.util
+import sys
+import warnings
+
+import pytest
+import torch
+from small_models import BOS, EOS, mesh_rows, relative_error, small_model
+from torch.nn import functional as F
+from transformers.utils import is_flash_attn_2_available
+
+from iflame_hf.cache_iflame import RecurrentState
+from iflame_hf.ops_iflame import (
+    alibi_slopes,
+    fla_linear_attention,
+    lightning_linear_attention,
+    recurrent_linear_attention,
+)
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+# lightning-attn rejects heads of 4, 8 and 16.
+SIZES = {"hidden_size": 128, "heads": 4}
+# Three chunks of 64 items at the coordinates, a part of one at the faces.
+FACES = 25
+
+
+def installed(package, name):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{name} is not installed")
+
+
+LIGHTNING = installed("lightning_attn", "lightning-attn")
+FLA = installed("fla", "flash-linear-attention")
+FLASH = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+PAIRS = [
+    pytest.param("sdpa", "chunked"),
+    pytest.param("sdpa", "lightning_attn", marks=LIGHTNING),
+    pytest.param("sdpa", "fla", marks=FLA),
+    pytest.param("flash_attention_2", "chunked", marks=FLASH),
+    pytest.param("flash_attention_2", "fla", marks=[FLASH, FLA]),
+]
+# flex_attention is compiled anew for each length, so it is tested where its masks are.
+PAIRS_AND_FLEX = [*PAIRS, pytest.param("flex_attention", "chunked")]
+OPERATORS = [
+    pytest.param(lightning_linear_attention, id="lightning_attn", marks=LIGHTNING),
+    pytest.param(fla_linear_attention, id="fla", marks=FLA),
+]
+# Triton multiplies float32 operands as tf32, of 11 bits; bfloat16 has 8.
+OPERATOR_ERRORS = {torch.float32: 3e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_variants_of_each_kernel():
+    """flash-linear-attention tries up to 48 variants of a kernel, for minutes; here any that is right will do."""
+    if importlib.util.find_spec("fla") is None or not torch.cuda.is_available():
+        return
+    import fla.ops.simple_gla  # noqa: F401
+    from triton.runtime.autotuner import Autotuner
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla.ops"):
+            for kernel in list(vars(module).values()):
+                while hasattr(kernel, "fn"):
+                    if isinstance(kernel, Autotuner):
+                        kernel.configs = kernel.configs[:2]
+                    kernel = kernel.fn
+
+
+@pytest.fixture(autouse=True)
+def without_what_earlier_tests_compiled():
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lightning_attn computes one mesh a row")
+        yield
+
+
+def model_with(attention, linear_attention, dtype=torch.float32, device=DEVICE, seed=0):
+    model = small_model(seed, **SIZES).to(device, dtype)
+    model.set_attn_implementation(attention)
+    model.config.linear_attn_implementation = linear_attention
+    return model
+
+
+def rows_of(faces=FACES, seed=0, end=False):
+    return mesh_rows(2, faces, seed=seed, end=end).to(DEVICE)
+
+
+@torch.no_grad()
+def logits_of(model, input_ids, **inputs):
+    return model(input_ids, use_cache=False, **inputs).logits
+
+
+def gradients_of(model, input_ids, dtype, run=None):
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        labels = input_ids.masked_fill(input_ids == BOS, -100)
+        loss = (model if run is None else run)(input_ids, labels=labels, use_cache=False).loss
+    assert loss.isfinite()
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return model_with("eager", "eager")
+
+
+@pytest.fixture(scope="module")
+def logits_error(oracle):
+    """Twice what the plainest computation loses in bfloat16."""
+    rounded = logits_of(model_with("eager", "eager", torch.bfloat16), rows_of())
+    return 2 * relative_error(rounded, logits_of(oracle, rows_of()))
+
+
+@pytest.fixture(scope="module")
+def gradients_error(oracle):
+    exact = gradients_of(oracle, rows_of(), torch.float32)
+    return 2 * relative_error(gradients_of(oracle, rows_of(), torch.bfloat16), exact)
+
+
+def test_the_allowed_errors_are_those_of_a_short_type_and_not_of_anything(logits_error, gradients_error):
+    assert 1e-3 < logits_error < 0.2 and 1e-3 < gradients_error < 0.4
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS_AND_FLEX)
+def test_logits_in_bfloat16_are_the_oracles(oracle, logits_error, attention, linear_attention):
+    model = model_with(attention, linear_attention, torch.bfloat16)
+    assert relative_error(logits_of(model, rows_of()), logits_of(oracle, rows_of())) < logits_error
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_logits_in_float32_are_the_oracles_to_four_digits(oracle, attention):
+    model = model_with(attention, "chunked")
+    # torch's compiled flex attention multiplies float32 as tf32 unless it is told otherwise.
+    allowed = 1e-4 if attention == "sdpa" else 2e-2
+    assert relative_error(logits_of(model, rows_of()), logits_of(oracle, rows_of())) < allowed
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
+@torch.no_grad()
+def test_a_prefill_that_ends_inside_a_face_and_steps_give_the_oracles_logits(
+    oracle, logits_error, attention, linear_attention
+):
+    model, input_ids = model_with(attention, linear_attention, torch.bfloat16), rows_of()
+    output = model(input_ids[:, :204], use_cache=True)
+    pieces = [output.logits]
+    for token in input_ids[:, 204:].split(1, dim=1):
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        pieces.append(output.logits)
+    assert output.past_key_values.get_seq_length() == input_ids.shape[1]
+    assert relative_error(torch.cat(pieces, dim=1), logits_of(oracle, input_ids)) < logits_error
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS_AND_FLEX)
+def test_the_gradients_of_a_training_step_are_the_oracles(oracle, gradients_error, attention, linear_attention):
+    model = model_with(attention, linear_attention).train()
+    exact = gradients_of(oracle, rows_of(), torch.float32)
+    assert relative_error(gradients_of(model, rows_of(), torch.bfloat16), exact) < gradients_error
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
+def test_training_steps_lower_the_loss(attention, linear_attention):
+    model = model_with(attention, linear_attention).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    input_ids, losses = rows_of(end=True), []
+    for _ in range(6):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(input_ids, labels=input_ids.masked_fill(input_ids == BOS, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS_AND_FLEX)
+def test_a_packed_row_gives_each_of_its_meshes_the_oracles_logits(oracle, logits_error, attention, linear_attention):
+    meshes = [rows_of(faces, seed=faces, end=True) for faces in (7, 15, 1)]
+    positions = torch.cat([torch.arange(mesh.shape[1], device=DEVICE) for mesh in meshes]).expand(2, -1)
+    model = model_with(attention, linear_attention, torch.bfloat16)
+    packed = logits_of(model, torch.cat(meshes, dim=1), position_ids=positions)
+    for mesh, logits in zip(meshes, packed.split([mesh.shape[1] for mesh in meshes], dim=1), strict=True):
+        assert relative_error(logits, logits_of(oracle, mesh)) < logits_error
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS_AND_FLEX)
+@torch.no_grad()
+def test_padding_on_the_left_changes_neither_logits_nor_the_steps_behind_it(
+    oracle, logits_error, attention, linear_attention
+):
+    model, prompt, padding = model_with(attention, linear_attention, torch.bfloat16), rows_of(8), 27
+    mask = torch.ones_like(prompt)
+    mask[0, :padding] = 0
+    short = prompt[:1, : prompt.shape[1] - padding]
+    padded = torch.cat([F.pad(short, (padding, 0), value=model.config.pad_token_id), prompt[1:]])
+    tokens = model.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=40, eos_token_id=None)
+    output = model(padded, attention_mask=mask, use_cache=True)
+    pieces = [output.logits]
+    for index in range(padded.shape[1], tokens.shape[1]):
+        mask = F.pad(mask, (0, 1), value=1)
+        token = tokens[:, index : index + 1]
+        output = model(token, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+        pieces.append(output.logits)
+    logits = torch.cat(pieces, dim=1)
+    assert relative_error(logits[:1, padding:], logits_of(oracle, tokens[:1, padding:])) < logits_error
+    assert relative_error(logits[1:], logits_of(oracle, tokens[1:])) < logits_error
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
+def test_generate_gives_tokens_that_are_likeliest_for_the_oracle(oracle, logits_error, attention, linear_attention):
+    model, prompt = model_with(attention, linear_attention, torch.bfloat16), rows_of(3)[:, :31]
+    tokens = model.generate(prompt, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    assert tokens.shape == (2, 91) and torch.equal(tokens[:, :31], prompt)
+    logits = logits_of(oracle, tokens[:, :-1])[:, 30:]
+    lost = logits.amax(dim=-1) - logits.gather(-1, tokens[:, 31:, None]).squeeze(-1)
+    assert lost.max() < 8 * logits_error * logits.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_greedy_tokens_in_float32_are_those_of_the_cpu(attention):
+    def tokens_on(device):
+        # With these weights the two likeliest tokens are never closer than 0.02.
+        model = model_with(attention, "chunked", device=device, seed=7)
+        return model.generate(do_sample=False, max_new_tokens=90, eos_token_id=None).tolist()
+
+    expected = tokens_on("cpu")
+    assert len(expected[0]) == 99 and len(set(expected[0])) > 10
+    assert tokens_on(DEVICE) == expected
+
+
+def test_sampling_ends_at_the_end_face_or_at_the_length_asked_for():
+    model = model_with("sdpa", "auto", torch.bfloat16)
+    tokens = model.generate(do_sample=True, num_return_sequences=3, max_new_tokens=45)
+    assert tokens.shape[0] == 3 and 9 < tokens.shape[1] <= 54
+    assert (tokens[:, :9] == BOS).all() and ((tokens >= 0) & (tokens <= EOS)).all()
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
+def test_generate_does_not_compile_the_model_unasked(attention, linear_attention):
+    model = model_with(attention, linear_attention, torch.bfloat16)
+    model.generate(do_sample=False, max_new_tokens=20)
+    assert not hasattr(model, "_compiled_call")
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
+@torch.no_grad()
+def test_recurrent_states_stay_in_float32(attention, linear_attention):
+    model = model_with(attention, linear_attention, torch.bfloat16)
+    cache = model(rows_of(), use_cache=True).past_key_values
+    model(rows_of()[:, :1], past_key_values=cache, use_cache=True)
+    states = [layer.state for layer in cache.layers if isinstance(layer, RecurrentState)]
+    assert len(states) == model.config.layer_types.count("linear_attention") > 0
+    assert all(state.dtype == torch.float32 and state.isfinite().all() for state in states)
+
+
+def test_a_compiled_training_step_has_no_graph_break_and_the_same_gradients():
+    model = model_with("sdpa", "chunked").train()
+    compiled = torch.compile(model, fullgraph=True)
+    expected = gradients_of(model, rows_of(), torch.float32)
+    assert relative_error(gradients_of(model, rows_of(), torch.float32, compiled), expected) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("attention", "linear_attention"),
+    [
+        pytest.param("sdpa", "lightning_attn", marks=LIGHTNING),
+        pytest.param("flash_attention_2", "fla", marks=[FLASH, FLA]),
+    ],
+)
+def test_a_compiled_training_step_has_the_oracles_gradients(oracle, gradients_error, attention, linear_attention):
+    model = model_with(attention, linear_attention).train()
+    exact = gradients_of(oracle, rows_of(), torch.float32)
+    found = gradients_of(model, rows_of(), torch.bfloat16, torch.compile(model))
+    assert relative_error(found, exact) < gradients_error
+
+
+def operands(dtype, batch=2, length=201, heads=4, size=32):
+    random = torch.Generator(DEVICE).manual_seed(0)
+    shape = (batch, length, heads, size)
+    q, k, v = (torch.randn(shape, generator=random, device=DEVICE).to(dtype).requires_grad_() for _ in range(3))
+    state = torch.randn(batch, heads, size, size, generator=random, device=DEVICE)
+    # The third mesh of the first row lies within one chunk; the rows have different bounds.
+    bounds = torch.tensor([[63, 100, 111, 190], [9, 18, 128, 200]], device=DEVICE)
+    segments = torch.searchsorted(bounds, torch.arange(length, device=DEVICE).repeat(batch, 1), right=True)
+    return q, k, v, state, segments
+
+
+@pytest.mark.parametrize("dtype", list(OPERATOR_ERRORS), ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("case", ["plain", "from a state", "several meshes in a row", "shorter than a chunk"])
+def test_an_operator_gives_the_recurrences_outputs_state_and_gradients(operator, case, dtype):
+    q, k, v, state, segments = operands(dtype, length=20 if case == "shorter than a chunk" else 201)
+    state = state.requires_grad_() if case == "from a state" else None
+    segments = segments if case == "several meshes in a row" else None
+    slopes = alibi_slopes(4, DEVICE)
+    inputs = [q, k, v] + ([state] if state is not None else [])
+
+    def outputs_and_gradients(function):
+        output, final = function(q, k, v, slopes, state, segments)
+        assert final.dtype == torch.float32
+        return output, final, *torch.autograd.grad(output.float().square().mean() + final.square().mean(), inputs)
+
+    found, expected = outputs_and_gradients(operator), outputs_and_gradients(recurrent_linear_attention)
+    names = ["output", "state", "q", "k", "v", "initial state"]
+    errors = {name: relative_error(x, y) for name, x, y in zip(names, found, expected, strict=False)}
+    assert len(errors) == 2 + len(inputs)
+    assert all(error < OPERATOR_ERRORS[dtype] for error in errors.values()), errors
