@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import BOS, PAD, mesh_rows, relative_error, small_model
+from small_models import PAD, mesh_rows, relative_error, small_model
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening
 
