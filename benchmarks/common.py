@@ -126,8 +126,8 @@ def reported(row: Row, rows: list[Row], device: torch.device) -> Iterator[None]:
         row.clear()
         row.update(sizes, **reason)
     rows.append(row)
-    outcome = row.get("wrong") or row.get("failed") or "measured"
-    print(f"{', '.join(map(str, sizes.values()))}: {outcome}, {time.perf_counter() - started:.0f} s", flush=True)
+    outcome = row.get("wrong") or row.get("failed") or f"{_cell(row.get('tokens_per_second'))} tokens/s"
+    print(f"{', '.join(map(str, sizes.values()))}: {outcome} ({time.perf_counter() - started:.0f} s)", flush=True)
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
