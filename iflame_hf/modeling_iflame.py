@@ -273,7 +273,7 @@ class IFlameModel(IFlamePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.shape[1] == 0:
             raise ValueError("there are no tokens: a mesh begins with the start face of nine bos tokens")
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if past_key_values is not None:
                 raise ValueError(
                     "gradient checkpointing computes every block twice, which a cache does not survive: leave "
