@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HUB_FILES = sorted(path for path in (ROOT / "iflame_hf").glob("*.py") if path.name != "__init__.py")
 # packages that a machine which loads the model from the Hub has anyway: transformers, what it requires, and torch
 HUB_PACKAGES = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tqdm"}
+
+GPU_PACKAGES = {"fla", "flash_attn", "lightning_attn", "triton"}
 
 
 def tracked_files() -> list[Path]:
@@ -111,6 +113,25 @@ def test_the_installed_packages_satisfy_the_ranges_of_setup_cfg():
         except PackageNotFoundError:
             pytest.fail(f"{requirement.name} is required and not installed")
         assert requirement.specifier.contains(installed, prereleases=True), f"{requirement}: {installed} is installed"
+
+
+def test_every_package_that_a_script_or_a_test_imports_is_declared():
+    sections = setup_cfg()
+    texts = [
+        sections["options"]["install_requires"],
+        *(sections["options.extras_require"][e] for e in ("train", "test")),
+    ]
+    declared = {requirement.name.lower().replace("_", "-") for text in texts for requirement in requirements(text)}
+    files = [path for path in tracked_files() if path.suffix == ".py" and path.parts[len(ROOT.parts)] != "iflame_hf"]
+    own = {path.stem for path in files} | {path.parent.name for path in files} | {"iflame_hf"}
+    distributions = packages_distributions()
+    missing = {}
+    for path in files:
+        for name in set(get_imports(path)) - own - GPU_PACKAGES - set(sys.stdlib_module_names):
+            names = {each.lower().replace("_", "-") for each in distributions.get(name, [name])}
+            if not names & declared:
+                missing.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert files and not missing
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
