@@ -36,6 +36,7 @@ class ModelArguments:
         [2, 2, 4, 2, 2], "Blocks of the five stages: coordinates, vertices, faces, vertices, coordinates."
     )
     full_attention_interval: int = option(4, "Every so many-th block has full attention, the others linear attention.")
+    initializer_range: float = option(0.06, "Standard deviation of fresh weights; about 0.7 / sqrt(hidden_size).")
     attn_implementation: str | None = option(None, "How full attention is computed: sdpa, eager, flash_attention_2.")
     linear_attn_implementation: str = option("auto", "How linear attention is computed: auto, chunked, fla, ...")
     gradient_checkpointing: bool = option(False, "Recompute blocks in the backward pass: less memory, more time.")

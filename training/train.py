@@ -118,6 +118,7 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
             intermediate_size=sizes.intermediate_size,
             stage_layers=sizes.stage_layers,
             full_attention_interval=sizes.full_attention_interval,
+            initializer_range=sizes.initializer_range,
             **implementations,
         )
         model = IFlameForCausalLM(config)
