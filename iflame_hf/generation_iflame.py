@@ -22,6 +22,14 @@ class IFlameGenerationMixin(GenerationMixin):
         # Quantised and offloaded caches are made for one level of keys and values.
         return False
 
+    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "assisted generation (assistant_model, prompt_lookup_num_tokens) has to take tokens back, and the running "
+                "state of linear attention cannot be rolled back: leave these options out"
+            )
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
+
     def _set_generation_defaults(self) -> None:
         """20 tokens, transformers' default, are not a mesh."""
         if self.generation_config.max_length in (None, 20):

@@ -337,7 +337,7 @@ def test_speculative_decoding_is_refused_because_states_do_not_roll_back(model, 
         "assistant": {"assistant_model": copy.deepcopy(model)},
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
     }
-    with pytest.raises(ValueError, match="(?i)assisted.generation"):
+    with pytest.raises(ValueError, match="assisted generation .* cannot be rolled back"):
         generate(model, mesh_rows(1, faces=1), max_new_tokens=4, **options[speculation])
     assert model._is_stateful
 
