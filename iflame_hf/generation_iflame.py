@@ -25,8 +25,8 @@ class IFlameGenerationMixin(GenerationMixin):
     def _validate_generation_mode(self, generation_mode, *args, **kwargs):
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                "assisted generation (assistant_model, prompt_lookup_num_tokens) has to take tokens back, and the running "
-                "state of linear attention cannot be rolled back: leave these options out"
+                "assisted generation (assistant_model, prompt_lookup_num_tokens) has to take tokens back, and the "
+                "running state of linear attention cannot be rolled back: leave these options out"
             )
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
