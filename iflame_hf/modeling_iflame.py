@@ -4,6 +4,7 @@ attention and, every fourth, full attention. One body of code serves training, p
 between them is data.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -199,6 +200,16 @@ class IFlamePreTrainedModel(PreTrainedModel):
     # generate() refuses assisted decoding for such models: a recurrent state cannot be rolled back.
     _is_stateful = True
 
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As in transformers; raises ValueError if a special token would lose its row."""
+        specials = (self.config.pad_token_id, self.config.bos_token_id, self.config.eos_token_id)
+        smallest = 1 + max(token for token in specials if token is not None)
+        if new_num_tokens is not None and new_num_tokens < smallest:
+            raise ValueError(
+                f"{new_num_tokens} tokens are too few: the special tokens of this model need at least {smallest}"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -266,6 +277,12 @@ class IFlameModel(IFlamePreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
         use_cache = config.use_cache and not self.training if use_cache is None else use_cache
+        if output_attentions and config._attn_implementation != "eager":
+            warnings.warn(
+                f"attn_implementation={config._attn_implementation!r} computes no attention weights to return: choose "
+                "'eager' for output_attentions=True",
+                stacklevel=2,
+            )
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
