@@ -17,6 +17,8 @@ from torch.nn import functional as F
 # B batch, T items of a level, H heads, D head size, N chunks, I items of a chunk
 
 CHUNK_SIZE = 64
+# Smaller sizes are refused by a check of the package, others by its kernel.
+LIGHTNING_HEAD_SIZES = (32, 64, 128)
 
 LinearAttentionOutput = tuple[torch.Tensor, torch.Tensor]
 
@@ -235,6 +237,11 @@ def lightning_linear_attention(
         from lightning_attn.ops import lightning_attn_func
     except ImportError as error:
         raise ImportError(_how_to_install("lightning_attn")) from error
+    if q.shape[-1] not in LIGHTNING_HEAD_SIZES:
+        raise ValueError(
+            f"lightning_attn computes heads of the sizes {LIGHTNING_HEAD_SIZES}, and hidden_size / num_attention_heads "
+            f"is {q.shape[-1]}: use 'auto', 'fla' or 'chunked'"
+        )
     if segments is not None:
         warnings.warn(
             "lightning_attn computes one mesh a row: rows that are packed or padded on the left are computed by the "
@@ -278,6 +285,15 @@ def check_linear_attention_implementation(name: str) -> None:
         raise ImportError(_how_to_install(name))
 
 
+def _best_implementation(q, state, segments) -> str:
+    if q.device.type != "cuda":
+        return "chunked"
+    whole = state is None and segments is None
+    if whole and q.shape[-1] in LIGHTNING_HEAD_SIZES and _is_installed("lightning_attn"):
+        return "lightning_attn"
+    return "fla" if _is_installed("fla") else "chunked"
+
+
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -291,16 +307,16 @@ def linear_attention(
     Linear attention by the implementation of that name; arguments and results are those of
     `recurrent_linear_attention`.
 
-    `"auto"` is `"chunked"` on a CPU and, on a CUDA GPU, `"fla"` or else `"lightning_attn"` where it is installed. A
-    single item is the recurrence itself, whatever the name: there is nothing to save.
+    `"auto"` is `"chunked"` on a CPU; on a CUDA GPU it is what is installed of `"lightning_attn"`, for whole meshes
+    from their start, and `"fla"`, and `"chunked"` otherwise. A single item is the recurrence itself, whatever the name:
+    there is nothing to save.
 
     Raises:
         ImportError: the package of the implementation is missing.
-        ValueError: a GPU package is asked to work on a CPU.
+        ValueError: a GPU package is asked to work on a CPU, or lightning_attn on heads of a size that it rejects.
     """
     if implementation == "auto":
-        candidates = ("fla", "lightning_attn") if q.device.type == "cuda" else ()
-        implementation = next((name for name in candidates if _is_installed(name)), "chunked")
+        implementation = _best_implementation(q, state, segments)
     if implementation in _PACKAGES and q.device.type == "cpu":
         raise ValueError(
             f"linear_attn_implementation={implementation!r} runs on a GPU only, and the model is on the CPU: use "
