@@ -239,8 +239,8 @@ def lightning_linear_attention(
         raise ImportError(_how_to_install("lightning_attn")) from error
     if q.shape[-1] not in LIGHTNING_HEAD_SIZES:
         raise ValueError(
-            f"lightning_attn computes heads of the sizes {LIGHTNING_HEAD_SIZES}, and hidden_size / num_attention_heads "
-            f"is {q.shape[-1]}: use 'auto', 'fla' or 'chunked'"
+            f"lightning_attn computes heads of the sizes {LIGHTNING_HEAD_SIZES}, and hidden_size / "
+            f"num_attention_heads is {q.shape[-1]}: use 'auto', 'fla' or 'chunked'"
         )
     if segments is not None:
         warnings.warn(
@@ -308,8 +308,8 @@ def linear_attention(
     `recurrent_linear_attention`.
 
     `"auto"` is `"chunked"` on a CPU; on a CUDA GPU it is what is installed of `"lightning_attn"`, for whole meshes
-    from their start, and `"fla"`, and `"chunked"` otherwise. A single item is the recurrence itself, whatever the name:
-    there is nothing to save.
+    from their start, and `"fla"`, and `"chunked"` otherwise. A single item is the recurrence itself, whatever the
+    name: there is nothing to save.
 
     Raises:
         ImportError: the package of the implementation is missing.
