@@ -12,6 +12,9 @@ import torch.distributed
 from small_models import PAD, mesh_rows, relative_error, small_model
 from torch.nn import functional as F
 
+from iflame_hf import modeling_iflame
+from iflame_hf.ops_iflame import alibi_slopes, linear_attention
+
 PACKED = ["one mesh a row", "packed"]
 
 
@@ -177,6 +180,35 @@ def test_half_precision_steps_are_as_good_as_one_pass(dtype):
     assert steps < 1.5 * whole
     assert all(layer.state.dtype == torch.float32 for layer in cache.layers if hasattr(layer, "state"))
     assert all(layer.keys.dtype == dtype for layer in cache.layers if hasattr(layer, "keys"))
+
+
+@pytest.mark.parametrize("road", ["bfloat16", "float16", "autocast"])
+@torch.no_grad()
+def test_decay_rates_angles_and_states_are_float32_in_half_precision(monkeypatch, road):
+    given = []
+
+    def recorded(query, key, value, slopes, state, segments, implementation):
+        assert query.dtype == key.dtype == value.dtype == (torch.float16 if road == "float16" else torch.bfloat16)
+        given.append((slopes, state))
+        return linear_attention(query, key, value, slopes, state, segments, implementation)
+
+    monkeypatch.setattr(modeling_iflame, "linear_attention", recorded)
+    # twelve heads have decay rates that half precision would round
+    model = small_model(heads=12, hidden_size=48)
+    rows = mesh_rows(1, faces=2)
+    if road == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = model(rows, use_cache=True).past_key_values
+            model(rows, past_key_values=cache)
+    else:
+        model = model.to(getattr(torch, road))
+        cache = model(rows, use_cache=True).past_key_values
+        model(rows, past_key_values=cache)
+    assert len(given) == 6
+    for slopes, state in given:
+        assert slopes.dtype == torch.float32 and torch.equal(slopes, alibi_slopes(12))
+        assert state is None or state.dtype == torch.float32
+    assert all(state is not None for _, state in given[3:])
 
 
 @pytest.mark.parametrize("kind", PACKED)
