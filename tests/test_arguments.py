@@ -1,8 +1,13 @@
 """Options from a yaml file and the command line."""
 
+from pathlib import Path
+
 import pytest
 
 from training.arguments import parse_arguments
+from training.train import create_model
+
+CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 
 
 def write(tmp_path, text):
@@ -18,8 +23,19 @@ def error_of(capsys, *argv):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_defaults_need_no_argument():
-    assert parse_arguments([]).train.max_steps == -1
+def test_without_arguments_it_is_the_demo():
+    assert parse_arguments([]).to_dict() == parse_arguments([str(CONFIGS / "demo.yaml")]).to_dict()
+    assert parse_arguments([]).to_dict() != parse_arguments(["--seed", "42"]).to_dict()
+
+
+def test_options_alone_need_no_file():
+    assert parse_arguments(["--seed", "7"]).train.seed == 7
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("demo", 2_405_758), ("published", 75_732_598)])
+def test_the_configurations_make_models_of_these_sizes(name, parameters):
+    _, model = create_model(parse_arguments([str(CONFIGS / f"{name}.yaml")]))
+    assert model.num_parameters() == parameters
 
 
 def test_the_command_line_goes_before_the_file(tmp_path):

@@ -14,6 +14,8 @@ from training.optim import OPTIMIZERS, SCHEDULES
 from training.packing import TOKENS_PER_FACE
 
 LONG_MESHES = ("error", "crop", "drop")
+# What train.py does without arguments.
+DEMO = Path(__file__).with_name("configs") / "demo.yaml"
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -179,7 +181,8 @@ class Arguments:
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """
-    Read `[config.yaml] [--options]`; what the command line says goes before what the file says.
+    Read `[config.yaml] [--options]`; what the command line says goes before what the file says. Without any argument
+    the file is `configs/demo.yaml`.
 
     Prints one line and ends the process with status 2 on an unknown option or yaml key, which it names, and on values
     that make no sense.
@@ -188,12 +191,14 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         (ModelArguments, DataArguments, TrainArguments),
         prog="training/train.py",
         usage="%(prog)s [config.yaml] [--option value ...]   (--help lists the options)",
-        description="Train iFlame. Without arguments a small model learns meshes that are generated on the spot.",
+        description="Train iFlame. Without arguments it is the run of training/configs/demo.yaml: a small model "
+        "learns meshes that are generated on the spot.",
         allow_abbrev=False,
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv and not argv[0].startswith("-"):
+        argv = argv or [str(DEMO)]
+        if not argv[0].startswith("-"):
             argv = _read_yaml(Path(argv[0])) + argv[1:]
         *parts, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
