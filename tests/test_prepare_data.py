@@ -1,0 +1,558 @@
+"""From collections of meshes, bad files among them, to a data set: what is in it, and that nothing can spoil it."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bad_files
+import datasets
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
+import pytest
+import trimesh
+from mesh_fixtures import signed_volume
+
+from iflame_hf import IFlameTokenizer
+from training import mesh_worker, prepare_data, prepared_set
+from training.data import ParquetMeshes
+from training.synsets import SYNSETS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def prepare(*arguments: object) -> int:
+    return prepare_data.main([str(argument) for argument in (*arguments, "--disable_tqdm")])
+
+
+def rows(out: Path, split: str = "*") -> list[dict]:
+    files = sorted((out / "data").glob(f"{split}-*.parquet"))
+    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+def rejected(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+
+
+def summary(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a finished data set."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_boxes(folder: Path, count: int, first: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        (folder / f"box {number:03d}.obj").write_text(
+            bad_files.box(0.1 + 0.05 * (number % 16), 0.1 + 0.05 * (number // 16))
+        )
+    return folder
+
+
+def write_rows(path: Path, count: int, faces: int) -> Path:
+    """A parquet file of `count` different surfaces of `faces` triangles."""
+    rng = np.random.default_rng(0)
+    schema = pyarrow.schema([prepared_set.SCHEMA.field(name) for name in ("name", "vertices", "faces")])
+
+    def lists(numbers: np.ndarray) -> pyarrow.Array:
+        """(N, M, 3) as N lists of M lists of three."""
+        inner = np.arange(0, numbers.size + 1, 3, dtype=np.int32)
+        outer = np.arange(0, len(inner), numbers.shape[1], dtype=np.int32)
+        nested = pyarrow.ListArray.from_arrays(inner, pyarrow.array(numbers.reshape(-1)))
+        return pyarrow.ListArray.from_arrays(outer, nested)
+
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for first in range(0, count, 100):
+            names = [f"soup {number}" for number in range(first, min(first + 100, count))]
+            vertices = rng.random((len(names), 3 * faces, 3), dtype=np.float32)
+            indices = np.tile(np.arange(3 * faces, dtype=np.int32).reshape(1, -1, 3), (len(names), 1, 1))
+            columns = [pyarrow.array(names), lists(vertices), lists(indices)]
+            writer.write_table(pyarrow.table(columns, schema=schema))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A data set of the tree of good and bad files, prepared once."""
+    folder = tmp_path_factory.mktemp("tree")
+    bad_files.write_all(folder / "files")
+    assert prepare(folder / "files", "--out", folder / "out", "--min_faces", 4, "--memory_limit", 1) == 0
+    return folder
+
+
+def test_every_file_is_taken_or_rejected_for_its_own_reason(tree):
+    kinds = {row["source"]: bad_files.GOOD for row in rows(tree / "out")}
+    kinds |= {line["source"]: line["kind"] for line in rejected(tree / "out")}
+    assert len(kinds) == len(rows(tree / "out")) + len(rejected(tree / "out")), "a mesh is recorded twice"
+    assert {source.removeprefix("files/"): kind for source, kind in kinds.items()} == bad_files.EXPECTED
+    bad = [name for name, kind in bad_files.EXPECTED.items() if kind is not bad_files.GOOD]
+    assert len(bad) >= 80 and len(bad_files.EXPECTED) - len(bad) >= 15
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_file_that_makes_its_reader_wait_for_ever_is_given_up(tmp_path):
+    bad_files.pipe_as_buffer(write_boxes(tmp_path / "in", 20) / "box 005 waits.gltf")
+    start = time.monotonic()
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--time_limit", 4) == 0
+    assert [(line["name"], line["kind"]) for line in rejected(tmp_path / "out")] == [("box 005 waits", "time limit")]
+    assert len(rows(tmp_path / "out")) == 20 and time.monotonic() - start < 60
+
+
+def test_the_summary_counts_what_the_record_lists(tree):
+    counted = summary(tree / "out")["rejected"]
+    kinds = [line["kind"] for line in rejected(tree / "out")]
+    assert counted == {kind: kinds.count(kind) for kind in kinds}
+    assert sum(summary(tree / "out")["meshes"].values()) == len(rows(tree / "out"))
+
+
+def test_a_record_gives_a_reason_without_folders_of_the_machine(tree):
+    for line in rejected(tree / "out"):
+        assert len(line["reason"]) > 5
+        assert str(tree) not in line["reason"] and ".unpacked" not in line["reason"], line
+
+
+def test_a_planted_command_is_named_and_has_not_run(tree):
+    (line,) = [line for line in rejected(tree / "out") if line["kind"] == "unsafe pickle"]
+    assert f"{os.name}.system" in line["reason"]
+    assert not Path("planted").exists() and not list(tree.rglob("planted"))
+
+
+def test_nothing_is_left_beside_the_data_set(tree):
+    names = {path.name for path in (tree / "out").iterdir()}
+    assert names == {"README.md", "data", "rejected.jsonl", "settings.json", "summary.json"}
+
+
+def test_rows_are_normalised_clean_and_of_the_stated_types(tree):
+    table = pyarrow.parquet.read_table(sorted((tree / "out" / "data").glob("train-*.parquet"))[0])
+    assert table.schema.remove_metadata() == prepared_set.SCHEMA
+    found = rows(tree / "out")
+    assert found
+    for row in found:
+        vertices, faces = np.array(row["vertices"]), np.array(row["faces"])
+        assert np.ptp(vertices, axis=0).max() == pytest.approx(1, abs=1e-6)
+        assert np.abs(vertices.min(axis=0) + vertices.max(axis=0)).max() < 1e-6
+        assert len(np.unique(vertices, axis=0)) == len(vertices) and set(faces.ravel()) == set(range(len(vertices)))
+        assert row["num_faces"] == len(faces) >= row["num_faces_q"] >= 4
+        assert signed_volume(vertices, faces) > 0.01, row["name"]
+
+
+def test_a_row_has_the_tokens_of_its_file(tree):
+    tokenizer, compared = IFlameTokenizer(), 0
+    for row in rows(tree / "out"):
+        path = tree / row["source"]
+        if path.is_file():
+            ids = tokenizer.encode_mesh((np.array(row["vertices"]), np.array(row["faces"])))
+            assert ids == tokenizer.encode_mesh(path)
+            assert len(ids) == 9 * (row["num_faces_q"] + 2)
+            compared += 1
+    assert compared >= 10
+
+
+def test_datasets_and_the_training_data_read_what_was_written(tree, tmp_path):
+    loaded = datasets.load_dataset(str(tree / "out"), cache_dir=str(tmp_path))
+    assert {split: len(part) for split, part in loaded.items()} == {
+        split: count for split, count in summary(tree / "out")["meshes"].items() if count
+    }
+    assert loaded["train"].features["vertices"] == datasets.List(datasets.List(datasets.Value("float32")))
+    streamed = datasets.load_dataset(str(tree / "out"), streaming=True)["train"]
+    assert [row["name"] for row in streamed] == loaded["train"]["name"][:]
+    meshes = ParquetMeshes([str(path) for path in sorted((tree / "out" / "data").glob("train-*.parquet"))])
+    assert meshes.num_faces.tolist() == loaded["train"]["num_faces"][:]
+    assert meshes[0][0].shape[1] == meshes[0][1].shape[1] == 3
+
+
+def test_the_card_has_the_figures_of_the_set(tree):
+    card = (tree / "out" / "README.md").read_text()
+    figures = summary(tree / "out")
+    assert f"{sum(figures['meshes'].values())} triangle meshes" in card
+    assert f"{figures['meshes']['train']} for train" in card and "| encrypted | 1 |" in card
+    assert str(tree) not in card
+
+
+def test_a_mesh_with_z_up_is_written_with_y_up(tmp_path):
+    upright = trimesh.creation.box(extents=(1, 2, 10))
+    (tmp_path / "in").mkdir()
+    upright.export(tmp_path / "in" / "tower.ply")
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--up_axis", "z") == 0
+    (row,) = rows(tmp_path / "out")
+    vertices = np.array(row["vertices"])
+    assert np.ptp(vertices, axis=0) == pytest.approx([0.1, 1, 0.2], abs=1e-6)
+    assert signed_volume(vertices, row["faces"]) == pytest.approx(0.02, rel=1e-4)
+
+
+def test_the_split_of_a_mesh_depends_on_its_name_alone(tmp_path):
+    boxes = write_boxes(tmp_path / "in", 40)
+    assert prepare(boxes, "--out", tmp_path / "some", "--validation_share", 0.3) == 0
+    write_boxes(boxes, 40, first=40)
+    assert prepare(boxes, "--out", tmp_path / "all", "--validation_share", 0.3) == 0
+    some, every = ({row["name"] for row in rows(tmp_path / name, "validation")} for name in ("some", "all"))
+    hashed = {f"box {n:03d}": int(hashlib.sha1(f"box {n:03d}".encode()).hexdigest()[:16], 16) for n in range(80)}
+    assert every == {name for name, number in hashed.items() if number < 0.3 * 2**64}
+    assert some == {name for name in every if name < "box 040"} and 5 < len(some) < 20
+
+
+def test_duplicates_are_kept_on_request_and_names_stay_unique(tmp_path):
+    for name in ("a/box.obj", "b/box.obj"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(bad_files.box(1.5))
+    sources = tmp_path / "a", tmp_path / "b" / "box.obj"
+    assert prepare(*sources, "--out", tmp_path / "one") == 0
+    assert [row["name"] for row in rows(tmp_path / "one")] == ["box"]
+    assert prepare(*sources, "--out", tmp_path / "both", "--no-deduplicate") == 0
+    assert sorted(row["name"] for row in rows(tmp_path / "both")) == ["box", "box (2)"]
+
+
+def test_categories_are_chosen_by_name_or_synset_id_and_written_by_name(tmp_path):
+    folders = ["chairs/a", "04379243/b/models", "Lamp/c", ""]
+    for number, folder in enumerate(folders):
+        write_boxes(tmp_path / "in" / folder, 1, first=number)
+    assert prepare(tmp_path / "in", "--out", tmp_path / "all") == 0
+    assert [row["category"] for row in rows(tmp_path / "all")] == ["table", "Lamp", None, "chairs"]
+    assert prepare(tmp_path / "in", "--out", tmp_path / "some", "--categories", "04379243", "lamp") == 0
+    assert [row["category"] for row in rows(tmp_path / "some")] == ["table", "Lamp"]
+    assert summary(tmp_path / "some")["rejected"] == {"not chosen": 2} and rejected(tmp_path / "some") == []
+
+
+def test_shapenet_has_55_categories_with_names_of_their_own():
+    assert len(SYNSETS) == len(set(SYNSETS.values())) == 55
+    assert all(len(key) == 8 and key.isdigit() for key in SYNSETS)
+
+
+def test_a_list_chooses_files_wherever_they_lie_and_what_is_not_there_is_recorded(tmp_path):
+    for number, folder in enumerate(["000-001", "000-002", "deep/er"]):
+        write_boxes(tmp_path / "in" / folder, 2, first=2 * number)
+    (tmp_path / "in" / "more.zip").write_bytes(bad_files.zipped(("x/box 100.obj", bad_files.box(5)), ("y.obj", "")))
+    (tmp_path / "list.txt").write_text("box 001.obj\nbox 004\nbox 100.obj\nlost.glb\n\n")
+    assert prepare(tmp_path / "in", "--ids", tmp_path / "list.txt", "--out", tmp_path / "out") == 0
+    assert [row["name"].rpartition("/")[2] for row in rows(tmp_path / "out")] == ["box 001", "box 004", "box 100"]
+    assert [(line["name"], line["kind"]) for line in rejected(tmp_path / "out")] == [("lost.glb", "missing file")]
+
+
+def test_meshgpts_pickle_is_read_with_its_splits_and_categories(tmp_path):
+    def mesh(width: float) -> tuple[np.ndarray, list]:
+        box = trimesh.creation.box(extents=(width, 1, 1))
+        return np.array(box.vertices, dtype=np.float32), box.faces.tolist()
+
+    names = {"train": ["03001627_a", "04379243_b", "03001627_c"], "val": ["02828884_d"]}
+    tables, width = {}, 1.0
+    for split, members in names.items():
+        meshes = [mesh(width + 0.1 * number) for number in range(len(members))]
+        width += 1
+        tables |= {f"name_{split}": members, f"vertices_{split}": [v for v, _ in meshes]}
+        tables[f"faces_{split}"] = [np.array(f) if split == "val" else f for _, f in meshes]
+    (tmp_path / "shapenet.pkl").write_bytes(pickle.dumps(tables))
+    assert prepare(tmp_path / "shapenet.pkl", "--out", tmp_path / "out", "--splits", "source") == 0
+    found = {row["name"]: row["category"] for row in rows(tmp_path / "out", "train")}
+    assert found == {"03001627_a": "chair", "04379243_b": "table", "03001627_c": "chair"}
+    assert [(row["name"], row["category"]) for row in rows(tmp_path / "out", "validation")] == [
+        ("02828884_d", "bench")
+    ]
+    for row in rows(tmp_path / "out"):
+        assert signed_volume(row["vertices"], row["faces"]) > 0
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path):
+    vertices, faces = zip(*(bad_files.row(height) for height in (1.0, 1.2, 1.4)), strict=True)
+    features = datasets.Features(
+        vertices=datasets.List(datasets.List(datasets.Value("float32"))),
+        faces=datasets.List(datasets.List(datasets.Value("int32"))),
+        label=datasets.ClassLabel(names=["stool", "bench"]),
+        license=datasets.Value("string"),
+    )
+    table = {"vertices": vertices, "faces": faces, "label": [1, 0, 1], "license": ["MIT", None, "CC0-1.0"]}
+    data = datasets.Dataset.from_dict(table, features=features)
+    stand_in = tmp_path / "user" / "meshes"
+    data.select([0, 1]).to_parquet(stand_in / "data" / "train-0.parquet")
+    data.select([2]).to_parquet(stand_in / "data" / "test-0.parquet")
+    assert prepare(f"hub:{stand_in}", "--out", tmp_path / "out", "--splits", "source", "--license", "CC-BY-4.0") == 0
+    found = [(row["category"], row["license"]) for row in rows(tmp_path / "out", "train")]
+    assert found == [("bench", "MIT"), ("stool", "CC-BY-4.0")]
+    assert [(row["category"], row["license"]) for row in rows(tmp_path / "out", "validation")] == [
+        ("bench", "CC0-1.0")
+    ]
+
+
+def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_files(tmp_path, capsys):
+    assert prepare("hub:nobody/nothing", "--out", tmp_path / "out") == 1
+    assert "hub:nobody/nothing cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_what_a_gltf_file_says_of_its_licence_is_kept(tmp_path):
+    text = bad_files.gltf(change=lambda tree: tree["asset"].update(extras={"license": "CC-BY-4.0 \ud800"}))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.gltf").write_text(text)
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--license", "CC0-1.0") == 0
+    assert [row["license"] for row in rows(tmp_path / "out")] == ["CC-BY-4.0 \\ud800"]
+
+
+def test_decimation_of_planes_changes_nothing_but_the_count(tmp_path):
+    pytest.importorskip("fast_simplification")
+    pytest.importorskip("scipy")
+    box = trimesh.creation.box(extents=(1, 0.5, 0.25)).subdivide().subdivide().subdivide()
+    ball = trimesh.creation.icosphere(subdivisions=4)
+    comb = trimesh.util.concatenate(
+        [trimesh.creation.cylinder(0.01, 1, sections=40).apply_translation((x, 0, 0)) for x in range(30)]
+    )
+    (tmp_path / "in").mkdir()
+    for name, mesh in {"ball": ball, "box": box, "comb": comb}.items():
+        mesh.export(tmp_path / "in" / f"{name}.ply")
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out", "--max_faces", 100, "--decimate") == 0
+    found = {row["name"]: row for row in rows(tmp_path / "out")}
+    assert {"ball", "box"} == found.keys() and found["box"]["num_faces"] == 12
+    volume = signed_volume(found["box"]["vertices"], found["box"]["faces"])
+    assert volume == pytest.approx(0.125, rel=1e-4)
+    assert 80 <= found["ball"]["num_faces"] <= 100
+    volume = signed_volume(found["ball"]["vertices"], found["ball"]["faces"])
+    assert volume == pytest.approx(np.pi / 6, rel=0.1)
+    assert [(line["name"], line["kind"]) for line in rejected(tmp_path / "out")] == [("comb", "not decimated")]
+
+
+def test_the_deviation_of_two_surfaces_is_their_distance():
+    pytest.importorskip("scipy")
+    big, small = (trimesh.creation.icosphere(subdivisions=4, radius=radius) for radius in (0.5, 0.4))
+    measured = mesh_worker.deviation((big.vertices, big.faces), (small.vertices, small.faces))
+    assert 0.1 <= measured < 0.125
+    assert mesh_worker.deviation((big.vertices, big.faces), (big.vertices, big.faces)) < 0.025
+    spike = np.concatenate([small.vertices, [[0, 2, 0]]])
+    faces = np.concatenate([small.faces, [[0, 1, len(small.vertices)]]])
+    assert mesh_worker.deviation((small.vertices, small.faces), (spike, faces)) > 1
+
+
+def test_decimation_without_its_packages_is_a_clear_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mesh_worker, "fast_simplification", None)
+    assert prepare(write_boxes(tmp_path / "in", 1), "--out", tmp_path / "out", "--decimate") == 1
+    assert "pip install fast-simplification scipy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    boxes = write_boxes(tmp_path / "in", 50)
+    (boxes / "bad.obj").write_text("nothing")
+    for workers in (1, 3):
+        assert (
+            prepare(boxes, "--out", tmp_path / str(workers) / "set", "--num_workers", workers, "--shard_size", 20) == 0
+        )
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+    assert [len(pyarrow.parquet.read_table(p)) for p in sorted((tmp_path / "1").rglob("train-*"))][:2] == [20, 20]
+
+
+class Stop(BaseException):
+    """The power goes off."""
+
+
+@pytest.mark.parametrize(
+    "what", ["os.replace", "os.fsync", "commit", "add", "reject", "ParquetWriter.write_table", "json.dumps"]
+)
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_data_set(what, tmp_path, monkeypatch):
+    boxes = write_boxes(tmp_path / "in", 14)
+    (boxes / "box 003.obj").write_text("nothing")
+    (boxes / "more.zip").write_bytes(
+        bad_files.zipped(
+            *((f"{number}.obj", bad_files.box(5 + number / 10)) for number in range(6)), ("bad.obj", "no")
+        )
+    )
+    arguments = (boxes, "--shard_size", 4, "--num_workers", 1, "--validation_share", 0.2)
+    assert prepare(*arguments, "--out", tmp_path / "whole" / "set") == 0
+    monkeypatch.setattr(prepare_data, "_COMMIT_SECONDS", 0)
+    owner, _, name = what.rpartition(".")
+    owners = {"os": prepared_set.os, "json": prepared_set.json, "ParquetWriter": pyarrow.parquet.ParquetWriter}
+    owner = owners.get(owner, prepared_set.PreparedSet)
+    original, stops = getattr(owner, name), 0
+    for place in (1, 2, 4, 7, 11, 16):
+        calls = 0
+
+        def stopping(*args, place=place, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == place:
+                raise Stop
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stopping)
+            try:
+                assert prepare(*arguments, "--out", tmp_path / "stopped" / "set") == 0
+                break
+            except Stop:
+                stops += 1
+    assert stops >= 1, "nothing was stopped"
+    assert prepare(*arguments, "--out", tmp_path / "stopped" / "set") == 0
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def command(*arguments: object) -> subprocess.Popen:
+    words = [sys.executable, "-m", "training.prepare_data", *map(str, arguments), "--disable_tqdm"]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A source of 300 meshes, and the data set of a run over it that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source = write_rows(folder / "rows.parquet", 300, 40)
+    assert prepare(source, "--shard_size", 50, "--num_workers", 1, "--out", folder / "whole" / "set") == 0
+    return folder
+
+
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_that_is_killed_or_interrupted_is_gone_on_with(stop, status, undisturbed, tmp_path):
+    arguments = (undisturbed / "rows.parquet", "--shard_size", 50, "--num_workers", 1)
+    out = tmp_path / "set"
+    process = command(*arguments, "--out", out)
+    wait_for(lambda: len(list(out.glob("data/train-*.parquet"))) >= 2, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors and (stop == signal.SIGKILL or "run the same command again" in errors)
+    assert not (out / "README.md").exists() and (out / "settings.json").exists()
+    assert psutil.wait_procs(children, timeout=20)[1] == [], "a child outlives the run"
+    assert prepare(*arguments, "--out", out) == 0
+    assert content(tmp_path) == content(undisturbed / "whole")
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, monkeypatch, capsys):
+    boxes = write_boxes(tmp_path / "in", 10)
+    assert prepare(boxes, "--out", tmp_path / "whole" / "set", "--shard_size", 4) == 0
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pyarrow.parquet.ParquetWriter, "write_table", full)
+        assert prepare(boxes, "--out", tmp_path / "full" / "set", "--shard_size", 4) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert prepare(boxes, "--out", tmp_path / "full" / "set", "--shard_size", 4) == 0
+    assert content(tmp_path / "full") == content(tmp_path / "whole")
+
+
+def begin(out: Path, boxes: Path, monkeypatch) -> None:
+    """A run that stops in the middle, after a commit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "_COMMIT_SECONDS", 0)
+        patch.setattr(prepared_set.PreparedSet, "finish", lambda self: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            prepare(boxes, "--out", out)
+
+
+def test_other_settings_and_other_files_are_errors_with_advice(tmp_path, monkeypatch, capsys):
+    boxes = write_boxes(tmp_path / "in", 5)
+    begin(tmp_path / "out", boxes, monkeypatch)
+    assert prepare(boxes, "--out", tmp_path / "out", "--max_faces", 100) == 1
+    message = capsys.readouterr().err
+    assert "begun with max_faces = 800, not 100" in message and "--overwrite" in message
+    (boxes / "a new one.obj").write_text(bad_files.box(9))
+    assert prepare(boxes, "--out", tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert "files were added, removed or renamed" in message and "--overwrite" in message
+    assert prepare(boxes, "--out", tmp_path / "out", "--max_faces", 100, "--overwrite") == 0
+    assert len(rows(tmp_path / "out")) == 6
+    assert prepare(boxes, "--out", tmp_path / "out", "--max_faces", 100) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path, capsys):
+    boxes = write_boxes(tmp_path / "in", 3)
+    options = prepare_data.parse_options([str(boxes), "--out", str(tmp_path / "out")])
+    settings = {key: value for key, value in sorted(vars(options).items()) if key not in prepare_data._FREE}
+    first = prepared_set.PreparedSet(tmp_path / "out", settings | {"resolution": 128}, 10, 0.1)
+    for arguments in ((), ("--overwrite",)):
+        assert prepare(boxes, "--out", tmp_path / "out", *arguments) == 1
+        assert "another process is writing" in capsys.readouterr().err
+    first.close()
+    assert prepare(boxes, "--out", tmp_path / "out") == 0
+
+
+def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path, capsys):
+    boxes, out = write_boxes(tmp_path / "in", 1), tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    for name in ("settings.json", "README.md", "data/train-1.parquet"):
+        (out / name).write_text("{}")
+    before = content(out)
+    for arguments in ((), ("--overwrite",)):
+        assert prepare(boxes, "--out", out, *arguments) == 1
+        assert "did not write" in capsys.readouterr().err
+    assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no such folder"], "there is no folder or file no such folder"),
+        (["user/name"], "write hub:user/name"),
+        (["{here}/notes.txt"], "of no format that is read"),
+        (["{here}", "--validation_share", "1"], "validation_share"),
+        (["{here}", "--min_faces", "9", "--max_faces", "8"], "--max_faces 8 is less"),
+        (["{here}", "--num_workers", "0"], "--num_workers must be at least 1"),
+        (["{here}", "--ids", "{here}/nothing.txt"], "cannot be read"),
+        (["{here}", "--categories", "99999999"], "99999999 is not the synset id"),
+    ],
+)
+def test_an_impossible_request_is_refused_before_anything_is_written(arguments, message, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("nothing")
+    arguments = [argument.format(here=tmp_path) for argument in arguments]
+    assert prepare(*arguments, "--out", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_written_to_is_never_a_source(tmp_path, capsys):
+    boxes = write_boxes(tmp_path / "in", 3)
+    assert prepare(boxes, "--out", boxes) == 1
+    assert "cannot be a source" in capsys.readouterr().err
+    assert prepare(boxes, "--out", boxes / "set") == 0
+    assert prepare(boxes, "--out", tmp_path / "again", "--overwrite") == 0
+    assert prepare(boxes, "--out", boxes / "set", "--overwrite") == 0
+    assert len(rows(boxes / "set")) == 3
+
+
+def test_a_source_without_meshes_is_an_error_that_names_the_reasons(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.obj").write_text("nothing")
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out") == 1
+    assert "1 no faces" in capsys.readouterr().out
+
+
+def peak_memory(*arguments: object) -> tuple[int, int]:
+    """The most memory in bytes that a run's main process, and that the largest of the others, took."""
+    process, highest = command(*arguments), [0, 0]
+    parent = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            sizes = [member.memory_info().rss for member in (parent, *parent.children(recursive=True))]
+            highest = [max(highest[0], sizes[0]), max(highest[1], *sizes[1:], 0)]
+        except psutil.Error:
+            pass
+        time.sleep(0.02)
+    assert process.returncode == 0, process.communicate()
+    return highest[0], highest[1]
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    peaks = []
+    for count in (400, 1600):
+        source = write_rows(tmp_path / f"{count}.parquet", count, 600)
+        peaks.append(peak_memory(source, "--out", tmp_path / f"out {count}", "--num_workers", 1, "--shard_size", 200))
+    more = 1200 * 600 * (3 * 12 + 12)  # bytes of vertices and faces that the larger source has more
+    growth = [large - small for small, large in zip(*peaks, strict=True)]
+    assert max(growth) < more / 3, (peaks, more)

@@ -1,0 +1,138 @@
+"""The README.md of a prepared data set: what is in it and how it came about."""
+
+import os
+from collections import Counter
+from typing import Any
+
+from training.containers import HUB
+from training.prepared_set import FACE_BINS, SPLITS
+
+_LARGEST_TABLE = 60
+# SPDX names that the Hub knows in lower case.
+_HUB_LICENSES = {
+    *("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "CC-BY-3.0", "CC-BY-SA-3.0"),
+    *("MIT", "Apache-2.0", "BSD-3-Clause", "ODC-By", "ODbL"),
+}
+_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
+
+
+def summary_of(counts: dict[str, Counter], shards: Counter, items: int) -> dict[str, Any]:
+    """The figures of a run, as JSON values."""
+    rejected = counts.get("rejected", Counter())
+    return {
+        "items": items,
+        "meshes": {split: counts.get("split", Counter())[split] for split in SPLITS},
+        "faces": sum(counts.get("total faces", Counter()).values()),
+        "shards": {split: shards[split] for split in SPLITS},
+        "rejected": dict(rejected.most_common()),
+    }
+
+
+def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], counts: dict[str, Counter]) -> str:
+    """The text of README.md, with the front matter by which `datasets` finds the splits."""
+    total = sum(summary["meshes"].values())
+    licenses = counts.get("license", Counter())
+    splits = [split for split in SPLITS if summary["meshes"][split]]
+    size = next((name for power, name in enumerate(_SIZES) if total < 10 ** (power + 3)), _SIZES[-1])
+    lines = ["---", "pretty_name: " + _quoted(name), f"size_categories: [{_quoted(size)}]"]
+    if set(licenses) <= _HUB_LICENSES:
+        lines.append(f"license: [{', '.join(sorted(name.lower() for name in licenses))}]")
+    elif "" not in licenses:
+        lines.append("license: other")
+    lines += ["tags: [3d, mesh, iflame]", "configs:", "- config_name: default", "  data_files:"]
+    for split in splits:
+        lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
+    lines += ["---", "", f"# {name}", ""]
+    lines += [
+        f"{total:,} triangle meshes of {settings['min_faces']} to {settings['max_faces']} faces, "
+        f"{summary['faces']:,} faces in all, "
+        + " and ".join(f"{summary['meshes'][split]:,} for {split}" for split in splits)
+        + ". Made by `python -m training.prepare_data`; `settings.json` has its settings, `summary.json` its figures, "
+        "`rejected.jsonl` what was left out and why.",
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        "",
+        'meshes = load_dataset("path/of/this/folder")["train"]',
+        "```",
+        "",
+        "| column | type | meaning |",
+        "|---|---|---|",
+        "| name | string | unique in the set |",
+        "| category | string | null where not known |",
+        "| source | string | the file or row it came from |",
+        "| license | string | null where not known |",
+        "| vertices | list of 3 x float32 | y up, box centred at 0, longest side 1, not quantised, no two equal |",
+        "| faces | list of 3 x int32 | indices of vertices, counter-clockwise seen from outside as in the source |",
+        "| num_faces | int32 | faces |",
+        f"| num_faces_q | int32 | faces left after quantisation to {settings['resolution'] + 1} levels |",
+        "",
+        "## How it was made",
+        "",
+        f"- Sources: {', '.join(_code(_shown(source)) for source in settings['sources'])}; their vertical axis was "
+        f"{settings['up_axis']}.",
+        "- Scenes were flattened with their transforms, polygons cut into triangles, equal vertices merged; faces "
+        "with repeated corners, or on the same three vertices as an earlier face, were dropped.",
+        *_how(settings),
+        "",
+    ]
+    faces = Counter({_bin_name(int(key)): n for key, n in sorted(counts.get("faces", {}).items(), key=_by_bin)})
+    lines += _table("Faces after quantisation", "faces", faces, ranked=False)
+    lines += _table("Categories", "category", counts.get("category", Counter()))
+    lines += _table("Licences", "license", licenses)
+    lines += _table("Left out", "reason", Counter(summary["rejected"]))
+    return "\n".join(lines)
+
+
+def _how(settings: dict[str, Any]) -> list[str]:
+    lines = []
+    if settings["decimate"]:
+        lines.append(
+            f"- Meshes of more than {settings['max_faces']} faces were decimated, first where they are plane, then by "
+            f"the quadric error, and left out where the surface moved by more than {settings['max_deviation']}."
+        )
+    if settings["deduplicate"]:
+        lines.append("- Of meshes that are equal after quantisation the first was kept.")
+    share = settings["validation_share"]
+    rule = f"A mesh is for validation if the first 8 bytes of SHA-1 of its name, over 2**64, are below {share}"
+    lines.append(f"- {rule}{', where the source did not say' if settings['splits'] == 'source' else ''}.")
+    if settings["categories"]:
+        lines.append(f"- Only the categories {', '.join(settings['categories'])}.")
+    return lines
+
+
+def _table(title: str, head: str, counts: Counter, ranked: bool = True) -> list[str]:
+    if not counts:
+        return []
+    rows = counts.most_common(_LARGEST_TABLE) if ranked else list(counts.items())
+    lines = [f"## {title}", "", f"| {head} | meshes |", "|---|---|"]
+    lines += [f"| {_cell(key)} | {number:,} |" for key, number in rows]
+    if len(counts) > len(rows):
+        lines.append(f"| {len(counts) - len(rows):,} others | {sum(counts.values()) - sum(n for _, n in rows):,} |")
+    return [*lines, ""]
+
+
+def _by_bin(entry: tuple[str, int]) -> int:
+    return int(entry[0])
+
+
+def _bin_name(index: int) -> str:
+    low = FACE_BINS[index - 1] + 1 if index else 1
+    return f"{low} to {FACE_BINS[index]}" if index < len(FACE_BINS) else f"{low} and more"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split()) or "not known"
+
+
+def _shown(source: str) -> str:
+    """A source without the folders of the machine it lay on."""
+    return source if source.startswith(HUB) else os.path.basename(os.path.abspath(source))
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', ' ')}`"
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

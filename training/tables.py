@@ -1,0 +1,201 @@
+"""Meshes in rows: parquet files, data sets of the Hub, and the pickle of MeshGPT's authors."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from training.items import READ_SUFFIXES, Item, printable, suffix_of
+from training.rejection import Rejected
+from training.safe_pickle import safe_load
+from training.synsets import synset_category
+
+Build = Callable[[], None]
+_ROWS = 32
+_TEXT_COLUMNS = {"name": "name", "source": "source", "license": "license", "category": "category", "label": "category"}
+# Splits that are not for training.
+_HELD_OUT = ("validation", "valid", "val", "test", "dev", "eval")
+
+
+class Columns(NamedTuple):
+    """What the columns of a table are for."""
+
+    arrays: bool  # vertices and faces, else one column of mesh files
+    files: str | None
+    text: dict[str, str]
+
+
+def parquet_items(path: str, label: str, prefix: str, folder: str) -> Iterator[tuple[Item, Build]]:
+    """The meshes of a parquet file with the columns vertices and faces, or one of mesh files; rows are read as they
+    are asked for. Raises [`Rejected`] and pyarrow's errors when the file cannot be read on."""
+    # buffered ahead, pyarrow would keep every row group it has read
+    with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        columns = _columns(file.schema_arrow)
+        wanted = [*columns.text, *(("vertices", "faces") if columns.arrays else (columns.files,))]
+        first = 0
+        for batch in file.iter_batches(batch_size=_ROWS if columns.arrays else 1, columns=wanted, use_threads=False):
+            yield from _table_items(batch, columns, first, label, prefix, _split_of(label), folder, {})
+            first += len(batch)
+
+
+def parquet_length(path: str) -> int:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.metadata.num_rows
+
+
+def hub_items(name: str, label: str, prefix: str, folder: str) -> Iterator[tuple[Item, Build]]:
+    """The meshes of a data set of the Hub, `user/name` or `user/name:configuration`, streamed by `datasets`."""
+    import datasets  # slow to import, and only this needs it
+
+    repository, _, configuration = name.partition(":")
+    splits = datasets.load_dataset(repository, configuration or None, streaming=True)
+    for split, data in splits.items():
+        features = data.features or {}
+        classes = {key: feature.names for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+        first, columns = 0, None
+        for table in data.with_format("arrow").iter(batch_size=_ROWS):
+            columns = columns or _columns(table.schema)
+            held_out = "validation" if split in _HELD_OUT else "train"
+            for batch in table.to_batches():
+                where = f"{label}/{split}"
+                yield from _table_items(batch, columns, first, where, f"{prefix}{split}/", held_out, folder, classes)
+                first += len(batch)
+
+
+def pickle_items(path: str, label: str, prefix: str) -> Iterator[tuple[Item, Build]]:
+    """The meshes of MeshGPT's processed ShapeNet: a dictionary of lists, `name_`, `vertices_` and `faces_` of each of
+    `train` and `val`. It is read whole, and runs no code.
+
+    Raises UnsafePickleError, and ValueError for a file of another kind.
+    """
+    with open(path, "rb") as file:
+        content = safe_load(file)
+    splits = {"train": "train", "val": "validation"}
+    if not isinstance(content, dict) or not any(f"vertices_{split}" in content for split in splits):
+        raise ValueError("not MeshGPT's data: no dictionary with name_train, vertices_train and faces_train")
+    for split, kind in splits.items():
+        parts = [content.get(f"{part}_{split}", []) for part in ("name", "vertices", "faces")]
+        if not all(isinstance(part, (list, tuple, np.ndarray)) for part in parts) or len(set(map(len, parts))) != 1:
+            raise ValueError(f"not MeshGPT's data: name_{split}, vertices_{split} and faces_{split} do not match")
+        for index, (name, vertices, faces) in enumerate(zip(*parts, strict=True)):
+            name = printable(str(name)) or f"{prefix}{split}/{index:08d}"
+            item = Item(name, f"{label}#{split}/{index}", category=synset_category(name), split=kind)
+            yield item, _array_build(item, vertices, faces)
+
+
+def _array_build(item: Item, vertices: Any, faces: Any) -> Build:
+    def build() -> None:
+        if len(vertices) == 0 or len(faces) == 0:
+            raise Rejected("no faces", "the mesh has no faces")
+        corners = faces
+        if not isinstance(faces, np.ndarray) or faces.ndim != 2:
+            flat = np.array([index for face in faces for index in face])
+            corners = _triangles(flat, np.array([len(face) for face in faces]))
+        item.payload = (np.asarray(vertices), np.asarray(corners))
+
+    return build
+
+
+def _columns(schema: pyarrow.Schema) -> Columns:
+    text = {}
+    for column, field in _TEXT_COLUMNS.items():
+        if column in schema.names and field not in text.values():
+            text[column] = field
+    if {"vertices", "faces"} <= set(schema.names):
+        return Columns(True, None, text)
+    for field in schema:
+        is_file = pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+        is_bytes = pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type)
+        if is_file or (is_bytes and f".{field.name}" in READ_SUFFIXES):
+            return Columns(False, field.name, text)
+    raise Rejected(
+        "no meshes", f"it has no columns vertices and faces, nor one of mesh files; it has {', '.join(schema.names)}"
+    )
+
+
+def _table_items(
+    batch: pyarrow.RecordBatch,
+    columns: Columns,
+    first: int,
+    label: str,
+    prefix: str,
+    split: str | None,
+    folder: str,
+    classes: dict[str, list[str]],
+) -> Iterator[tuple[Item, Build]]:
+    text = {field: _texts(batch.column(column), classes.get(column)) for column, field in columns.text.items()}
+    for row in range(len(batch)):
+        values = {field: column[row] for field, column in text.items()}
+        name = values.pop("name", None) or f"{prefix}{first + row:08d}"
+        source = values.pop("source", None) or f"{label}#{first + row}"
+        item = Item(name, source, split=split, **values)
+        item.category = item.category or synset_category(name)
+        yield item, _row_build(item, batch, columns, row, folder)
+
+
+def _row_build(item: Item, batch: pyarrow.RecordBatch, columns: Columns, row: int, folder: str) -> Build:
+    def build() -> None:
+        if columns.arrays:
+            vertices, lengths = _lists(batch.column("vertices"), row)
+            if len(set(lengths.tolist())) > 1:
+                raise Rejected("bad shape", "its vertices have different numbers of coordinates")
+            flat, sides = _lists(batch.column("faces"), row)
+            item.payload = (vertices.reshape(len(lengths), -1), _triangles(flat, sides))
+            return
+        value = batch.column(columns.files)[row].as_py()
+        value = value if isinstance(value, dict) else {"bytes": value, "path": f"mesh.{columns.files}"}
+        suffix = suffix_of(value.get("path") or "")
+        if value.get("bytes") is None or suffix not in READ_SUFFIXES:
+            raise Rejected("unknown format", f"no bytes of a mesh file whose format is known ({value.get('path')!r})")
+        with tempfile.NamedTemporaryFile(suffix=suffix, dir=folder, delete=False) as file:
+            item.temporary = file.name
+            file.write(value["bytes"])
+        item.payload = file.name
+
+    return build
+
+
+def _lists(column: pyarrow.Array, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of one list of lists, flat, and the lengths of the inner lists."""
+    column = column.storage if isinstance(column, pyarrow.ExtensionArray) else column
+    value = column[row]
+    if not hasattr(value.type, "value_type") or not hasattr(value.type.value_type, "value_type"):
+        raise Rejected("bad shape", f"vertices and faces must be lists of lists of numbers, not {value.type}")
+    inner = value.values
+    if inner is None or len(inner) == 0:
+        raise Rejected("no faces", "the mesh has no vertices or no faces")
+    flat = inner.flatten()
+    if inner.null_count or flat.null_count or pyarrow.types.is_nested(flat.type):
+        raise Rejected("bad shape", "a value is missing, or the lists are nested too deep")
+    lengths = pyarrow.compute.list_value_length(inner)
+    return flat.to_numpy(zero_copy_only=False), lengths.to_numpy(zero_copy_only=False)
+
+
+def _triangles(flat: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Polygons of `sides` (F,) corners each, which follow each other in `flat`, as fans of triangles (F', 3)."""
+    if (sides == sides[0]).all():
+        return flat.reshape(len(sides), -1)
+    if sides.min() < 3:
+        raise Rejected("bad shape", "a face has fewer than three corners")
+    starts = np.cumsum(sides) - sides
+    count = sides - 2
+    first = np.repeat(starts, count)
+    step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return np.stack([flat[first], flat[first + step + 1], flat[first + step + 2]], axis=1)
+
+
+def _texts(column: pyarrow.Array, names: list[str] | None) -> list[str | None]:
+    values = column.to_pylist()
+    if names is not None:
+        return [names[value] if isinstance(value, int) and 0 <= value < len(names) else None for value in values]
+    return [None if value is None or value == "" else printable(str(value)) for value in values]
+
+
+def _split_of(label: str) -> str | None:
+    """The split that a parquet file's own name tells, as in "test-00000-of-00001.parquet"."""
+    word = label.rpartition("/")[2].lower().replace("_", "-").replace(".", "-").partition("-")[0]
+    return "validation" if word in _HELD_OUT else "train" if word == "train" else None
