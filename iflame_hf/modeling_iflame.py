@@ -204,7 +204,7 @@ class IFlamePreTrainedModel(PreTrainedModel):
         """As in transformers; raises ValueError if a special token would lose its row."""
         specials = (self.config.pad_token_id, self.config.bos_token_id, self.config.eos_token_id)
         smallest = 1 + max(token for token in specials if token is not None)
-        if new_num_tokens is not None and new_num_tokens < smallest:
+        if new_num_tokens is not None and new_num_tokens < min(smallest, self.config.vocab_size):
             raise ValueError(
                 f"{new_num_tokens} tokens are too few: the special tokens of this model need at least {smallest}"
             )
