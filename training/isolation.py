@@ -199,7 +199,8 @@ class Pool:
                     settle(process, process.cause_of_death(), is_alive=False)
             busy = {process.connection: process for process, numbers in self._tasks.items() if numbers}
             if not busy:
-                if exhausted and not again and not known:
+                if exhausted and not again and next_back not in answers:
+                    assert not known, "a task was lost"
                     return
                 continue
             ready = multiprocessing.connection.wait(list(busy), timeout=_LOOK_SECONDS)
