@@ -8,6 +8,7 @@ import hashlib
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -16,17 +17,24 @@ import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from iflame_hf.mesh_iflame import load_mesh, normalise
 from iflame_hf.tokenization_iflame import IFlameTokenizer
+from training.arguments import Arguments
 from training.packing import TOKENS_PER_FACE, best_fit, pack_row, plan_rows
+from training.procedural import make_dataset
 
 # Start and end face.
 EXTRA_FACES = 2
 # Ranges of the paper's code.
 SCALE_RANGE = (0.75, 1.25)
 SHIFT_RANGE = np.array([0.1, 0.1, 0.075])
+
+
+# What the held-out procedural meshes add to the seed.
+VALIDATION_SEED = 1_000_003
 
 
 class Meshes(Protocol):
@@ -323,3 +331,49 @@ def training_loader(
 def _leave_interrupts_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@dataclass
+class Data:
+    """What a run learns from and is judged by."""
+
+    rows: MeshRows
+    stream: RowStream
+    validation: Meshes | None
+    validation_loader: DataLoader | None
+
+
+def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
+    """The stream of training rows, and the held-out rows if there are any."""
+    options, train = arguments.data, arguments.train
+    validation: Meshes | None = None
+    if options.train_file:
+        with accelerator.main_process_first():  # which fills the cache of `datasets` for the others
+            meshes = ParquetMeshes(options.train_file, options.max_train_samples)
+            if options.validation_file:
+                validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
+    else:
+        faces = {"max_faces": options.procedural_max_faces}
+        count = min(options.num_procedural_meshes, options.max_train_samples or options.num_procedural_meshes)
+        meshes = ProceduralMeshes(make_dataset(count, train.seed, **faces))
+        held_out = options.num_procedural_validation_meshes
+        held_out = min(held_out, options.max_eval_samples or held_out)
+        if held_out:
+            validation = ProceduralMeshes(make_dataset(held_out, train.seed + VALIDATION_SEED, **faces))
+
+    length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
+    sizes, used = mesh_sizes(meshes, length, options.long_meshes)
+    balanced = meshes.categories if options.balance == "category" else None
+    rows = MeshRows(meshes, tokenizer, length, train.seed, options.scale_augmentation, options.shift_augmentation)
+    stream = RowStream(sizes, used, capacity, train.seed, balanced)
+    loader = None
+    if validation is not None:
+        batches = evaluation_batches(
+            *mesh_sizes(validation, length, options.long_meshes),
+            capacity,
+            train.per_device_eval_batch_size or train.per_device_train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        loader = DataLoader(MeshRows(validation, tokenizer, length, with_categories=True), batch_sampler=batches)
+    return Data(rows, stream, validation, loader)

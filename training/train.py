@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
@@ -24,27 +23,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, TorchDynamoPlugin, gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
 from training.checkpointing import Checkpoints, Interruption, Progress
-from training.data import (
-    Meshes,
-    MeshRows,
-    ParquetMeshes,
-    ProceduralMeshes,
-    RowStream,
-    evaluation_batches,
-    mesh_sizes,
-    training_loader,
-)
+from training.data import Data, load_data, training_loader
 from training.evaluate import draw_samples, evaluate
 from training.optim import create_average, create_optimizer, learning_rate_curve
-from training.packing import IGNORED, TOKENS_PER_FACE
-from training.procedural import make_dataset
+from training.packing import IGNORED
 from training.reporting import RunLog, Window
 
 WEIGHTS = "model.safetensors"
@@ -53,18 +41,6 @@ AVERAGE = "average.safetensors"
 MOST_STEPS_LEFT_OUT = 10
 # Steps before the speed of a machine is taken for known.
 STEPS_TO_MEASURE = 20
-# What the held-out procedural meshes add to the seed.
-VALIDATION_SEED = 1_000_003
-
-
-@dataclass
-class Data:
-    """What a run learns from and is judged by."""
-
-    rows: MeshRows
-    stream: RowStream
-    validation: Meshes | None
-    validation_loader: DataLoader | None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,42 +101,6 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
     if sizes.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return tokenizer, model
-
-
-def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
-    """The stream of training rows, and the held-out rows if there are any."""
-    options, train = arguments.data, arguments.train
-    validation: Meshes | None = None
-    if options.train_file:
-        with accelerator.main_process_first():  # which fills the cache of `datasets` for the others
-            meshes = ParquetMeshes(options.train_file, options.max_train_samples)
-            if options.validation_file:
-                validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
-    else:
-        faces = {"max_faces": options.procedural_max_faces}
-        count = min(options.num_procedural_meshes, options.max_train_samples or options.num_procedural_meshes)
-        meshes = ProceduralMeshes(make_dataset(count, train.seed, **faces))
-        held_out = options.num_procedural_validation_meshes
-        held_out = min(held_out, options.max_eval_samples or held_out)
-        if held_out:
-            validation = ProceduralMeshes(make_dataset(held_out, train.seed + VALIDATION_SEED, **faces))
-
-    length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
-    sizes, used = mesh_sizes(meshes, length, options.long_meshes)
-    balanced = meshes.categories if options.balance == "category" else None
-    rows = MeshRows(meshes, tokenizer, length, train.seed, options.scale_augmentation, options.shift_augmentation)
-    stream = RowStream(sizes, used, capacity, train.seed, balanced)
-    loader = None
-    if validation is not None:
-        batches = evaluation_batches(
-            *mesh_sizes(validation, length, options.long_meshes),
-            capacity,
-            train.per_device_eval_batch_size or train.per_device_train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        loader = DataLoader(MeshRows(validation, tokenizer, length, with_categories=True), batch_sampler=batches)
-    return Data(rows, stream, validation, loader)
 
 
 class Run:
