@@ -223,6 +223,17 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path):
     ]
 
 
+def test_mesh_files_in_a_data_set_of_the_hub_are_read(tmp_path):
+    if not hasattr(datasets, "Mesh"):
+        pytest.skip("this release of datasets knows no meshes")
+    for number, name in enumerate(("stool/a.glb", "stool/b.glb", "bench/a.glb")):
+        path = tmp_path / "user" / "files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bad_files.box_glb(1.5 + number))
+    assert prepare(f"hub:{tmp_path / 'user' / 'files'}", "--out", tmp_path / "out") == 0
+    assert sorted(row["category"] for row in rows(tmp_path / "out")) == ["bench", "stool", "stool"]
+
+
 def test_a_hub_that_cannot_be_reached_is_no_fault_of_the_files(tmp_path, capsys):
     assert prepare("hub:nobody/nothing", "--out", tmp_path / "out") == 1
     assert "hub:nobody/nothing cannot be read" in capsys.readouterr().err

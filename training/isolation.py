@@ -3,6 +3,7 @@
 A child answers one request after the other. If it hangs, outgrows its limit or crashes, only that request fails.
 """
 
+import contextlib
 import gc
 import logging
 import multiprocessing
@@ -243,7 +244,8 @@ def _serve(connection: Any, make_handler: Callable[[], Callable[[Any], Any]], li
     if resource is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         wanted = memory.vms + limits.memory
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+        with contextlib.suppress(OSError, ValueError):  # macOS may refuse; memory is watched from outside too
+            resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
     gc.collect()
     gc.freeze()
     try:

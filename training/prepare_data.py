@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     preload("training.mesh_worker", "training.containers")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, _terminate)
     again = "run the same command again to go on"
     try:
         summary = prepare_data(options)
@@ -229,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SourceLostError, RuntimeError, OSError, sqlite3.Error) as error:
         print(f"prepare_data: {error}; {again} when that is mended", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if summary is None:
         print(f"{options.out} is finished already; --overwrite makes it anew")
         return 0

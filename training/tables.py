@@ -1,5 +1,6 @@
 """Meshes in rows: parquet files, data sets of the Hub, and the pickle of MeshGPT's authors."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ def parquet_items(path: str, label: str, prefix: str, folder: str) -> Iterator[t
         wanted = [*columns.text, *(("vertices", "faces") if columns.arrays else (columns.files,))]
         first = 0
         for batch in file.iter_batches(batch_size=_ROWS if columns.arrays else 1, columns=wanted, use_threads=False):
-            yield from _table_items(batch, columns, first, label, prefix, _split_of(label), folder, {})
+            yield from _table_items(batch, columns, first, label, prefix, _split_of(label), folder)
             first += len(batch)
 
 
@@ -50,8 +51,17 @@ def parquet_length(path: str) -> int:
 def hub_items(name: str, label: str, prefix: str, folder: str) -> Iterator[tuple[Item, Build]]:
     """The meshes of a data set of the Hub, `user/name` or `user/name:configuration`, streamed by `datasets`."""
     import datasets  # slow to import, and only this needs it
+    from datasets.utils.file_utils import xopen
 
     repository, _, configuration = name.partition(":")
+
+    def fetch(path: str) -> bytes:
+        # a row must not name files of this machine, but those of a data set that lies on it
+        if "://" not in path and not os.path.realpath(path).startswith(os.path.realpath(repository) + os.sep):
+            raise Rejected("unsafe name", "its file is not one of the data set's")
+        with xopen(path, "rb") as file:
+            return file.read()
+
     splits = datasets.load_dataset(repository, configuration or None, streaming=True)
     for split, data in splits.items():
         features = data.features or {}
@@ -62,7 +72,8 @@ def hub_items(name: str, label: str, prefix: str, folder: str) -> Iterator[tuple
             held_out = "validation" if split in _HELD_OUT else "train"
             for batch in table.to_batches():
                 where = f"{label}/{split}"
-                yield from _table_items(batch, columns, first, where, f"{prefix}{split}/", held_out, folder, classes)
+                rows_prefix = f"{prefix}{split}/"
+                yield from _table_items(batch, columns, first, where, rows_prefix, held_out, folder, classes, fetch)
                 first += len(batch)
 
 
@@ -125,19 +136,27 @@ def _table_items(
     prefix: str,
     split: str | None,
     folder: str,
-    classes: dict[str, list[str]],
+    classes: dict[str, list[str]] | None = None,
+    fetch: Callable[[str], bytes] | None = None,
 ) -> Iterator[tuple[Item, Build]]:
-    text = {field: _texts(batch.column(column), classes.get(column)) for column, field in columns.text.items()}
+    text = {field: _texts(batch.column(column), (classes or {}).get(column)) for column, field in columns.text.items()}
     for row in range(len(batch)):
         values = {field: column[row] for field, column in text.items()}
         name = values.pop("name", None) or f"{prefix}{first + row:08d}"
         source = values.pop("source", None) or f"{label}#{first + row}"
         item = Item(name, source, split=split, **values)
         item.category = item.category or synset_category(name)
-        yield item, _row_build(item, batch, columns, row, folder)
+        yield item, _row_build(item, batch, columns, row, folder, fetch)
 
 
-def _row_build(item: Item, batch: pyarrow.RecordBatch, columns: Columns, row: int, folder: str) -> Build:
+def _row_build(
+    item: Item,
+    batch: pyarrow.RecordBatch,
+    columns: Columns,
+    row: int,
+    folder: str,
+    fetch: Callable[[str], bytes] | None,
+) -> Build:
     def build() -> None:
         if columns.arrays:
             vertices, lengths = _lists(batch.column("vertices"), row)
@@ -148,12 +167,15 @@ def _row_build(item: Item, batch: pyarrow.RecordBatch, columns: Columns, row: in
             return
         value = batch.column(columns.files)[row].as_py()
         value = value if isinstance(value, dict) else {"bytes": value, "path": f"mesh.{columns.files}"}
-        suffix = suffix_of(value.get("path") or "")
-        if value.get("bytes") is None or suffix not in READ_SUFFIXES:
-            raise Rejected("unknown format", f"no bytes of a mesh file whose format is known ({value.get('path')!r})")
+        path, data = value.get("path") or "", value.get("bytes")
+        suffix = suffix_of(path)
+        if suffix in READ_SUFFIXES and data is None and fetch is not None:
+            data = fetch(path)
+        if suffix not in READ_SUFFIXES or data is None:
+            raise Rejected("unknown format", f"no bytes of a mesh file whose format is known ({path!r})")
         with tempfile.NamedTemporaryFile(suffix=suffix, dir=folder, delete=False) as file:
             item.temporary = file.name
-            file.write(value["bytes"])
+            file.write(data)
         item.payload = file.name
 
     return build
