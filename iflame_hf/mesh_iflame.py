@@ -241,6 +241,8 @@ def _read_file(path: str) -> tuple[np.ndarray, np.ndarray]:
         return _flatten(trimesh.load_scene(path, process=False, skip_materials=True))
     except ImportError as error:
         raise ImportError(f"{path}: reading {suffix} files needs another package ({error})") from error
+    except MemoryError:  # which says nothing of the file
+        raise
     except Exception as error:  # each of trimesh's readers raises what its parser happens to raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"cannot be read as {suffix[1:]}: {reason}") from error

@@ -397,3 +397,14 @@ def test_welding_keeps_the_order_of_faces_and_corners_and_drops_the_bad():
 def test_welding_nothing_gives_nothing():
     levels, faces = weld(np.zeros((0, 3, 3), dtype=np.int64))
     assert levels.shape == (0, 3) and faces.shape == (0, 3)
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    def load_scene(*args, **kwargs):
+        raise MemoryError
+
+    path = tmp_path / "box.obj"
+    trimesh.creation.box().export(path)
+    monkeypatch.setattr(trimesh, "load_scene", load_scene)
+    with pytest.raises(MemoryError):
+        load_mesh(path)
