@@ -110,3 +110,11 @@ def test_500_meshes_take_less_than_a_second_of_one_core():
         return time.process_time() - start
 
     assert min(processor_seconds() for _ in range(3)) < 1
+
+
+def test_only_the_kinds_asked_for_are_made_and_each_of_them():
+    kinds = ("house", "chair", "table")
+    assert {mesh.kind for mesh in make_dataset(60, seed=3, kinds=kinds)} == set(kinds)
+    for wrong in (("house", "spaceship"), ()):
+        with pytest.raises(ValueError, match="kinds must be some of table, .*, got (spaceship|none)"):
+            make_dataset(1, seed=0, kinds=wrong)

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 
 from training.optim import OPTIMIZERS, SCHEDULES
 from training.packing import TOKENS_PER_FACE
+from training.procedural import KINDS
 
 LONG_MESHES = ("error", "crop", "drop")
 # What train.py does without arguments.
@@ -55,6 +56,7 @@ class DataArguments:
     num_procedural_meshes: int = option(4000, "Meshes to generate for training where no train_file is given.")
     num_procedural_validation_meshes: int = option(128, "Meshes to generate for evaluation in that case.")
     procedural_max_faces: int = option(200, "Most faces of a generated mesh.")
+    procedural_kinds: list[str] = option(list(KINDS), f"Kinds of meshes to generate: {', '.join(KINDS)}.")
     max_train_samples: int | None = option(None, "Use only the first so many training meshes.")
     max_eval_samples: int | None = option(None, "Use only the first so many held-out meshes.")
     row_length: int = option(

@@ -353,13 +353,13 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
             if options.validation_file:
                 validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
     else:
-        faces = {"max_faces": options.procedural_max_faces}
+        chosen = {"max_faces": options.procedural_max_faces, "kinds": tuple(options.procedural_kinds)}
         count = min(options.num_procedural_meshes, options.max_train_samples or options.num_procedural_meshes)
-        meshes = ProceduralMeshes(make_dataset(count, train.seed, **faces))
+        meshes = ProceduralMeshes(make_dataset(count, train.seed, **chosen))
         held_out = options.num_procedural_validation_meshes
         held_out = min(held_out, options.max_eval_samples or held_out)
         if held_out:
-            validation = ProceduralMeshes(make_dataset(held_out, train.seed + VALIDATION_SEED, **faces))
+            validation = ProceduralMeshes(make_dataset(held_out, train.seed + VALIDATION_SEED, **chosen))
 
     length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
     sizes, used = mesh_sizes(meshes, length, options.long_meshes)

@@ -5,7 +5,7 @@ levels represent it exactly, and only every fourth is used, which a small model 
 Every part is a closed solid with outward winding; parts touch or cross, but hardly ever share a triangle.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,20 +52,26 @@ def make_mesh(rng: np.random.Generator, kind: str | None = None) -> ProceduralMe
     return ProceduralMesh(kind, np.array(points, dtype=np.float32), np.array(triangles, dtype=np.int32))
 
 
-def make_dataset(num_meshes: int, seed: int, min_faces: int = 12, max_faces: int = 200) -> list[ProceduralMesh]:
-    """`num_meshes` meshes with `min_faces` to `max_faces` faces; mesh i depends on `seed`, i and the limits alone.
+def make_dataset(
+    num_meshes: int, seed: int, min_faces: int = 12, max_faces: int = 200, kinds: Sequence[str] = KINDS
+) -> list[ProceduralMesh]:
+    """`num_meshes` meshes of `kinds`, drawn evenly, with `min_faces` to `max_faces` faces.
 
-    Raises ValueError for a negative number or seed, and for limits that hardly a mesh meets (they have 20 to 198).
+    Mesh i depends on `seed`, i, the limits and the kinds alone. Raises ValueError for a negative number or seed, for
+    an unknown kind or none, and for limits that hardly a mesh meets (they have 20 to 198).
     """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds:
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {', '.join(unknown) or 'none'}")
     if num_meshes < 0 or seed < 0:
         raise ValueError(f"num_meshes and seed must not be negative, got {num_meshes} and {seed}")
-    return [_make_within(seed, index, min_faces, max_faces) for index in range(num_meshes)]
+    return [_make_within(seed, index, min_faces, max_faces, kinds) for index in range(num_meshes)]
 
 
-def _make_within(seed: int, index: int, min_faces: int, max_faces: int) -> ProceduralMesh:
+def _make_within(seed: int, index: int, min_faces: int, max_faces: int, kinds: Sequence[str]) -> ProceduralMesh:
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
     for _ in range(_TRIES):
-        mesh = make_mesh(rng)
+        mesh = make_mesh(rng, pick(rng, kinds))
         if min_faces <= len(mesh.faces) <= max_faces:
             return mesh
     raise ValueError(f"none of {_TRIES} procedural meshes has {min_faces} to {max_faces} faces; they have 20 to 198")
