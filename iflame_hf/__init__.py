@@ -5,15 +5,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from .cache_iflame import IFlameCache
 from .configuration_iflame import IFlameConfig
 from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
+from .streaming_iflame import FaceStreamer, stream_faces
 from .tokenization_iflame import IFlameTokenizer
 
 __all__ = [
+    "FaceStreamer",
     "IFlameCache",
     "IFlameConfig",
     "IFlameForCausalLM",
     "IFlameModel",
     "IFlamePreTrainedModel",
     "IFlameTokenizer",
+    "stream_faces",
 ]
 
 AutoConfig.register("iflame", IFlameConfig, exist_ok=True)

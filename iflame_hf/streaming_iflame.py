@@ -1,0 +1,186 @@
+"""Faces of a mesh as generate() makes them."""
+
+import threading
+from collections.abc import Iterator
+from queue import Empty, Queue
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .configuration_iflame import TOKENS_PER_FACE
+from .mesh_iflame import is_mesh
+
+
+class FaceStreamer(BaseStreamer):
+    """Hands over each face of the mesh that `generate()` makes as soon as it is complete.
+
+    It is to faces what transformers' `TextIteratorStreamer` is to text: `generate(streamer=streamer)` runs in a thread
+    and `for face in streamer` in another; `stream_faces` owns the thread for you. A face is an array (3, 3) float64, a
+    vertex a row, in the units and axes of `tokenizer.decode_mesh`. Together the faces are those of `decode_mesh` of
+    all ids, in the same order and winding: degenerate and repeated ones are left out, and at the first id that is no
+    coordinate the mesh ends. It can be used again once `generate()` has ended.
+
+    Args:
+        tokenizer: the `IFlameTokenizer` of the model.
+        skip_prompt: leave out the faces that are complete within the prompt.
+        timeout: seconds to wait for a face at most; by default for ever.
+
+    Raises, where it is read: TimeoutError where no face came in time, and whatever was handed to `fail`. `put` raises
+    ValueError for more than one mesh at a time.
+    """
+
+    def __init__(self, tokenizer: Any, skip_prompt: bool = False, timeout: float | None = None):
+        self.tokenizer = tokenizer
+        self.skip_prompt = skip_prompt
+        self.timeout = timeout
+        self._queue: Queue = Queue()  # faces, exceptions, and None for the end
+        self._begin()
+
+    def _begin(self) -> None:
+        self._ids: list[int] = []  # of whole and open faces, without padding and start tokens
+        self._seen: set[frozenset] = set()
+        self._is_prompt = True
+        self._mesh_ended = False
+        self._ended = False
+
+    @property
+    def mesh(self) -> "trimesh.Trimesh":  # noqa: F821
+        """The mesh so far, as `decode_mesh` gives it: all that was generated, read or not, and the prompt's faces."""
+        return self.tokenizer.decode_mesh(list(self._ids))
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes the prompt (1, T), then the ids (1,) of each step; called by `generate()`."""
+        if self._ended:
+            self._begin()
+        if value.dim() > 1 and value.shape[0] != 1 or value.dim() == 1 and not self._is_prompt and len(value) != 1:
+            error = ValueError(
+                f"a FaceStreamer follows one mesh, got {value.shape[0]}: leave out num_return_sequences and give one "
+                "prompt"
+            )
+            self.fail(error)
+            raise error
+        for token in value.flatten().tolist():
+            self._take(token)
+        self._is_prompt = False
+
+    def _take(self, token: int) -> None:
+        if self._mesh_ended:
+            return
+        if not 0 <= token <= self.tokenizer.coordinate_resolution:
+            in_front = token in (self.tokenizer.pad_token_id, self.tokenizer.bos_token_id) and not self._ids
+            self._mesh_ended = not in_front
+            return
+        self._ids.append(token)
+        if len(self._ids) % TOKENS_PER_FACE:
+            return
+        vertices, faces = self.tokenizer.decode_arrays(self._ids[-TOKENS_PER_FACE:])
+        key = frozenset(map(tuple, vertices.tolist()))
+        if len(faces) and key not in self._seen:
+            self._seen.add(key)
+            if not (self.skip_prompt and self._is_prompt):
+                self._queue.put(vertices[faces[0]])
+
+    def end(self) -> None:
+        """Called by `generate()` when it is done."""
+        self._finish(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the faces with an error, which is raised where they are read; for the thread that generates."""
+        self._finish(error)
+
+    def _finish(self, last: BaseException | None) -> None:
+        if not self._ended:
+            self._ended = True
+            self._queue.put(last)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        try:
+            item = self._queue.get(timeout=self.timeout)
+        except Empty:
+            raise TimeoutError(f"no face came within {self.timeout} seconds") from None
+        if item is None:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+def stream_faces(
+    model: Any,
+    tokenizer: Any,
+    prompt: Any = None,
+    *,
+    skip_prompt: bool = False,
+    timeout: float | None = None,
+    **generate_kwargs: Any,
+) -> Iterator[np.ndarray]:
+    """Generates one mesh in a thread of its own and yields its faces, arrays (3, 3) float64, as a `FaceStreamer` does.
+
+    Args:
+        model: an `IFlameForCausalLM`.
+        tokenizer: its `IFlameTokenizer`.
+        prompt: what the mesh begins with: a mesh as `tokenizer.encode_mesh` takes it, or ids (T,) or (1, T), a list
+            or a tensor; by default nothing, that is the start face.
+        skip_prompt: leave out the faces of the prompt.
+        timeout: seconds to wait for a face at most; by default for ever.
+        generate_kwargs: as for `model.generate`, for example `do_sample=True, max_new_tokens=9 * 200`.
+
+    The generation begins with the first face that is asked for. Where the iteration is left early, by `break` or an
+    exception, it is stopped at the next token.
+
+    Raises ValueError at once for a prompt that is none and for more than one mesh; while iterating TimeoutError, and
+    whatever `generate` raises.
+    """
+    for name in ("num_return_sequences", "num_beams"):
+        if (generate_kwargs.get(name) or 1) != 1:
+            raise ValueError(f"faces are streamed of one mesh at a time: leave out {name}")
+    if "streamer" in generate_kwargs:
+        raise ValueError("stream_faces has a streamer of its own: leave out streamer")
+    if prompt is not None:
+        if any(generate_kwargs.get(name) is not None for name in ("inputs", "input_ids")):
+            raise ValueError("give either prompt or input_ids, and not both")
+        generate_kwargs["inputs"] = _prompt_ids(tokenizer, prompt).to(model.device)
+    streamer = FaceStreamer(tokenizer, skip_prompt=skip_prompt, timeout=timeout)
+    return _run(model, streamer, generate_kwargs)
+
+
+def _prompt_ids(tokenizer: Any, prompt: Any) -> torch.Tensor:
+    ids = torch.as_tensor(tokenizer.encode_mesh(prompt, add_end=False) if is_mesh(prompt) else prompt)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise ValueError(f"a prompt is one mesh, or its ids (T,) or (1, T), got {ids.dtype} {tuple(ids.shape)}")
+    return ids
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def _run(model: Any, streamer: FaceStreamer, generate_kwargs: dict[str, Any]) -> Iterator[np.ndarray]:
+    left = threading.Event()
+    criteria = StoppingCriteriaList([*(generate_kwargs.pop("stopping_criteria", None) or []), _StopWhen(left)])
+
+    def work() -> None:
+        try:
+            model.generate(**generate_kwargs, stopping_criteria=criteria, streamer=streamer)
+            streamer.end()
+        except BaseException as error:
+            streamer.fail(error)
+
+    thread = threading.Thread(target=work, name="stream_faces", daemon=True)
+    thread.start()
+    try:
+        yield from streamer
+    finally:
+        left.set()
+        thread.join(timeout=streamer.timeout)
