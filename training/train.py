@@ -61,6 +61,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_accelerator(arguments: Arguments) -> Accelerator:
     train = arguments.train
+    if train.bf16 or train.fp16:
+        # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
+        torch.set_float32_matmul_precision("high")
     dynamo = None
     if train.torch_compile:
         # Rows have one length: the shapes of the first step are those of all.
@@ -448,6 +451,9 @@ class Run:
         progress.loss_sum, progress.loss_steps = 0.0, 0
         epoch = progress.epoch + progress.row / len(self.data.stream.rows_of(progress.epoch))
         speed = window.rows * length / window.seconds
+        memory = {}
+        if self.accelerator.device.type == "cuda":  # the most that this process's tensors have taken so far
+            memory["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.log.write(
             self.progress.step,
             {
@@ -459,6 +465,7 @@ class Run:
                 "useful_tokens_per_second": window.labels / window.seconds,
                 "labels": progress.labels,
                 "minutes": progress.seconds / 60,
+                **memory,
             },
         )
         if self.bar is not None:
