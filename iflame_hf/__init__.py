@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from .cache_iflame import IFlameCache
 from .configuration_iflame import IFlameConfig
+from .export_iflame import export_mesh
 from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
 from .streaming_iflame import FaceStreamer, stream_faces
 from .tokenization_iflame import IFlameTokenizer
@@ -16,6 +17,7 @@ __all__ = [
     "IFlameModel",
     "IFlamePreTrainedModel",
     "IFlameTokenizer",
+    "export_mesh",
     "stream_faces",
 ]
 

@@ -15,6 +15,8 @@ import numpy as np
 
 MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off", ".dae")
 UP_AXES = ("y", "z")
+# The vertical axis of a file: of glTF by specification, of the others as Blender and slicers write and read them.
+FILE_UP_AXES = {".glb": "y", ".gltf": "y", ".obj": "y", ".off": "y", ".dae": "y", ".ply": "z", ".stl": "z"}
 
 # Vertices are ordered by y, then x, then z. A level needs 21 bits at most, three of them fit one int64.
 MAX_RESOLUTION = 2**21 - 1
@@ -108,6 +110,11 @@ def to_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
 def from_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
     """The inverse of `to_y_up`."""
     return np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=1) if up_axis == "z" else vertices
+
+
+def turn(vertices: np.ndarray, up_axis: str, to_up_axis: str) -> np.ndarray:
+    """Turn vertices (V, 3) whose up-axis is `up_axis` so that `to_up_axis` is up."""
+    return vertices if up_axis == to_up_axis else from_y_up(to_y_up(vertices, up_axis), to_up_axis)
 
 
 def canonicalise(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
