@@ -78,17 +78,57 @@ def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
         return _checked(vertices, faces)
 
 
-def normalise(vertices: np.ndarray) -> np.ndarray:
+def normalise(vertices: np.ndarray, bounds: Any = None) -> np.ndarray:
     """Centre the bounding box at 0 and scale its longest side to 1: (V, 3) in any unit -> (V, 3) in [-0.5, 0.5].
 
-    Raises ValueError for vertices that lie in a single point, and for an extent that is not a finite number.
+    `bounds` (2, 3), the lowest and the highest corner of a box around all vertices, takes the place of their own
+    bounding box: for a part, that of the whole mesh.
+
+    Raises ValueError for vertices that lie in a single point, for an extent that is not a finite number, and for
+    bounds that are none or leave a vertex outside.
     """
     low, high = vertices.min(axis=0), vertices.max(axis=0)
+    if bounds is None:
+        centre, size = _centre_and_size(low, high)
+    else:
+        lowest, highest = _checked_bounds(bounds)
+        centre, size = _centre_and_size(lowest, highest)
+        if (low < lowest - 1e-6 * size).any() or (high > highest + 1e-6 * size).any():
+            raise ValueError(f"the mesh, from {low.tolist()} to {high.tolist()}, does not lie within the bounds given")
+    return (vertices - centre) / size
+
+
+def denormalise(vertices: np.ndarray, bounds: Any) -> np.ndarray:
+    """The inverse of `normalise`: (V, 3) in [-0.5, 0.5] -> (V, 3) in the units of `bounds`."""
+    centre, size = _centre_and_size(*_checked_bounds(bounds))
+    return vertices * size + centre
+
+
+def bounding_box(vertices: np.ndarray, room_above: float = 0.0, up_axis: str = "y") -> np.ndarray:
+    """Lowest and highest corner (2, 3) of a box around vertices (V, 3), with `room_above` times its height added on
+    top of it, along `up_axis`."""
+    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    up = "xyz".index(up_axis)
+    high[up] += room_above * (high[up] - low[up])
+    return np.stack([low, high])
+
+
+def _checked_bounds(bounds: Any) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        low, high = np.asarray(bounds, dtype=np.float64)
+        if low.shape == high.shape == (3,) and not (low > high).any():
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("bounds are the lowest and the highest corner of a box, ((x, y, z), (x, y, z))")
+
+
+def _centre_and_size(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, float]:
     with np.errstate(over="ignore"):
         size = (high - low).max()
     if not 0 < size < np.inf:
         raise ValueError("all vertices lie in one point" if size == 0 else "its extent is not a finite number")
-    return (vertices - (low / 2 + high / 2)) / size
+    return low / 2 + high / 2, size
 
 
 def quantise(vertices: np.ndarray, resolution: int = 128) -> np.ndarray:

@@ -130,6 +130,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
         add_end: bool = True,
         max_faces: int | None = None,
         normalise: bool = True,
+        bounds: Any = None,
     ) -> list[int]:
         """Token ids of one mesh: start face, faces in canonical order, end face; a multiple of nine.
 
@@ -139,7 +140,10 @@ class IFlameTokenizer(PreTrainedTokenizer):
             add_end: close with the end face; without it the ids are a prompt that a model goes on from.
             max_faces: refuse a mesh with more faces than this after quantisation.
             normalise: centre the mesh and scale its longest side to 1. Otherwise it stays where it is, which must be
-                within [-0.5, 0.5] on every axis; for a part of a larger mesh.
+                within [-0.5, 0.5] on every axis; for a part of a generated mesh.
+            bounds: lowest and highest corner (2, 3) of the box around the whole mesh that this is a part of, in its
+                units and axes; takes the place of the mesh's own bounding box. A model goes on upwards from a prompt
+                and cannot leave the box: a part normalised by itself leaves no room above it.
 
         Raises ValueError, naming the file where there is one, for what is no usable mesh: unreadable, empty, flat to
         a point, coordinates not finite, indices out of range, no face left after quantisation, too many faces;
@@ -147,8 +151,10 @@ class IFlameTokenizer(PreTrainedTokenizer):
         """
         vertices, faces = load_mesh(mesh)
         with errors_name(mesh):
+            if bounds is not None and not normalise:
+                raise ValueError("bounds are what a mesh is normalised by: leave out normalise=False, or bounds")
             if normalise:
-                vertices = normalise_vertices(vertices)
+                vertices = normalise_vertices(vertices, bounds)
             elif np.abs(vertices).max() > 0.5 + 0.5 / self.coordinate_resolution:
                 raise ValueError("with normalise=False all coordinates must lie in [-0.5, 0.5]")
             ids = self.encode_arrays(vertices, faces, add_start=add_start, add_end=add_end, max_faces=max_faces)
@@ -227,7 +233,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
         A mesh is anything `encode_mesh` takes; of strings, those that end in the suffix of a mesh file. Of the
         arguments every tokenizer has, meshes know `add_special_tokens` (start and end face), `padding`, `truncation`,
         `max_length`, `pad_to_multiple_of`, `padding_side`, `return_tensors`, `return_attention_mask` and `verbose`;
-        beside these, `add_end=False` leaves out the end face alone, for prompts that a model goes on from.
+        beside these, `add_end=False` leaves out the end face alone, for prompts that a model goes on from, and
+        `normalise` and `bounds` are as of `encode_mesh`, the same for all meshes.
 
         Rows are padded by whole faces. `truncation=True` keeps as many whole faces as `max_length` holds from the
         front; the end face goes first, since a mesh that was cut has not ended. Text, such as "<bos> 5 7", is taken
@@ -260,6 +267,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
         *,
         add_special_tokens: bool = True,
         add_end: bool | None = None,
+        normalise: bool = True,
+        bounds: Any = None,
         padding: Any = False,
         truncation: Any = None,
         max_length: int | None = None,
@@ -287,7 +296,10 @@ class IFlameTokenizer(PreTrainedTokenizer):
         rows = []
         for index, mesh in enumerate(meshes):
             with errors_name(f"mesh {index} of the list" if is_batch else None):
-                rows.append(self.encode_mesh(mesh, add_start=add_special_tokens, add_end=add_end))
+                ids = self.encode_mesh(
+                    mesh, add_start=add_special_tokens, add_end=add_end, normalise=normalise, bounds=bounds
+                )
+                rows.append(ids)
         if truncation != "do_not_truncate":
             if max_length < FACE:
                 raise ValueError(f"max_length must hold a face, nine tokens, got {max_length}")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mesh_fixtures import reference_meshes, signed_volume, solids
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from iflame_hf.mesh_iflame import normalise
+from iflame_hf.mesh_iflame import bounding_box, denormalise, normalise
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 
 PAD, BOS, EOS = 129, 130, 131
@@ -105,6 +105,49 @@ def test_a_part_of_a_mesh_can_stay_in_its_place(tokenizer):
     assert tokenizer.encode_mesh(part, add_end=False) != whole[: 9 * 41]
     with pytest.raises(ValueError, match=r"must lie in \[-0.5, 0.5\]"):
         tokenizer.encode_mesh(solids()["torus"], normalise=False)
+
+
+@pytest.mark.parametrize("up_axis", ["y", "z"])
+def test_a_part_with_the_bounds_of_the_whole_has_the_tokens_that_it_has_in_the_whole(up_axis):
+    """In any units: the whole is 4 wide and far from the origin."""
+    tokenizer = IFlameTokenizer(up_axis=up_axis)
+    whole = solids()["torus"]
+    ids = tokenizer.encode_mesh(whole)
+    vertices = denormalise(tokenizer.decode_mesh(ids[: 9 * 41]).vertices, whole.bounds)
+    assert whole.bounds[0].min() < -4 and np.abs(vertices - [5, -3, 11]).max() < 4
+    part = (vertices, tokenizer.decode_mesh(ids[: 9 * 41]).faces)
+    assert tokenizer.encode_mesh(part, bounds=whole.bounds, add_end=False) == ids[: 9 * 41]
+    rows = tokenizer([part, part], bounds=whole.bounds.tolist(), add_end=False)["input_ids"]
+    assert rows == [ids[: 9 * 41]] * 2
+    assert tokenizer.encode_mesh(part, add_end=False) != ids[: 9 * 41]
+
+
+def test_room_above_a_part_is_added_along_the_vertical_axis():
+    box = trimesh.creation.box(extents=(1, 2, 3)).vertices
+    assert bounding_box(box).tolist() == [[-0.5, -1, -1.5], [0.5, 1, 1.5]]
+    assert bounding_box(box, 0.5).tolist() == [[-0.5, -1, -1.5], [0.5, 2, 1.5]]
+    assert bounding_box(box, 1, "z").tolist() == [[-0.5, -1, -1.5], [0.5, 1, 4.5]]
+    tokenizer = IFlameTokenizer()
+    low, high = tokenizer.decode_mesh(
+        tokenizer.encode_mesh((box, trimesh.creation.box().faces), bounds=bounding_box(box, 1.0))
+    ).bounds
+    assert low[1] == -0.5 and high[1] == 0 and high[2] - low[2] == 0.75, "half of the height is free, above"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bounds": [[0, 0, 0], [1, 1, 1]]}, "does not lie within the bounds"),
+        ({"bounds": [[-9, -9, -9], [9, 1, 99]], "normalise": False}, "leave out normalise=False"),
+        ({"bounds": 3}, "bounds are the lowest and the highest corner"),
+        ({"bounds": [[1, 1, 1], [0, 0, 0]]}, "bounds are the lowest and the highest corner"),
+        ({"bounds": [[1, 1], [2, 2]]}, "bounds are the lowest and the highest corner"),
+        ({"bounds": [[1, 1, 1], [1, 1, 1]]}, "in one point"),
+    ],
+)
+def test_bounds_that_do_not_fit_are_refused(tokenizer, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        tokenizer.encode_mesh(solids()["torus"], **options)
 
 
 # The round trip
