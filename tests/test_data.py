@@ -12,18 +12,18 @@ import torch
 
 from iflame_hf import IFlameTokenizer
 from training.data import (
+    MappedRows,
     MeshRows,
     ParquetMeshes,
     ProceduralMeshes,
     RowKey,
     RowStream,
-    augment,
     evaluation_batches,
     mesh_sizes,
-    training_loader,
 )
 from training.packing import IGNORED
 from training.procedural import make_dataset
+from training.sequences import augment
 
 ROW = 9 * 202
 
@@ -68,7 +68,12 @@ def same(batch, other):
 
 
 def first_batches(rows, stream, count, place=(0, 0), size=2, **options):
-    return list(islice(training_loader(rows, stream, place, size, **options), count))
+    taken = list(islice(MappedRows(rows, stream).batches([list(place)], size, **options), count))
+    return [batch for batch, _ in taken]
+
+
+def sequence(rows, epoch, draw):
+    return rows[RowKey(epoch, np.array([draw]))]["input_ids"]
 
 
 def test_any_number_of_workers_prepares_the_same_rows(rows, stream):
@@ -86,10 +91,31 @@ def test_the_ranks_together_take_every_row_in_order(rows, stream):
 
 
 def test_rows_from_a_place_on_are_those_that_come_after_it(rows, stream):
-    everything = first_batches(rows, stream, 30, size=1)
-    place = stream.advance(0, 0, 19)
-    assert place[0] == 1
-    assert all(map(same, everything[19:], first_batches(rows, stream, 11, place, size=1)))
+    everything = list(islice(MappedRows(rows, stream).batches([], 1), 30))
+    place = everything[18][1]
+    assert place[0] == 1 and place == list(stream.advance(0, 0, 19))
+    after = first_batches(rows, stream, 11, place, size=1)
+    assert all(same(batch, other) for (batch, _), other in zip(everything[19:], after, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_a_place_is_the_same_for_all_ranks_and_where_all_of_them_go_on(rows, stream, size):
+    def start(rank, places=()):
+        return MappedRows(rows, stream).batches(list(places), size, rank, 2)
+
+    ranks = [list(islice(start(rank), 4)) for rank in range(2)]
+    assert [place for _, place in ranks[0]] == [place for _, place in ranks[1]]
+    for rank in range(2):
+        batch, _ = next(start(rank, [ranks[0][1][1]] * 2))
+        assert same(batch, ranks[rank][2][0])
+
+
+def test_rows_that_came_from_a_worker_are_those_of_their_keys(rows, stream):
+    (batch,) = first_batches(rows, stream, 1, size=5, num_workers=1)
+    expected = [rows[RowKey(0, draws)] for draws in stream.rows_of(0)[:5]]
+    for name, tensor in batch.items():
+        assert tensor.dtype == torch.int64 and tensor.tolist() == [row[name].tolist() for row in expected]
+    assert batch.keys() == expected[0].keys()
 
 
 def test_an_epoch_holds_every_mesh_once_and_epochs_differ(stream):
@@ -100,13 +126,13 @@ def test_an_epoch_holds_every_mesh_once_and_epochs_differ(stream):
 
 
 def test_a_mesh_varies_from_epoch_to_epoch_and_is_the_same_within_one(rows):
-    first, again, later = (rows.sequence(epoch, 3) for epoch in (0, 0, 1))
+    first, again, later = (sequence(rows, epoch, 3) for epoch in (0, 0, 1))
     assert first.tolist() == again.tolist() != later.tolist()
 
 
 def test_without_augmentation_rows_hold_what_the_tokenizer_makes(meshes, tokenizer):
     row = MeshRows(meshes, tokenizer, 2 * ROW)[RowKey(7, np.array([4, 11]))]
-    expected = [token for index in (4, 11) for token in tokenizer.encode_mesh(meshes[index])]
+    expected = [token for mesh in meshes.read([4, 11]) for token in tokenizer.encode_mesh(mesh)]
     assert row["input_ids"][: len(expected)].tolist() == expected
     assert set(row["input_ids"][len(expected) :].tolist()) == {tokenizer.pad_token_id}
 
@@ -137,7 +163,7 @@ def test_augmentation_stretches_within_its_range_and_stays_in_the_cube():
 
 
 def test_parquet_files_are_read_with_their_categories(tmp_path, meshes):
-    pairs = [meshes[index] for index in range(6)]
+    pairs = meshes.read(range(6))
     files = [
         write_parquet(
             tmp_path / "a.parquet", pairs[:4], category=["chair", "table", "chair", "lamp"], name=list("abcd")
@@ -148,15 +174,18 @@ def test_parquet_files_are_read_with_their_categories(tmp_path, meshes):
     assert read.category_names == ["chair", "lamp", "table"]
     assert read.categories.tolist() == [0, 2, 0, 1, 1, 1]
     assert read.num_faces.tolist() == [len(faces) for _, faces in pairs]
-    for index, (vertices, faces) in enumerate(pairs):
-        np.testing.assert_array_equal(read[index][0], vertices)
-        np.testing.assert_array_equal(read[index][1], faces)
+    order = [4, 0, 5, 3, 3, 1, 2]
+    found = read.read(order)
+    assert len(found) == len(order)
+    for index, (vertices, faces) in zip(order, found, strict=True):
+        np.testing.assert_array_equal(vertices, pairs[index][0])
+        np.testing.assert_array_equal(faces, pairs[index][1])
     assert read.describe(5) == "mesh 5 (f)"
     assert ParquetMeshes(files, max_samples=5).num_faces.tolist() == read.num_faces[:5].tolist()
 
 
 def test_parquet_files_need_neither_names_nor_categories(tmp_path, meshes):
-    read = ParquetMeshes([write_parquet(tmp_path / "plain.parquet", [meshes[0], meshes[1]])])
+    read = ParquetMeshes([write_parquet(tmp_path / "plain.parquet", meshes.read([0, 1]))])
     assert read.category_names == ["all"] and read.categories.tolist() == [0, 0]
     assert read.describe(1) == "mesh 1"
 
@@ -179,14 +208,19 @@ def test_files_that_cannot_be_trained_on_are_named(tmp_path):
 def test_an_unusable_mesh_is_left_out_of_its_row_and_named(tmp_path, meshes, tokenizer):
     flat = (np.zeros((3, 3)), [[0, 1, 2]])
     holes = (np.array([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]]), [[0, 1, 2]])
-    file = write_parquet(tmp_path / "some.parquet", [flat, meshes[0], holes], name=["flat", "good", "holes"])
-    rows = MeshRows(ParquetMeshes([file]), tokenizer, ROW, with_categories=True)
+    (good,) = meshes.read([0])
+    bad = {"flat": flat, "holes": holes, "empty": ([], []), "ragged": None}
+    file = tmp_path / "some.parquet"
+    write_parquet(file, [flat, holes, ([], []), good, good], name=["flat", "holes", "empty", "ragged", "good"])
+    table = pyarrow.parquet.read_table(file).to_pydict()
+    table["vertices"][3][1] = [0.5]
+    pyarrow.parquet.write_table(pyarrow.table(table), file)
+    rows = MeshRows(ParquetMeshes([str(file)]), tokenizer, ROW, with_categories=True)
     with pytest.warns(UserWarning) as caught:
-        row = rows[RowKey(0, np.arange(3))]
-    assert ["(flat) is left out" in str(caught[0].message), "(holes) is left out" in str(caught[1].message)] == [
-        True
-    ] * 2
-    length = len(tokenizer.encode_mesh(meshes[0]))
+        row = rows[RowKey(0, np.arange(5))]
+    messages = [str(warning.message) for warning in caught]
+    assert [f"({name}) is left out" in message for name, message in zip(bad, messages, strict=True)] == [True] * 4
+    length = len(tokenizer.encode_mesh(good))
     assert (row["labels"] != IGNORED).sum() == length - 9
     assert row["categories"].tolist() == [0] * length + [-1] * (ROW - length)
 
@@ -202,7 +236,7 @@ def test_meshes_longer_than_a_row_are_an_error_cropped_or_dropped(meshes, tokeni
     sizes, used = mesh_sizes(meshes, length, "crop")
     assert len(used) == 40 and sizes.max() == limit
     rows = MeshRows(meshes, tokenizer, length)
-    assert rows.sequence(0, long[0]).tolist() == tokenizer.encode_mesh(meshes[long[0]])[:length]
+    assert sequence(rows, 0, long[0]).tolist() == tokenizer.encode_mesh(meshes.read(long[:1])[0])[:length]
     with pytest.raises(ValueError, match="every mesh is longer"):
         mesh_sizes(meshes, 27, "drop")
 
@@ -219,7 +253,7 @@ def test_balanced_epochs_draw_all_categories_equally_often_and_vary_repeated_mes
     assert len(epoch) == 400 == len(np.unique(epoch)), "a mesh that is drawn again is another draw"
     mesh = int(epoch[epoch >= 400][0] % 400)
     rows = MeshRows(meshes, IFlameTokenizer(), ROW, scale=True)
-    assert rows.sequence(0, mesh).tolist() != rows.sequence(0, mesh + 400).tolist()
+    assert sequence(rows, 0, mesh).tolist() != sequence(rows, 0, mesh + 400).tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import mesh_rows, small_model
 
-from training.packing import IGNORED, best_fit, pack_row, plan_rows
+from training.packing import IGNORED, best_fit, pack_ids, pack_row, plan_rows, row_inputs
 
 PAD, BOS, EOS = 129, 130, 131
 
@@ -79,6 +79,23 @@ def test_a_row_restarts_positions_and_labels_neither_start_faces_nor_padding():
     assert row["position_ids"].tolist() == [*range(27), *range(36), *range(18)]
     skipped = [IGNORED] * 9
     assert row["labels"].tolist() == skipped + first[9:] + skipped + second[9:] + skipped * 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_what_follows_from_the_ids_of_rows_is_what_their_meshes_say(dtype):
+    random = np.random.default_rng(0)
+    whole = [
+        np.array([BOS] * 9 + random.integers(129, size=9 * faces).tolist() + [EOS] * 9) for faces in (1, 2, 30, 4, 5)
+    ]
+    cropped = whole[2][: 9 * 20]
+    rows = [whole, whole[:1], [], [cropped], [cropped, whole[1], cropped, whole[4][: 9 * 3]]]
+    expected = [pack_row(sequences, 9 * 52, PAD) for sequences in rows]
+    assert (expected[0]["input_ids"][-9:] == EOS).all(), "the first row should be full"
+    found = row_inputs(np.stack([pack_ids(sequences, 9 * 52, PAD, dtype) for sequences in rows]), BOS, PAD)
+    assert found.keys() == expected[0].keys()
+    for name, values in found.items():
+        assert values.dtype == np.int64
+        np.testing.assert_array_equal(values, np.stack([row[name] for row in expected]))
 
 
 def test_no_token_is_predicted_from_another_mesh():

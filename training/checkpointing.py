@@ -30,8 +30,7 @@ class Progress:
     """Where a run stands, besides the states of model, optimiser and random numbers."""
 
     step: int = 0  # steps of the optimiser that are done
-    epoch: int = 0  # place in the data: the next row of the stream
-    row: int = 0
+    places: list[list[int]] = field(default_factory=list)  # where each process goes on in the data
     labels: int = 0  # tokens with a label that were learnt from
     seconds: float = 0.0  # of training
     max_steps: int = 0  # to which the run was shortened; 0 if it was not

@@ -5,34 +5,29 @@ of devices changes what is learnt, and a place in the data is two numbers: an ep
 """
 
 import hashlib
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
-import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from iflame_hf.mesh_iflame import load_mesh, normalise
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.arguments import Arguments
-from training.packing import TOKENS_PER_FACE, best_fit, pack_row, plan_rows
+from training.loader import Batch, Place, TrainingRows, batch_inputs, in_workers
+from training.packing import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_ids, pack_row, plan_rows
 from training.procedural import make_dataset
+from training.sequences import MeshEncoder, MeshTable
 
-# Start and end face.
-EXTRA_FACES = 2
-# Ranges of the paper's code.
-SCALE_RANGE = (0.75, 1.25)
-SHIFT_RANGE = np.array([0.1, 0.1, 0.075])
-
-
+# What a worker sends at once: so many rows cost little more than one.
+ROWS_IN_MESSAGE = 16
 # What the held-out procedural meshes add to the seed.
 VALIDATION_SEED = 1_000_003
 
@@ -44,8 +39,8 @@ class Meshes(Protocol):
     categories: np.ndarray  # (N,) indices into category_names
     category_names: list[str]
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vertices (V, 3) and faces (F, 3) of one mesh."""
+    def read(self, indices: Sequence[int]) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+        """Vertices (V, 3) and faces (F, 3) of some meshes; getting a damaged one raises ValueError."""
 
     def describe(self, index: int) -> str:
         """What an error message calls the mesh."""
@@ -59,8 +54,8 @@ class ProceduralMeshes:
         self.num_faces = np.array([len(mesh.faces) for mesh in meshes], dtype=np.int64)
         self.category_names, self.categories = _number([mesh.kind for mesh in meshes])
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._meshes[index].vertices, self._meshes[index].faces
+    def read(self, indices: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self._meshes[index].vertices, self._meshes[index].faces) for index in indices]
 
     def describe(self, index: int) -> str:
         return f"generated mesh {index} ({self._meshes[index].kind})"
@@ -102,9 +97,8 @@ class ParquetMeshes:
         self._rows = self._data.select_columns(["vertices", "faces"]).with_format("arrow")
         self._names = self._data.select_columns(["name"]) if "name" in optional else None
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        row = self._rows[index]
-        return _matrix(row["vertices"]), _matrix(row["faces"])
+    def read(self, indices: Sequence[int]) -> MeshTable:
+        return MeshTable(self._rows[list(indices)])
 
     def describe(self, index: int) -> str:
         return f"mesh {index}" if self._names is None else f"mesh {index} ({self._names[index]['name']})"
@@ -113,26 +107,6 @@ class ParquetMeshes:
 def _number(names: list[str]) -> tuple[list[str], np.ndarray]:
     unique, indices = np.unique(names, return_inverse=True)
     return unique.tolist(), indices
-
-
-def _matrix(column: pyarrow.ChunkedArray) -> np.ndarray:
-    """The (rows, 3) array in a column of one list of lists."""
-    rows = column.chunk(0).flatten()
-    return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
-
-
-def augment(vertices: np.ndarray, rng: np.random.Generator, scale: bool = True, shift: bool = True) -> np.ndarray:
-    """
-    The augmentation of the paper's code on normalised vertices (V, 3): stretch each axis by 0.75 to 1.25 and normalise
-    again, then move by up to 0.1 (0.075 along the third axis) as far as the cube [-0.5, 0.5] leaves room. Always takes
-    the same random numbers.
-    """
-    factors, offset = rng.uniform(*SCALE_RANGE, size=3), rng.uniform(-SHIFT_RANGE, SHIFT_RANGE)
-    if scale:
-        vertices = normalise(vertices * factors)
-    if shift:
-        vertices = vertices + np.clip(offset, -0.5 - vertices.min(axis=0), 0.5 - vertices.max(axis=0))
-    return vertices
 
 
 class RowKey(NamedTuple):
@@ -166,35 +140,40 @@ class MeshRows(Dataset):
         self.meshes = meshes
         self.tokenizer = tokenizer
         self.row_length = row_length
-        self.seed = seed
-        self.scale = scale
-        self.shift = shift
+        self.encode = MeshEncoder(tokenizer, row_length, seed, scale, shift)
         self.with_categories = with_categories
 
-    def sequence(self, epoch: int, draw: int) -> np.ndarray:
-        """Token ids of one draw, at most as long as a row: a longer mesh loses its end. Raises ValueError."""
-        vertices, faces = load_mesh(self.meshes[draw % len(self.meshes.num_faces)])
-        vertices = normalise(vertices)
-        if self.scale or self.shift:
-            rng = np.random.default_rng((self.seed, epoch, draw))
-            vertices = augment(vertices, rng, self.scale, self.shift)
-        return self.tokenizer.encode_arrays(vertices, faces)[: self.row_length]
-
     def __getitem__(self, key: RowKey) -> dict[str, np.ndarray]:
-        sequences, categories = [], []
-        for draw in key.draws.tolist():
-            index = draw % len(self.meshes.num_faces)
-            try:
-                sequences.append(self.sequence(key.epoch, draw))
-                categories.append(self.meshes.categories[index])
-            except ValueError as error:
-                warnings.warn(f"{self.meshes.describe(index)} is left out: {error}", stacklevel=1)
+        found = self._sequences([key])[0]
+        sequences = [sequence for _, sequence in found]
         row = pack_row(sequences, self.row_length, self.tokenizer.pad_token_id)
         if self.with_categories:
             lengths = [len(sequence) for sequence in sequences]
-            padding = self.row_length - sum(lengths)
-            row["categories"] = np.repeat(np.array([*categories, -1], dtype=np.int64), [*lengths, padding])
+            categories = [self.meshes.categories[index] for index, _ in found] + [-1]
+            lengths.append(self.row_length - sum(lengths))
+            row["categories"] = np.repeat(np.array(categories, dtype=np.int64), lengths)
         return row
+
+    def ids(self, keys: Sequence[RowKey]) -> np.ndarray:
+        """Token ids (N, row_length) of N rows, in the smallest type that holds them."""
+        pad, dtype = self.tokenizer.pad_token_id, self.encode.id_type
+        rows = [[sequence for _, sequence in found] for found in self._sequences(keys)]
+        return np.stack([pack_ids(sequences, self.row_length, pad, dtype) for sequences in rows])
+
+    def _sequences(self, keys: Sequence[RowKey]) -> list[list[tuple[int, np.ndarray]]]:
+        """For every row the indices of its meshes and their token ids."""
+        draws = [key.draws.tolist() for key in keys]
+        indices = [draw % len(self.meshes.num_faces) for draw in chain.from_iterable(draws)]
+        meshes, done, rows = self.meshes.read(indices), 0, []
+        for key, of_row in zip(keys, draws, strict=True):
+            rows.append([])
+            for draw in of_row:
+                index, number, done = indices[done], done, done + 1
+                try:
+                    rows[-1].append((index, self.encode(meshes[number], key.epoch, draw)))
+                except ValueError as error:
+                    warnings.warn(f"{self.meshes.describe(index)} is left out: {error}", stacklevel=1)
+        return rows
 
 
 def mesh_sizes(meshes: Meshes, row_length: int, long_meshes: str) -> tuple[np.ndarray, np.ndarray]:
@@ -297,54 +276,59 @@ def evaluation_batches(
     return batches[rank::world_size]
 
 
-class _Batches:
-    """A batch sampler that begins where it is told."""
+class MappedRows(TrainingRows):
+    """
+    Training rows of meshes that can be had in any order. A place, an epoch and a row in it, is the same for all
+    processes: they take their batches by turns.
+    """
 
-    def __init__(self, stream: RowStream, place: tuple[int, int], *args: int):
-        self.start = lambda: stream.batches(*place, *args)
+    def __init__(self, rows: MeshRows, stream: RowStream):
+        self.rows = rows
+        self.stream = stream
+        self.rows_in_epoch = len(stream.rows_of(0))
 
-    def __iter__(self) -> Iterator[list[RowKey]]:
-        return self.start()
+    def batches(
+        self,
+        places: list[Place],
+        size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Iterator[tuple[Batch, Place]]:
+        tokenizer = self.rows.tokenizer
+        epoch, row = places[0] if places else (0, 0)
+        batches = self.stream.batches(epoch, row, size, rank, world_size)
+        at_once = max(1, ROWS_IN_MESSAGE // size)
+        tasks = iter(lambda: list(chain.from_iterable(islice(batches, at_once))), [])
+        for ids in in_workers(self.rows.ids, tasks, num_workers):
+            for first in range(0, len(ids), size):
+                batch = ids[first : first + size]
+                epoch, row = self.stream.advance(epoch, row, world_size * size)
+                yield batch_inputs(batch, tokenizer.bos_token_id, tokenizer.pad_token_id, pin_memory), [epoch, row]
 
+    def epochs(self, place: Place) -> float:
+        epoch, row = place
+        return epoch + row / len(self.stream.rows_of(epoch))
 
-def training_loader(
-    rows: MeshRows,
-    stream: RowStream,
-    place: tuple[int, int],
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """An endless loader of batches of `batch_size` rows from a place (epoch, row) of the stream on."""
-    return DataLoader(
-        rows,
-        batch_sampler=_Batches(stream, place, batch_size, rank, world_size),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_parent,
-        generator=torch.Generator(),  # the loader's own numbers must not come from the state that a resume restores
-    )
+    def describe(self) -> str:
+        return f"{len(self.stream.used):,} meshes in {self.rows_in_epoch:,} rows"
 
-
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def digest(self) -> str:
+        return self.stream.digest()
 
 
 @dataclass
 class Data:
     """What a run learns from and is judged by."""
 
-    rows: MeshRows
-    stream: RowStream
+    rows: TrainingRows
     validation: Meshes | None
     validation_loader: DataLoader | None
 
 
 def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
-    """The stream of training rows, and the held-out rows if there are any."""
+    """The training rows, and the held-out rows if there are any."""
     options, train = arguments.data, arguments.train
     validation: Meshes | None = None
     if options.train_file:
@@ -376,4 +360,4 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
             accelerator.num_processes,
         )
         loader = DataLoader(MeshRows(validation, tokenizer, length, with_categories=True), batch_sampler=batches)
-    return Data(rows, stream, validation, loader)
+    return Data(MappedRows(rows, stream), validation, loader)

@@ -4,10 +4,13 @@ Sizes and capacities are counted in faces, start and end face included; lengths 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 TOKENS_PER_FACE = 9
+# Start and end face.
+EXTRA_FACES = 2
 # Label that no loss counts, as everywhere in torch and transformers.
 IGNORED = -100
 
@@ -64,29 +67,62 @@ def plan_rows(sizes: np.ndarray, capacity: int, rng: np.random.Generator, window
     return [order[rows[row]] for row in rng.permutation(len(rows))]
 
 
-def pack_row(sequences: Iterable[Sequence[int]], row_length: int, pad_token_id: int) -> dict[str, np.ndarray]:
+def pack_ids(
+    sequences: Iterable[Sequence[int]], row_length: int, pad_token_id: int, dtype: Any = np.int64
+) -> np.ndarray:
     """
-    A row of the model's inputs from whole token sequences: `input_ids`, `position_ids`, `labels`, (row_length,) int64.
-
-    Positions restart at 0 at the start of every mesh and of the padding behind the last one, so that the padding is a
-    segment of its own. Labels are the ids (the model shifts them), but -100 on start faces and padding: nothing is
-    predicted across the border of two meshes.
+    The token ids (row_length,) of a row: whole token sequences, one behind the other, then padding.
 
     Raises:
         ValueError: a sequence is not made of whole faces, or they do not fit into the row together.
     """
-    input_ids = np.full(row_length, pad_token_id, dtype=np.int64)
-    position_ids = np.empty(row_length, dtype=np.int64)
-    labels = np.full(row_length, IGNORED, dtype=np.int64)
-    end = 0
+    ids, end = np.full(row_length, pad_token_id, dtype=dtype), 0
     for sequence in sequences:
         start, end = end, end + len(sequence)
         if len(sequence) % TOKENS_PER_FACE:
             raise ValueError(f"a mesh must be made of whole faces of nine tokens, got {len(sequence)} tokens")
         if end > row_length:
             raise ValueError(f"meshes of {end} tokens together do not fit into a row of {row_length}")
-        input_ids[start:end] = sequence
-        position_ids[start:end] = np.arange(len(sequence))
-        labels[start + TOKENS_PER_FACE : end] = sequence[TOKENS_PER_FACE:]
-    position_ids[end:] = np.arange(row_length - end)
+        ids[start:end] = sequence
+    return ids
+
+
+def row_inputs(ids: np.ndarray, bos_token_id: int, pad_token_id: int) -> dict[str, np.ndarray]:
+    """
+    The model's inputs for rows of token ids (B, T), T a multiple of nine: `input_ids`, `position_ids` and `labels`,
+    (B, T) int64.
+
+    Positions restart at 0 at the start of every mesh and of the padding behind the last one, so that the padding is a
+    segment of its own. Labels are the ids (the model shifts them), but -100 on start faces and padding: nothing is
+    predicted across the border of two meshes.
+    """
+    first = ids[:, ::TOKENS_PER_FACE]  # (B, F), one id of every face
+    padding = first == pad_token_id
+    starts = first == bos_token_id
+    starts[:, :1] = True
+    starts[:, 1:] |= padding[:, 1:] & ~padding[:, :-1]
+    place = np.arange(starts.shape[1])
+    place = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)  # (B, F), of a face in its mesh
+    positions = TOKENS_PER_FACE * place[:, :, None] + np.arange(TOKENS_PER_FACE)
+    input_ids = ids.astype(np.int64)
+    labels = np.where((starts | padding).repeat(TOKENS_PER_FACE, axis=1), IGNORED, input_ids)
+    return {"input_ids": input_ids, "position_ids": positions.reshape(ids.shape), "labels": labels}
+
+
+def pack_row(sequences: Sequence[Sequence[int]], row_length: int, pad_token_id: int) -> dict[str, np.ndarray]:
+    """
+    The inputs (row_length,) of one row, as `row_inputs` defines them, from the token sequences of its meshes.
+
+    Raises:
+        ValueError: a sequence is not made of whole faces, or they do not fit into the row together.
+    """
+    input_ids = pack_ids(sequences, row_length, pad_token_id)
+    lengths = [len(sequence) for sequence in sequences]
+    lengths.append(row_length - sum(lengths))
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    labels = np.full(row_length, IGNORED, dtype=np.int64)
+    end = 0
+    for length in lengths[:-1]:
+        start, end = end, end + length
+        labels[start + TOKENS_PER_FACE : end] = input_ids[start + TOKENS_PER_FACE : end]
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

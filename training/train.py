@@ -12,8 +12,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
@@ -29,8 +30,9 @@ from transformers.utils.logging import disable_progress_bar
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
 from training.checkpointing import Checkpoints, Interruption, Progress
-from training.data import Data, load_data, training_loader
+from training.data import Data, load_data
 from training.evaluate import draw_samples, evaluate
+from training.loader import Place
 from training.optim import create_average, create_optimizer, learning_rate_curve
 from training.packing import IGNORED
 from training.reporting import RunLog, Window
@@ -125,8 +127,9 @@ class Run:
         self.output_dir = Path(options.output_dir)
         self.log = RunLog(self.output_dir, accelerator)
         self.checkpoints = Checkpoints(self.output_dir, options.save_total_limit, accelerator, self.log.report)
-        self.progress = Progress(data_digest=data.stream.digest(), arguments=arguments.to_dict())
+        self.progress = Progress(data_digest=data.rows.digest(), arguments=arguments.to_dict())
         self.saved_step: int | None = None
+        self.place: Place | None = None  # in the data, behind the last step
         self.bar: tqdm | None = None
 
         accumulated = options.per_device_train_batch_size * options.gradient_accumulation_steps
@@ -134,7 +137,7 @@ class Run:
         if options.max_steps > 0:
             self.planned_steps = options.max_steps
         else:
-            rows = options.num_train_epochs * len(data.stream.rows_of(0))
+            rows = options.num_train_epochs * data.rows.rows_in_epoch
             self.planned_steps = max(1, round(rows / self.rows_per_step))
         self.max_steps = self.planned_steps
 
@@ -181,12 +184,13 @@ class Run:
             names = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
             accelerator.init_trackers("iflame", config=settings, init_kwargs=names)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        rows = len(self.data.stream.rows_of(0))
+        rows, steps = self.data.rows.rows_in_epoch, f"{self.max_steps:,} steps of {self.rows_per_step} rows"
+        if rows is not None:
+            steps += f", {self.max_steps * self.rows_per_step / rows:.1f} epochs"
         self.log.report(
-            f"{parameters:,} parameters; {len(self.data.stream.used):,} meshes in {rows:,} rows of "
-            f"{self.arguments.data.row_length:,} tokens; {self.max_steps:,} steps of {self.rows_per_step} rows, "
-            f"{self.max_steps * self.rows_per_step / rows:.1f} epochs; {accelerator.num_processes} x "
-            f"{accelerator.device.type}, precision {accelerator.mixed_precision}"
+            f"{parameters:,} parameters; {self.data.rows.describe()} of {self.arguments.data.row_length:,} tokens; "
+            f"{steps}; {accelerator.num_processes} x {accelerator.device.type}, precision "
+            f"{accelerator.mixed_precision}"
         )
 
     def resume(self, checkpoint: Path) -> None:
@@ -223,17 +227,13 @@ class Run:
     def train(self, interruption: Interruption) -> bool:
         """Train until the last step or an interruption; whether it was the former."""
         progress, options = self.progress, self.options
-        batches = iter(
-            training_loader(
-                self.data.rows,
-                self.data.stream,
-                (progress.epoch, progress.row),
-                options.per_device_train_batch_size,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-                self.arguments.data.dataloader_num_workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
+        batches = self.data.rows.batches(
+            progress.places,
+            options.per_device_train_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.arguments.data.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
         self.bar = tqdm(
             total=self.max_steps,
@@ -246,7 +246,7 @@ class Run:
         self.model.train()
         while progress.step < self.max_steps:
             began = time.monotonic()
-            batch = [next(batches) for _ in range(options.gradient_accumulation_steps)]
+            batch, places = zip(*islice(batches, options.gradient_accumulation_steps), strict=True)
             labels, stop, max_steps = self.agree(batch, interruption.asked, pace)
             if stop:
                 break
@@ -263,7 +263,7 @@ class Run:
                 progress.loss_steps += 1
                 progress.labels += labels
             progress.step += 1
-            progress.epoch, progress.row = self.data.stream.advance(progress.epoch, progress.row, self.rows_per_step)
+            self.place = places[-1]
             progress.eval_loss = None
             seconds = time.monotonic() - began
             progress.seconds += seconds
@@ -289,7 +289,7 @@ class Run:
             )
         return progress.step >= self.max_steps
 
-    def agree(self, batch: list[dict[str, torch.Tensor]], asked: bool, pace: Window) -> tuple[int, bool, int]:
+    def agree(self, batch: Sequence[dict[str, torch.Tensor]], asked: bool, pace: Window) -> tuple[int, bool, int]:
         """
         What all processes must know before a step: the number of labels that all of them together learn from, whether
         any was asked to stop, and the number of the last step.
@@ -307,7 +307,7 @@ class Run:
         labels, asked, max_steps = self.accelerator.reduce(known, "sum").tolist()
         return labels, asked > 0, max_steps
 
-    def step(self, batch: list[dict[str, torch.Tensor]], labels: int) -> tuple[float, float | None]:
+    def step(self, batch: Sequence[dict[str, torch.Tensor]], labels: int) -> tuple[float, float | None]:
         """
         One step of the optimiser on the sum of the losses of all rows of all processes, divided once by the number of
         their labels. Returns that loss and the norm of its gradient, None if it was not finite and the step left out.
@@ -411,6 +411,8 @@ class Run:
         if self.saved_step == self.progress.step:
             return
         self.progress.scheduler = self.schedule.state_dict()
+        if self.place is not None:
+            self.progress.places = gather_object([self.place])
         if self.checkpoints.save(self.progress.step, self.write_checkpoint):
             self.saved_step = self.progress.step
 
@@ -449,7 +451,6 @@ class Run:
         progress, length = self.progress, self.arguments.data.row_length
         loss = progress.loss_sum / progress.loss_steps
         progress.loss_sum, progress.loss_steps = 0.0, 0
-        epoch = progress.epoch + progress.row / len(self.data.stream.rows_of(progress.epoch))
         speed = window.rows * length / window.seconds
         memory = {}
         if self.accelerator.device.type == "cuda":  # the most that this process's tensors have taken so far
@@ -460,7 +461,7 @@ class Run:
                 "loss": loss,
                 "grad_norm": gradient_norm,
                 "learning_rate": self.schedule.get_last_lr()[0],
-                "epoch": epoch,
+                "epoch": self.data.rows.epochs(self.place),
                 "tokens_per_second": speed,
                 "useful_tokens_per_second": window.labels / window.seconds,
                 "labels": progress.labels,

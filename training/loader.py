@@ -1,0 +1,97 @@
+"""Rows made by worker processes, on their way into a training step.
+
+A row travels as its token ids in the smallest type that holds them, many rows at a time: positions and labels follow
+from the ids, and a row in full takes 24 times the bytes of its ids in one byte each. Arrays go through a pipe; shared
+memory, torch's way, costs more for messages of this size and is scarce in containers.
+"""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+import fsspec.asyn
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from training.packing import row_inputs
+
+Batch = dict[str, torch.Tensor]
+# Where a process goes on in the data: two numbers whose meaning is the source's own.
+Place = list[int]
+Task = TypeVar("Task")
+
+
+class TrainingRows(Protocol):
+    """
+    Where training rows come from: for every process an endless sequence of batches, epoch after epoch.
+
+    Attributes:
+        rows_in_epoch: about how many rows an epoch has, all processes together; None if that is not known before.
+    """
+
+    rows_in_epoch: int | None
+
+    def batches(
+        self,
+        places: list[Place],
+        size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Iterator[tuple[Batch, Place]]:
+        """
+        The batches of process `rank`, `size` rows each, with the place behind each of them.
+
+        Args:
+            places: where every process, in the order of ranks, stopped; empty at the beginning.
+        """
+
+    def epochs(self, place: Place) -> float:
+        """Passes through the data at a place."""
+
+    def describe(self) -> str:
+        """Such as: 4,000 meshes in 1,310 rows."""
+
+    def digest(self) -> str:
+        """Changes with everything that the meaning of a place depends on."""
+
+
+def in_workers(function: Callable[[Task], np.ndarray], tasks: Iterable[Task], num_workers: int) -> Iterator[Any]:
+    """The function's result for every task, in their order, computed by worker processes if there are any."""
+    return iter(
+        DataLoader(
+            _Results(function),
+            batch_size=None,
+            sampler=tasks,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_prepare_worker,
+            generator=torch.Generator(),  # the loader's own numbers must not come from the state a resume restores
+        )
+    )
+
+
+class _Results(Dataset, Generic[Task]):
+    def __init__(self, function: Callable[[Task], np.ndarray]):
+        self.function = function
+
+    def __getitem__(self, task: Task) -> np.ndarray:
+        return self.function(task)
+
+
+def _as_it_is(result: np.ndarray) -> np.ndarray:
+    return result
+
+
+def _prepare_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    fsspec.asyn.reset_lock()  # which the parent may have held when it forked
+
+
+def batch_inputs(ids: np.ndarray, bos_token_id: int, pad_token_id: int, pin_memory: bool = False) -> Batch:
+    """The model's inputs, (B, T) int64 each, for rows of token ids (B, T)."""
+    batch = {name: torch.from_numpy(values) for name, values in row_inputs(ids, bos_token_id, pad_token_id).items()}
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
