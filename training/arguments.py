@@ -49,10 +49,17 @@ class ModelArguments:
 class DataArguments:
     train_file: list[str] | None = option(
         None,
-        "Parquet files with the columns vertices and faces, and category and name where known. Without them the "
-        "meshes are generated.",
+        "Parquet files with the columns vertices and faces, and category and name where known: paths, patterns and "
+        "hf://datasets/user/name/... addresses; with --streaming also the name of a data set on the Hub. Without them "
+        "the meshes are generated.",
     )
     validation_file: list[str] | None = option(None, "Parquet files of held-out meshes.")
+    streaming: bool = option(
+        False, "Read train_file piece by piece while training, instead of downloading and memory-mapping it."
+    )
+    streaming_row_groups: int = option(
+        8, "Row groups of the parquet files that are read, shuffled and packed together when streaming."
+    )
     num_procedural_meshes: int = option(4000, "Meshes to generate for training where no train_file is given.")
     num_procedural_validation_meshes: int = option(128, "Meshes to generate for evaluation in that case.")
     procedural_max_faces: int = option(200, "Most faces of a generated mesh.")
@@ -148,7 +155,7 @@ class Arguments:
             raise ValueError("there is nothing to train: give max_steps or num_train_epochs above 0")
         for part, names in (
             (train, ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")),
-            (data, ("num_procedural_meshes",)),
+            (data, ("num_procedural_meshes", "streaming_row_groups")),
         ):
             for name in names:
                 if getattr(part, name) < 1:
@@ -162,8 +169,26 @@ class Arguments:
             raise ValueError(f"save_total_limit must be at least 1, got {train.save_total_limit}")
         if data.validation_file and not data.train_file:
             raise ValueError("validation_file needs a train_file: generated meshes have their own held-out ones")
+        if data.streaming:
+            self._check_streaming()
         train.report_to = [name for name in train.report_to if name != "none"]
         self.schedule_kwargs()
+
+    def _check_streaming(self) -> None:
+        if not self.data.train_file:
+            raise ValueError("streaming needs a train_file")
+        if self.train.max_steps < 0:
+            raise ValueError(
+                "streaming needs max_steps: how many steps num_train_epochs takes is not known before everything has "
+                "been read"
+            )
+        if self.data.balance:
+            raise ValueError(
+                f"balance {self.data.balance} does not go with streaming: to draw rare meshes more often, all of them "
+                "must be at hand. Leave out one of the two"
+            )
+        if self.data.max_train_samples is not None:
+            raise ValueError("max_train_samples does not go with streaming: give fewer files instead")
 
     def schedule_kwargs(self) -> dict[str, Any]:
         """`lr_scheduler_kwargs` as a dictionary. Raises ValueError if it is not one."""

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow.compute
 import pyarrow.parquet
@@ -25,6 +26,7 @@ from training.loader import Batch, Place, TrainingRows, batch_inputs, in_workers
 from training.packing import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_ids, pack_row, plan_rows
 from training.procedural import make_dataset
 from training.sequences import MeshEncoder, MeshTable
+from training.streaming import stream_rows
 
 # What a worker sends at once: so many rows cost little more than one.
 ROWS_IN_MESSAGE = 16
@@ -63,8 +65,8 @@ class ProceduralMeshes:
 
 class ParquetMeshes:
     """
-    The meshes of parquet files, memory-mapped by `datasets`: columns `vertices` and `faces` (lists of three numbers),
-    and `category` and `name` where there are such.
+    The meshes of parquet files, here or at hf:// addresses, memory-mapped by `datasets`: columns `vertices` and
+    `faces` (lists of three numbers), and `category` and `name` where there are such.
 
     Raises:
         ValueError: no such file, a column is missing, or there is no mesh in them.
@@ -72,9 +74,10 @@ class ParquetMeshes:
 
     def __init__(self, files: Sequence[str], max_samples: int | None = None):
         optional, filled = {"category", "name"}, []
-        for file in files:
+        for file in chain.from_iterable(map(expand, files)):
             try:
-                metadata = pyarrow.parquet.read_metadata(file)
+                with fsspec.open(file) as opened:
+                    metadata = pyarrow.parquet.read_metadata(opened)
             except (OSError, pyarrow.ArrowInvalid) as error:
                 raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
             names = set(metadata.schema.to_arrow_schema().names)
@@ -102,6 +105,17 @@ class ParquetMeshes:
 
     def describe(self, index: int) -> str:
         return f"mesh {index}" if self._names is None else f"mesh {index} ({self._names[index]['name']})"
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a pattern names, on this machine or, with hf:// in front, on the Hub; a plain name is itself."""
+    if not fsspec.core.has_magic(pattern):
+        return [pattern]
+    system, path = fsspec.core.url_to_fs(pattern)
+    found = sorted(system.glob(path))
+    if not found:
+        raise ValueError(f"there is no file {pattern}")
+    return [system.unstrip_protocol(name) if "://" in pattern else name for name in found]
 
 
 def _number(names: list[str]) -> tuple[list[str], np.ndarray]:
@@ -330,10 +344,12 @@ class Data:
 def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
     """The training rows, and the held-out rows if there are any."""
     options, train = arguments.data, arguments.train
+    meshes: Meshes | None = None
     validation: Meshes | None = None
     if options.train_file:
         with accelerator.main_process_first():  # which fills the cache of `datasets` for the others
-            meshes = ParquetMeshes(options.train_file, options.max_train_samples)
+            if not options.streaming:
+                meshes = ParquetMeshes(options.train_file, options.max_train_samples)
             if options.validation_file:
                 validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
     else:
@@ -346,10 +362,16 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
             validation = ProceduralMeshes(make_dataset(held_out, train.seed + VALIDATION_SEED, **chosen))
 
     length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
-    sizes, used = mesh_sizes(meshes, length, options.long_meshes)
-    balanced = meshes.categories if options.balance == "category" else None
-    rows = MeshRows(meshes, tokenizer, length, train.seed, options.scale_augmentation, options.shift_augmentation)
-    stream = RowStream(sizes, used, capacity, train.seed, balanced)
+    varied = (train.seed, options.scale_augmentation, options.shift_augmentation)
+    rows: TrainingRows
+    if meshes is None:
+        encode = MeshEncoder(tokenizer, length, *varied)
+        rows = stream_rows(options.train_file, encode, options.long_meshes, options.streaming_row_groups)
+    else:
+        sizes, used = mesh_sizes(meshes, length, options.long_meshes)
+        balanced = meshes.categories if options.balance == "category" else None
+        stream = RowStream(sizes, used, capacity, train.seed, balanced)
+        rows = MappedRows(MeshRows(meshes, tokenizer, length, *varied), stream)
     loader = None
     if validation is not None:
         batches = evaluation_batches(
@@ -360,4 +382,4 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
             accelerator.num_processes,
         )
         loader = DataLoader(MeshRows(validation, tokenizer, length, with_categories=True), batch_sampler=batches)
-    return Data(MappedRows(rows, stream), validation, loader)
+    return Data(rows, validation, loader)
