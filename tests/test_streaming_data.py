@@ -10,8 +10,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from training_processes import Trainer, log_of, losses_of
 
 from iflame_hf import IFlameTokenizer
+from training.arguments import parse_arguments
+from training.checkpointing import Progress
 from training.data import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
 from training.sequences import MeshEncoder
 from training.streaming import StreamedRows, open_stream
@@ -254,3 +257,83 @@ def test_the_digest_changes_with_all_that_a_place_depends_on(files, encode):
         StreamedRows(open_stream(files[:2]), encode, label="a"),
     ]
     assert len({digest, *(other.digest() for other in others)}) == 7
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    return Trainer(tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.fixture
+def options(files):
+    """A run that is two steps into its second epoch when it is half done, on one process."""
+    return {
+        "streaming": True,
+        "train_file": files,
+        "streaming_row_groups": 2,
+        "validation_file": files[2:],
+        "row_length": ROW,
+        "max_steps": 14,
+        "save_steps": 7,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": 1,
+    }
+
+
+def states_of(output_dir, step):
+    """Of every process: model, optimiser."""
+    folder = output_dir / f"checkpoint-{step}"
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "optimizer.bin")]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(trainer, options, tmp_path, world_size):
+    trainer.finish(*trainer.start_ranks(tmp_path / "whole", world_size, **options))
+    checkpoint = tmp_path / "whole" / "checkpoint-7"
+    places = Progress.read(checkpoint).places
+    assert len(places) == world_size and min(block for block, _ in places) >= 6, "half is the second epoch"
+    trainer.finish(
+        *trainer.start_ranks(tmp_path / "resumed", world_size, **options, resume_from_checkpoint=checkpoint)
+    )
+    before, after = losses_of(tmp_path / "whole"), losses_of(tmp_path / "resumed")
+    assert sorted(after) == list(range(8, 15))
+    assert after == {step: before[step] for step in after}
+    assert states_of(tmp_path / "resumed", 14) == states_of(tmp_path / "whole", 14)
+    lines = [line for line in log_of(tmp_path / "resumed") if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [14]
+    assert max(line["epoch"] for line in log_of(tmp_path / "resumed") if "epoch" in line) > 2
+
+
+def test_two_processes_that_become_one_lose_the_rest_of_their_blocks_only(trainer, options, tmp_path):
+    trainer.finish(*trainer.start_ranks(tmp_path, 2, **{**options, "max_steps": 7}))
+    begun = Progress.read(tmp_path / "checkpoint-7").places
+    trainer.finish(trainer.start(tmp_path, **{**options, "max_steps": 8}, resume_from_checkpoint="latest"))
+    assert "2 processes were reading the data and 1 go on" in trainer.messages.read_text()
+    assert sorted(losses_of(tmp_path)) == list(range(1, 9))
+    (place,) = Progress.read(tmp_path / "checkpoint-8").places
+    assert place[0] > max(block for block, _ in begun)
+
+
+def test_other_data_is_not_gone_on_with(trainer, options, files, tmp_path):
+    trainer.finish(trainer.start(tmp_path, **{**options, "max_steps": 1}))
+    changed = {**options, "train_file": files[:2], "resume_from_checkpoint": "latest"}
+    process = trainer.start(tmp_path, **changed)
+    process.join(60)
+    assert process.exitcode == 1 and "belongs to other training data" in trainer.messages.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--max_steps=5"], "streaming needs a train_file"),
+        (["--train_file=a.parquet"], "streaming needs max_steps"),
+        (["--train_file=a.parquet", "--max_steps=5", "--balance=category"], "balance category does not go with"),
+        (["--train_file=a.parquet", "--max_steps=5", "--max_train_samples=9"], "max_train_samples does not go with"),
+        (["--train_file=a.parquet", "--max_steps=5", "--streaming_row_groups=0"], "streaming_row_groups must be at"),
+    ],
+)
+def test_what_streaming_cannot_do_is_refused_in_plain_words(capsys, given, message):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--streaming=true", *given])
+    assert end.value.code == 2 and message in capsys.readouterr().err
