@@ -113,7 +113,7 @@ class TrainArguments:
     )
     bf16: bool = option(False, "Compute in bfloat16 with weights in float32.")
     fp16: bool = option(False, "Compute in float16 with weights in float32.")
-    torch_compile: bool = option(False, "Compile the model with torch.compile.")
+    torch_compile: bool = option(False, "Compile every block with torch.compile, once.")
     torch_compile_mode: str | None = option(None, "torch.compile's mode.")
     use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
     seed: int = option(42, "Of the fresh weights, the order of the data, its augmentation and the samples.")

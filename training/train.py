@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, TorchDynamoPlugin, gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -41,6 +41,9 @@ WEIGHTS = "model.safetensors"
 AVERAGE = "average.safetensors"
 # Steps whose gradient is not finite are left out; so many in a row end the run.
 MOST_STEPS_LEFT_OUT = 10
+# Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
+# mesh a row or several.
+MOST_COMPILED_BLOCKS = 24
 # Steps before the speed of a machine is taken for known.
 STEPS_TO_MEASURE = 20
 
@@ -66,14 +69,9 @@ def create_accelerator(arguments: Arguments) -> Accelerator:
     if train.bf16 or train.fp16:
         # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
         torch.set_float32_matmul_precision("high")
-    dynamo = None
-    if train.torch_compile:
-        # Rows have one length: the shapes of the first step are those of all.
-        dynamo = TorchDynamoPlugin(backend="inductor", mode=train.torch_compile_mode, dynamic=False)
     return Accelerator(
         cpu=train.use_cpu,
         mixed_precision="bf16" if train.bf16 else "fp16" if train.fp16 else None,
-        dynamo_plugin=dynamo,
         log_with=train.report_to or None,
         project_dir=train.output_dir,
         step_scheduler_with_optimizer=False,
@@ -106,6 +104,19 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
     if sizes.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return tokenizer, model
+
+
+def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:
+    """
+    Compile every block by itself: there are few different ones (two kinds of attention at three lengths), so that
+    compiling takes a fraction of the time that the whole network would, while little is left to fuse between them.
+
+    Rows have one length, so the shapes of the first step are those of all; evaluation and training compile apart, and
+    so do rows of one mesh and of several.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED_BLOCKS)
+    for block in model.model.layers:
+        block.compile(mode=mode, backend=backend, dynamic=False)
 
 
 class Run:
@@ -153,6 +164,8 @@ class Run:
             options.adam_epsilon,
         )
         self.schedule = LambdaLR(optimizer, self.learning_rate_curve())
+        if options.torch_compile:
+            compile_blocks(model, options.torch_compile_mode)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(self.load_weights)
@@ -338,7 +351,7 @@ class Run:
             return float("nan"), None
         self.schedule.step()
         if self.average is not None:
-            self.average.update_parameters(accelerator.unwrap_model(self.model, keep_torch_compile=False))
+            self.average.update_parameters(accelerator.unwrap_model(self.model))
         return float(accelerator.reduce(total, "sum")), norm
 
     def set_max_steps(self, max_steps: int) -> None:
@@ -383,7 +396,7 @@ class Run:
             return
         if self.accelerator.is_main_process:
             if self.average is None:
-                model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                model = self.accelerator.unwrap_model(self.model)
             else:
                 model = self.average.module
             samples = draw_samples(
@@ -427,7 +440,7 @@ class Run:
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            model = self.accelerator.unwrap_model(self.model)
             model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
 
