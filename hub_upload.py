@@ -250,7 +250,7 @@ def _load_as_a_stranger(repo_id: str, given: str, found: str) -> None:
     """Runs in the clean process, from its source alone."""
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
     tokenizer = AutoTokenizer.from_pretrained(repo_id, trust_remote_code=True)
     AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)
@@ -259,6 +259,8 @@ def _load_as_a_stranger(repo_id: str, given: str, found: str) -> None:
     ids = model.generate(do_sample=True, num_return_sequences=2, max_new_tokens=27)
     assert ids[:, :9].eq(config.bos_token_id).all(), "generate() does not begin with the start face"
     assert len(tokenizer.batch_decode_mesh(ids)) == 2, "generated ids do not become meshes"
+    generator = pipeline("mesh-generation", model=repo_id, trust_remote_code=True)
+    assert len(generator(num_meshes=2, max_faces=3)) == 2, "the pipeline does not generate two meshes"
     with torch.no_grad():
         logits = model.float()(load_file(given)["input_ids"]).logits
     save_file({"logits": logits}, found)

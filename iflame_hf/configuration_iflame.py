@@ -112,6 +112,9 @@ class IFlameConfig(PreTrainedConfig):
                 "AutoModelForCausalLM": "modeling_iflame.IFlameForCausalLM",
             },
         )
+        if not __name__.startswith("transformers_modules"):
+            # The package registers its own pipeline; for a custom one pipeline() would ask to trust remote code.
+            kwargs.pop("custom_pipelines", None)
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,

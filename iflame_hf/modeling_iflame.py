@@ -210,6 +210,13 @@ class IFlamePreTrainedModel(PreTrainedModel):
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; config.json names the task of `pipeline("mesh-generation")`, whose code comes along."""
+        from .pipeline_iflame import custom_pipelines  # transformers copies what is imported, here too
+
+        self.config.custom_pipelines = custom_pipelines()
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range

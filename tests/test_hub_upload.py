@@ -155,12 +155,14 @@ def test_code_references_to_another_repository_do_not_survive(checkpoint, tmp_pa
     folder = copy_of(checkpoint, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {name: f"other/model--{where}" for name, where in config["auto_map"].items()}
+    config["custom_pipelines"]["mesh-generation"]["impl"] = "other/model--pipeline_iflame.MeshGenerationPipeline"
     (folder / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
     out.mkdir()
     build_folder(*load_checkpoint(folder), folder, out, REPO_ID)
-    auto_map = json.loads((out / "config.json").read_text())["auto_map"]
-    assert len(auto_map) == 3 and not any("--" in where for where in auto_map.values())
+    config = json.loads((out / "config.json").read_text())
+    assert len(config["auto_map"]) == 3 and len(config["custom_pipelines"]) == 1
+    assert "other/model" not in json.dumps(config)
 
 
 def test_large_weights_are_split_and_keep_their_precision(checkpoint, tmp_path):
@@ -414,7 +416,7 @@ def test_what_is_uploaded_loads_from_the_hub_by_its_name_and_the_cards_snippet_r
     assert sorted(on_main(hub)[-1].changed) == sorted(set(uploaded) - {".gitattributes"})
     assert not any(TOKEN.encode() in content for content in uploaded.values())
 
-    snippet = re.search(r"```python\n(.*?)```", uploaded["README.md"].decode(), re.DOTALL)[1]
+    snippet, second = re.findall(r"```python\n(.*?)```", uploaded["README.md"].decode(), re.DOTALL)
     assert f'"{REPO_ID}"' in snippet and "'top_p': 0.9" in snippet and "9 * 5" in snippet
     home = tmp_path / "home"
     greedy = (
@@ -423,6 +425,11 @@ def test_what_is_uploaded_loads_from_the_hub_by_its_name_and_the_cards_snippet_r
     process = run_in_clean_process(f"{snippet}\nassert {greedy}", home, hub.settings)
     assert process.returncode == 0, process.stderr
     assert sorted(path.name for path in home.glob("*.glb")) == [f"mesh_{number}.glb" for number in range(4)]
+    assert f'pipeline("mesh-generation", model="{REPO_ID}", trust_remote_code=True)' in second
+    assert "max_faces=4, seed=0, top_p=0.9)" in second
+    process = run_in_clean_process(second, home, hub.settings)
+    assert process.returncode == 0, process.stderr
+    assert list(home.glob("mesh_*.obj"))
 
     # The client's own cache has the form of the one that verification lays out.
     folder = tmp_path / "folder"
@@ -470,12 +477,9 @@ def test_an_upload_can_go_to_a_branch_or_become_a_pull_request(built, hub):
 
 
 def test_the_snippet_of_another_branch_loads_that_branch(loaded):
-    assert (
-        model_card.usage_snippet(loaded[0], model_card.RunRecord(), REPO_ID, "v2").count(
-            'revision="v2", trust_remote_code=True'
-        )
-        == 2
-    )
+    run, loads = model_card.RunRecord(), 'revision="v2", trust_remote_code=True'
+    assert model_card.usage_snippet(loaded[0], run, REPO_ID, "v2").count(loads) == 2
+    assert model_card.pipeline_snippet(loaded[0], run, REPO_ID, "v2").count(loads) == 1
 
 
 def test_a_private_upload_stays_private(built, hub):

@@ -151,9 +151,7 @@ def model_card(
 def usage_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
     """Python code that generates meshes with the published model, as the samples of the run were generated."""
     at = f'revision="{revision}", ' if revision else ""
-    faces = run.arguments.get("sample_max_faces") or model.generation_config.max_length // TOKENS_PER_FACE - 2
-    sampling = {"do_sample": True}
-    sampling |= {name: run.arguments[name] for name in ("temperature", "top_k", "top_p") if name in run.arguments}
+    faces, sampling = _most_faces(model, run), {"do_sample": True, **_sampling(run)}
     return f"""\
 from transformers import AutoModel, AutoTokenizer
 
@@ -166,6 +164,28 @@ sampling = {sampling}
 ids = model.generate(num_return_sequences=4, max_new_tokens={TOKENS_PER_FACE} * {faces + 1}, **sampling)
 for number, mesh in enumerate(tokenizer.batch_decode_mesh(ids)):
     mesh.export(f"mesh_{{number}}.glb")"""
+
+
+def pipeline_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
+    """The same with `pipeline("mesh-generation")`."""
+    at = f'revision="{revision}", ' if revision else ""
+    options = {"num_meshes": 4, "max_faces": _most_faces(model, run), "seed": 0, **_sampling(run)}
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"""\
+from transformers import pipeline
+
+generator = pipeline("mesh-generation", model="{repo_id}", {at}trust_remote_code=True)
+for number, mesh in enumerate(generator({given})):
+    if len(mesh.faces):
+        generator.export(mesh, f"mesh_{{number}}.obj")  # or glb, ply, stl"""
+
+
+def _most_faces(model: PreTrainedModel, run: RunRecord) -> int:
+    return run.arguments.get("sample_max_faces") or model.generation_config.max_length // TOKENS_PER_FACE - 2
+
+
+def _sampling(run: RunRecord) -> dict[str, float]:
+    return {name: run.arguments[name] for name in ("temperature", "top_k", "top_p") if name in run.arguments}
 
 
 def _base_model(run: RunRecord) -> str | None:
@@ -194,8 +214,11 @@ def _usage(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str |
     return (
         '## Use\n\n```bash\npip install torch "transformers>=5.17,<6" trimesh\n```\n\n'
         f"```python\n{usage_snippet(model, run, repo_id, revision)}\n```\n\n"
-        "To complete a mesh, let `generate` begin with its ids without an end: "
-        '`torch.tensor([tokenizer.encode_mesh("part.obj", add_end=False)])`.'
+        "Or, with seeds, files that other programs open, and faces as they come (`generator.stream()`):\n\n"
+        f"```python\n{pipeline_snippet(model, run, repo_id, revision)}\n```\n\n"
+        'To complete a part of a mesh: `generator("part.obj", room_above=1.0)`, where the whole may become twice as '
+        "high as the part. A part of a generated mesh keeps its place without `room_above`. A mesh is generated from "
+        "its lowest vertex upwards, so that what is added lies above."
     )
 
 

@@ -1,0 +1,251 @@
+"""`pipeline("mesh-generation")`: from a model's name to meshes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Pipeline
+
+from .configuration_iflame import TOKENS_PER_FACE
+from .export_iflame import export_mesh
+from .mesh_iflame import (
+    FILE_UP_AXES,
+    UP_AXES,
+    bounding_box,
+    denormalise,
+    errors_name,
+    import_trimesh,
+    is_mesh,
+    load_mesh,
+    turn,
+)
+from .streaming_iflame import stream_faces
+
+TASK = "mesh-generation"
+DEFAULT_BATCH_SIZE = 8
+
+
+def custom_pipelines() -> dict[str, dict]:
+    """What config.json says of the task, as `clean_custom_task` of transformers.pipelines reads it."""
+    return {TASK: {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}}
+
+
+class MeshGenerationPipeline(Pipeline):
+    """Generates triangle meshes, from nothing or from a part of a mesh.
+
+    ```python
+    generator = pipeline("mesh-generation", model="user/name", trust_remote_code=True)
+    meshes = generator(num_meshes=4, max_faces=200, seed=0)  # list of trimesh.Trimesh
+    generator.export(meshes[0], "chair.glb")
+    completed = generator("part.obj", num_meshes=2, room_above=1.0)
+    for face in generator.stream(max_faces=200):  # (3, 3) each
+        ...
+    ```
+
+    Every parameter of a call may also be given to `pipeline()`, as the default of all calls.
+    """
+
+    _load_tokenizer = True
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # pipeline() has put classes in there, which no config.json can hold.
+        if getattr(self.model.config, "custom_pipelines", None):
+            self.model.config.custom_pipelines = custom_pipelines()
+
+    def __call__(self, prompt: Any = None, *, batch_size: int | None = None, **kwargs: Any) -> list:
+        """Generated meshes, `trimesh.Trimesh` in the axes of the tokenizer.
+
+        Args:
+            prompt: a part of a mesh to complete: a path, a Trimesh, a Scene or a tuple (vertices, faces); or a list of
+                such; by default nothing. What is added lies above the part, or beside it: a mesh is generated from
+                its lowest vertex upwards.
+            batch_size: how many meshes are generated at once, 8 by default.
+            num_meshes: how many, or how many for each prompt, 1 by default.
+            max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes.
+            seed: the same seed gives the same meshes, for the same parameters, batch size and kind of device.
+            do_sample, temperature, top_p, top_k: as of `generate()`. By default it samples, from all tokens unless
+                the model's generation_config.json says otherwise.
+            room_above: how much higher than the part the whole mesh may become, in heights of the part (1.0: twice as
+                high). By default the part keeps its place, which must be within [-0.5, 0.5] on every axis: right for
+                parts of generated meshes, and for no others.
+            bounds: instead of `room_above`, the box that the whole mesh fills, as of the tokenizer's `encode_mesh`.
+            prompt_up_axis: the vertical axis of the prompt and of `bounds`, "y" or "z". By default that of the
+                tokenizer, and for a file that of its format: z in ply and stl, else y.
+            kwargs: any other parameter of `generate()`.
+
+        Returns:
+            A list of `num_meshes` meshes, in the prompt's units; for a list of prompts a list of such lists. Their
+            `metadata["ended"]` says whether the mesh came to its end within `max_faces`. One may be without a face.
+
+        Raises ValueError for parameters and prompts that cannot be, ImportError where trimesh is missing.
+        """
+        import_trimesh()
+        preprocess, forward, _ = self._parameters(kwargs)
+        batch_size = _whole("batch_size", batch_size or self._batch_size or DEFAULT_BATCH_SIZE)
+        is_list = isinstance(prompt, list)
+        rows = [self.preprocess(each, **preprocess) for each in (prompt if is_list else [prompt])]
+        num_meshes, seed = forward.pop("num_meshes", 1), forward.pop("seed", None)
+        jobs = [row for row in rows for _ in range(num_meshes)]
+        meshes = []
+        with self._seeded(seed):
+            for start in range(0, len(jobs), batch_size):
+                meshes += self.postprocess(self.forward({"rows": jobs[start : start + batch_size]}, **forward))
+        if not is_list:
+            return meshes
+        return [meshes[start : start + num_meshes] for start in range(0, len(meshes), num_meshes)]
+
+    def stream(
+        self, prompt: Any = None, *, skip_prompt: bool = False, timeout: float | None = None, **kwargs: Any
+    ) -> Iterator[np.ndarray]:
+        """The faces of one mesh as they are generated, arrays (3, 3) float64, in the prompt's units.
+
+        Args:
+            prompt, kwargs: as of a call; with a seed, the faces are those of the mesh that a call gives.
+            skip_prompt: leave out the faces of the prompt.
+            timeout: seconds to wait for a face at most; by default for ever.
+
+        Raises as `stream_faces` does.
+        """
+        preprocess, forward, _ = self._parameters(kwargs)
+        if forward.pop("num_meshes", 1) != 1 or isinstance(prompt, list):
+            raise ValueError("faces are streamed of one mesh at a time: leave out num_meshes and give one prompt")
+        row, seed = self.preprocess(prompt, **preprocess), forward.pop("seed", None)
+        options = self._generate_options([row], **forward)
+        faces = stream_faces(
+            self.model, self.tokenizer, row["input_ids"], skip_prompt=skip_prompt, timeout=timeout, **options
+        )
+        return self._placed(faces, row["bounds"], seed)
+
+    def _placed(self, faces: Iterator[np.ndarray], bounds: Any, seed: int | None) -> Iterator[np.ndarray]:
+        with self._seeded(seed):
+            for face in faces:
+                yield face if bounds is None else denormalise(face, bounds)
+
+    def export(self, mesh: Any, path: str | os.PathLike, **options: Any) -> Path:
+        """Writes a generated mesh as glb, obj, ply or stl, upright; `options` are those of `export_mesh`."""
+        return export_mesh(mesh, path, **{"up_axis": self.tokenizer.up_axis, **options})
+
+    def _parameters(self, given: dict[str, Any]) -> tuple[dict, dict, dict]:
+        preprocess, forward, postprocess = self._sanitize_parameters(**given)
+        return {**self._preprocess_params, **preprocess}, {**self._forward_params, **forward}, postprocess
+
+    def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
+        given = {name: value for name, value in given.items() if value is not None}
+        preprocess = {name: given.pop(name) for name in ("room_above", "bounds", "prompt_up_axis") if name in given}
+        for name in ("num_meshes", "max_faces"):
+            if name in given:
+                _whole(name, given[name])
+        if given.get("temperature", 1) <= 0:
+            raise ValueError(f"temperature must be above 0, got {given['temperature']}; do_sample=False is greedy")
+        if not 0 < given.get("top_p", 1) <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {given['top_p']}")
+        if given.get("top_k", 0) < 0:
+            raise ValueError(f"top_k must not be negative, got {given['top_k']}; 0 takes all tokens")
+        for name in ("num_return_sequences", "max_length", "max_new_tokens"):
+            if name in given:
+                raise ValueError(f"{name} is for generate(): meshes are counted by num_meshes, faces by max_faces")
+        return preprocess, given, {}
+
+    def preprocess(
+        self, prompt: Any, room_above: float | None = None, bounds: Any = None, prompt_up_axis: str | None = None
+    ) -> dict[str, Any]:
+        """Ids of what a mesh begins with, and the box that places it, or None."""
+        if prompt is None:
+            if not (room_above is bounds is prompt_up_axis is None):
+                raise ValueError("room_above, bounds and prompt_up_axis are of a prompt, and there is none")
+            return {"input_ids": [self.tokenizer.bos_token_id] * TOKENS_PER_FACE, "bounds": None}
+        if not is_mesh(prompt):
+            raise ValueError(
+                f"a prompt is the path of a mesh file, a Trimesh, a Scene or a tuple (vertices, faces), got {prompt!r}"
+            )
+        if room_above is not None and bounds is not None:
+            raise ValueError("give either room_above or bounds, and not both")
+        if room_above is not None and room_above < 0:
+            raise ValueError(f"room_above must not be negative, got {room_above}")
+        if prompt_up_axis not in (None, *UP_AXES):
+            raise ValueError(f"prompt_up_axis must be one of {', '.join(UP_AXES)}, got {prompt_up_axis!r}")
+        vertices, faces = load_mesh(prompt)
+        up_axis, is_file = self.tokenizer.up_axis, isinstance(prompt, (str, os.PathLike))
+        given_up = prompt_up_axis or (FILE_UP_AXES[Path(prompt).suffix.lower()] if is_file else up_axis)
+        vertices = turn(vertices, given_up, up_axis)
+        with errors_name(prompt):
+            if room_above is not None:
+                bounds = bounding_box(vertices, room_above, up_axis)
+            elif bounds is not None:
+                bounds = np.sort(turn(np.asarray(bounds, dtype=np.float64), given_up, up_axis), axis=0)
+            elif np.abs(vertices).max() > 0.5 + 0.5 / self.tokenizer.coordinate_resolution:
+                raise ValueError(
+                    "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with room_above or "
+                    "bounds how large the whole mesh may become"
+                )
+            ids = self.tokenizer.encode_mesh(
+                (vertices, faces), add_end=False, normalise=bounds is not None, bounds=bounds
+            )
+        return {"input_ids": ids, "bounds": bounds}
+
+    def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
+        prompt_faces = [len(row["input_ids"]) // TOKENS_PER_FACE - 1 for row in rows]
+        if max_faces is None:
+            max_faces = max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
+        if max(prompt_faces) >= max_faces:
+            raise ValueError(
+                f"the prompt has {max(prompt_faces)} faces already: max_faces must be more, not {max_faces}"
+            )
+        own = self.model.generation_config.to_diff_dict()
+        defaults = {name: own.get(name, value) for name, value in (("do_sample", True), ("top_k", 0))}
+        if not {**defaults, **options}["do_sample"]:
+            defaults.pop("top_k")
+        # The last token may say that the mesh ends.
+        new_tokens = TOKENS_PER_FACE * (max_faces - min(prompt_faces)) + 1
+        return {**defaults, **options, "max_new_tokens": new_tokens}
+
+    def _forward(self, inputs: dict[str, Any], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
+        rows = inputs["rows"]
+        options = self._generate_options(rows, max_faces, **options)
+        batch = self.tokenizer.pad(
+            {"input_ids": [row["input_ids"] for row in rows]}, padding_side="left", return_tensors="pt"
+        ).to(self.device)
+        sequences = self.model.generate(**batch, **options)
+        shortest = min(len(row["input_ids"]) for row in rows)
+        longest_mesh = shortest + options["max_new_tokens"]
+        padding = [batch["input_ids"].shape[1] - len(row["input_ids"]) for row in rows]
+        # A row with a longer prompt has had more tokens to generate than it may keep.
+        return {
+            "ids": [ids[start : start + longest_mesh] for ids, start in zip(sequences, padding, strict=True)],
+            "rows": rows,
+        }
+
+    def postprocess(self, outputs: dict[str, Any]) -> list:
+        meshes = []
+        for ids, row in zip(outputs["ids"], outputs["rows"], strict=True):
+            mesh = self.tokenizer.decode_mesh(ids)
+            if row["bounds"] is not None and len(mesh.faces):
+                mesh.vertices = denormalise(np.asarray(mesh.vertices), row["bounds"])
+            mesh.metadata["ended"] = bool((ids[len(row["input_ids"]) :] == self.tokenizer.eos_token_id).any())
+            meshes.append(mesh)
+        return meshes
+
+    @contextmanager
+    def _seeded(self, seed: int | None) -> Iterator[None]:
+        """torch's random numbers begin with `seed`, and are afterwards as they were; nothing for None."""
+        if seed is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    return value
