@@ -1,5 +1,6 @@
 """A Hub on this machine's loopback: what huggingface_hub needs of the Hub's HTTP protocol to create a repository, to
-upload to it in commits and to download from it. It keeps everything in memory and knows model repositories only."""
+upload to it in commits and to download from it. Repositories of data sets can only be read. It keeps everything in
+memory."""
 
 import base64
 import hashlib
@@ -29,6 +30,15 @@ class Commit:
     def oid(self) -> str:
         content = repr((sorted(self.files.items()), self.message, self.parent))
         return hashlib.sha1(content.encode()).hexdigest()
+
+    def has(self, path: str) -> bool:
+        return any(name == path or name.startswith(f"{path}/") for name in self.files)
+
+    def entry(self, path: str) -> dict[str, object]:
+        """What a listing says of a file or folder."""
+        if path in self.files:
+            return {"type": "file", "path": path, "size": len(self.files[path]), "oid": "0" * 40}
+        return {"type": "directory", "path": path, "oid": "0" * 40}
 
 
 @dataclass
@@ -205,11 +215,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, repo_id: str, revision: str, path: str = "") -> None:
         commit = self.hub.commit(self.token, repo_id, revision)
-        below = [name for name in commit.files if name.startswith(f"{path}/" if path else "")]
+        above = f"{path}/" if path else ""
+        below = [name for name in commit.files if name.startswith(above)]
         if not below:
             raise refusal(404, f"{path} does not exist", "EntryNotFound")
-        entries = [{"type": "file", "path": name, "size": len(commit.files[name]), "oid": "0" * 40} for name in below]
-        raise Answer(200, entries)
+        if self.query.get("recursive", ["False"])[0].lower() != "true":
+            below = sorted({above + name.removeprefix(above).split("/")[0] for name in below})
+        raise Answer(200, [commit.entry(name) for name in below])
+
+    def paths_info(self, repo_id: str, revision: str) -> None:
+        commit = self.hub.commit(self.token, repo_id, revision)
+        wanted = parse_qs(self.content.decode())["paths"]
+        raise Answer(200, [commit.entry(path) for path in wanted if commit.has(path)])
 
     def validate_yaml(self) -> None:
         content = json.loads(self.content)["content"]
@@ -297,7 +314,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise answer
         content = commit.files[path]
         etag = hashlib.sha256(content).hexdigest() if path.endswith(LARGE) else git_hash(content)
-        raise Answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=commit.oid, Content_Type="application/octet-stream")
+        headers = {"ETag": f'"{etag}"', "X_Repo_Commit": commit.oid, "Content_Type": "application/octet-stream"}
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if part is None:
+            raise Answer(200, content, **headers)
+        start, end = int(part[1]), min(int(part[2]) + 1, len(content))
+        raise Answer(206, content[start:end], Content_Range=f"bytes {start}-{end - 1}/{len(content)}", **headers)
 
 
 def git_hash(content: bytes) -> str:
@@ -319,4 +341,11 @@ ROUTES = {
     ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)"): _Handler.tree,
     ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/(.+)"): _Handler.tree,
     ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)"): _Handler.resolve,
+    # repositories of data sets, by the ids datasets/USER/NAME, are only read
+    ("GET", r"/api/(datasets/[^/]+/[^/]+)"): _Handler.model_info,
+    ("GET", r"/api/(datasets/[^/]+/[^/]+)/revision/([^/]+)"): _Handler.model_info,
+    ("GET", r"/api/(datasets/[^/]+/[^/]+)/tree/([^/]+)"): _Handler.tree,
+    ("GET", r"/api/(datasets/[^/]+/[^/]+)/tree/([^/]+)/(.+)"): _Handler.tree,
+    ("POST", r"/api/(datasets/[^/]+/[^/]+)/paths-info/([^/]+)"): _Handler.paths_info,
+    ("GET", r"/(datasets/[^/]+/[^/]+)/resolve/([^/]+)/(.+)"): _Handler.resolve,
 }

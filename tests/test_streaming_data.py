@@ -1,8 +1,12 @@
 """Meshes that are read while training: each once an epoch, in the same rows however many processes share the work."""
 
+import os
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from itertools import islice, pairwise
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -10,7 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from training_processes import Trainer, log_of, losses_of
+from hub_server import Commit, LoopbackHub, Repository
+from training_processes import Trainer, command_line, log_of, losses_of
 
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
@@ -313,6 +318,41 @@ def test_two_processes_that_become_one_lose_the_rest_of_their_blocks_only(traine
     assert sorted(losses_of(tmp_path)) == list(range(1, 9))
     (place,) = Progress.read(tmp_path / "checkpoint-8").places
     assert place[0] > max(block for block, _ in begun)
+
+
+def test_a_data_set_on_the_hub_is_trained_on_without_being_downloaded(files, tmp_path):
+    held_out = Path(files[2]).read_bytes()
+    content = {f"data/{Path(file).name}": Path(file).read_bytes() for file in files[:2]}
+    with LoopbackHub() as hub:
+        commit = Commit({**content, "data/validation-0.parquet": held_out})
+        hub.repositories["datasets/someone/meshes"] = Repository(branches={"main": [commit]})
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        command = command_line(
+            tmp_path / "run",
+            streaming=True,
+            train_file="someone/meshes",
+            validation_file="hf://datasets/someone/meshes/data/validation-*.parquet",
+            row_length=ROW,
+            max_steps=10,
+            save_steps=0,
+            per_device_train_batch_size=8,
+            dataloader_num_workers=2,
+        )
+        done = subprocess.run(
+            [sys.executable, Path(__file__).parents[1] / "training" / "train.py", *command],
+            env={**os.environ, **settings, "HF_HOME": str(tmp_path / "home"), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        for name in content:
+            assert hub.sent("GET", f"/datasets/someone/meshes/resolve/[^/]+/{name}") > 1
+    assert "10 row groups in 2 blocks, streamed in rows of 270 tokens" in done.stderr
+    assert sorted(losses_of(tmp_path / "run")) == list(range(1, 11))
+    assert [line["step"] for line in log_of(tmp_path / "run") if "eval_loss" in line] == [10]
+    kept = [path.read_bytes() for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert held_out in kept and not set(content.values()) & set(kept)
 
 
 def test_other_data_is_not_gone_on_with(trainer, options, files, tmp_path):
