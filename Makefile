@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 LAUNCH := GOMP_SPINCOUNT=10000 $(BIN)/python -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $$($(PYTHON) -c 'import os; print(os.cpu_count())')
 OUTPUT_DIR ?= outputs/demo
+MODEL ?= $(or $(IFLAME_MODEL),$(OUTPUT_DIR))
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -20,6 +21,10 @@ help: ## list these targets
 demo: $(VENV)/ready-train ## train a small model on the CPU, then write 16 meshes and a picture to outputs/demo
 	$(LAUNCH) training/train.py training/configs/demo.yaml --output_dir $(OUTPUT_DIR)
 	@echo "Look at $(OUTPUT_DIR)/samples.png and at the glb files beside it."
+
+.PHONY: app
+app: $(VENV)/ready-app ## show a page that generates meshes (MODEL=folder chooses another model than the demo's)
+	$(BIN)/python app/app.py --model "$(MODEL)"
 
 .PHONY: test
 test: $(VENV)/ready-test ## run the tests with two workers (PYTEST_ARGS="-k name" chooses)
@@ -57,7 +62,7 @@ $(VENV)/ready-torch: $(VENV)/ready-python constraints.txt
 	$(PIP) torch
 	@touch $@
 
-$(VENV)/ready-train $(VENV)/ready-test: $(VENV)/ready-%: $(VENV)/ready-torch setup.cfg pyproject.toml constraints.txt
+$(VENV)/ready-train $(VENV)/ready-test $(VENV)/ready-app: $(VENV)/ready-%: $(VENV)/ready-torch setup.cfg pyproject.toml constraints.txt
 	@echo "Installing what 'make $(subst train,demo,$*)' needs into $(VENV)."
 	$(PIP) --editable '.[$*]'
 	@touch $@

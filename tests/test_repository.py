@@ -119,7 +119,7 @@ def test_every_package_that_a_script_or_a_test_imports_is_declared():
     sections = setup_cfg()
     texts = [
         sections["options"]["install_requires"],
-        *(sections["options.extras_require"][e] for e in ("train", "test")),
+        *(sections["options.extras_require"][e] for e in ("train", "test", "app")),
     ]
     declared = {requirement.name.lower().replace("_", "-") for text in texts for requirement in requirements(text)}
     files = [path for path in tracked_files() if path.suffix == ".py" and path.parts[len(ROOT.parts)] != "iflame_hf"]
@@ -148,7 +148,7 @@ def test_the_constraints_pin_one_version_in_the_declared_range_for_every_python(
     sections = setup_cfg()
     optional = sections["options.extras_require"]
     wanted = requirements(sections["options"]["install_requires"])
-    wanted += [each for extra in ("train", "test", "dev") for each in requirements(optional[extra])]
+    wanted += [each for extra in ("train", "test", "dev", "app-test", "app") for each in requirements(optional[extra])]
     for requirement in wanted:
         if requirement.name != "iflame-hf":
             assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} against {pins}"
