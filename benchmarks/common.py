@@ -155,7 +155,7 @@ def commit() -> str:
             subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()
             for words in (
                 ("rev-parse", "--short", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no", "iflame_hf", "benchmarks"),
+                ("status", "--porcelain", "--untracked-files=no", "iflame_hf", "training", "benchmarks"),
             )
         )
     except (OSError, subprocess.CalledProcessError):

@@ -7,12 +7,13 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench_generate, bench_train, common, reference
+from benchmarks import bench_generate, bench_loader, bench_train, common, reference
 from benchmarks.models import draw_models, mesh_labels
 from benchmarks.oracle import Oracle, WrongResult, require_close
 from iflame_hf import IFlameConfig, ops_iflame
 from iflame_hf.ops_iflame import recurrent_linear_attention
 from training.convert_checkpoint import BLOCK_NAMES, OTHER_NAMES, SKIP_WEIGHTS, STAGES
+from training.packing import pack_ids
 
 CPU = torch.device("cpu")
 SIZES = (
@@ -103,6 +104,46 @@ def test_tokens_per_second_count_every_new_token_of_every_row(capsys):
     (row,) = result["rows"]
     assert row["row_tokens"] == 63
     assert row["tokens_per_second"] == pytest.approx([126_000 / each for each in row["milliseconds_per_step"]])
+
+
+LOADER = "--meshes 300 --row_length 6921 1818 --batch_size 3 --num_workers 0 --seconds 0.2 --warmup 0".split()
+
+
+def test_the_loader_is_measured_from_both_sources_in_meshes_a_second(capsys):
+    status, printed, result = run(capsys, bench_loader.main, LOADER)
+    assert status == 0, printed
+    assert [(row["source"], row["row_tokens"]) for row in result["rows"]] == [
+        ("memory-mapped", 6921),
+        ("streaming", 6921),
+        ("memory-mapped", 1818),
+        ("streaming", 1818),
+    ]
+    for row in result["rows"]:
+        assert row["faces_per_mesh"] == pytest.approx(200, abs=2) and min(row["meshes_per_second"]) > 0
+        whole, meshes_in_row = row["row_tokens"] // 9, row["row_tokens"] // 9 // 202
+        assert row["padding"] == pytest.approx(100 * (1 - 202 * meshes_in_row / whole), abs=2)
+        for meshes, tokens in zip(row["meshes_per_second"], row["tokens_per_second"], strict=True):
+            assert tokens == pytest.approx(meshes * row["row_tokens"] / meshes_in_row, rel=0.02)
+
+
+def loses_the_last_mesh(sequences, *arguments):
+    return pack_ids(sequences[:-1], *arguments)
+
+
+def turns_a_face_over(sequences, *arguments):
+    for sequence in sequences:
+        sequence[12:18] = sequence[[15, 16, 17, 12, 13, 14]]
+    return pack_ids(sequences, *arguments)
+
+
+@pytest.mark.parametrize("fault", [loses_the_last_mesh, turns_a_face_over])
+def test_a_loader_whose_rows_are_not_the_meshes_has_no_figures(capsys, monkeypatch, fault):
+    monkeypatch.setattr("training.data.pack_ids", fault)
+    monkeypatch.setattr("training.streaming.pack_ids", fault)
+    status, _, result = run(capsys, bench_loader.main, [*LOADER, "--row_length", "6921"])
+    assert status == 1
+    for row in result["rows"]:
+        assert "meshes are missing in an epoch, or changed" in row["wrong"] and "meshes_per_second" not in row
 
 
 def decays_twice_as_fast(q, k, v, slopes, state=None, segments=None):

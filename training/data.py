@@ -29,7 +29,7 @@ from training.sequences import MeshEncoder, MeshTable
 from training.streaming import stream_rows
 
 # What a worker sends at once: so many rows cost little more than one.
-ROWS_IN_MESSAGE = 16
+ROWS_IN_MESSAGE = 32
 # What the held-out procedural meshes add to the seed.
 VALIDATION_SEED = 1_000_003
 

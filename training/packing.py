@@ -105,8 +105,13 @@ def row_inputs(ids: np.ndarray, bos_token_id: int, pad_token_id: int) -> dict[st
     place = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)  # (B, F), of a face in its mesh
     positions = TOKENS_PER_FACE * place[:, :, None] + np.arange(TOKENS_PER_FACE)
     input_ids = ids.astype(np.int64)
-    labels = np.where((starts | padding).repeat(TOKENS_PER_FACE, axis=1), IGNORED, input_ids)
-    return {"input_ids": input_ids, "position_ids": positions.reshape(ids.shape), "labels": labels}
+    labels = input_ids.reshape(positions.shape).copy()
+    labels[starts | padding] = IGNORED
+    return {
+        "input_ids": input_ids,
+        "position_ids": positions.reshape(ids.shape),
+        "labels": labels.reshape(ids.shape),
+    }
 
 
 def pack_row(sequences: Sequence[Sequence[int]], row_length: int, pad_token_id: int) -> dict[str, np.ndarray]:

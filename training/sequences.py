@@ -61,12 +61,15 @@ def augment(vertices: np.ndarray, rng: np.random.Generator, scale: bool = True, 
     again, then move by up to 0.1 (0.075 along the third axis) as far as the cube [-0.5, 0.5] leaves room. Always takes
     the same random numbers.
     """
-    factors, offset = rng.uniform(*SCALE_RANGE, size=3), rng.uniform(-SHIFT_RANGE, SHIFT_RANGE)
-    if scale:
-        vertices = normalise(vertices * factors)
-    if shift:
-        vertices = vertices + np.clip(offset, -0.5 - vertices.min(axis=0), 0.5 - vertices.max(axis=0))
-    return vertices
+    numbers = rng.random((2, 3))
+    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    factors = SCALE_RANGE[0] + (SCALE_RANGE[1] - SCALE_RANGE[0]) * numbers[0] if scale else np.ones(3)
+    sides = factors * (high - low)
+    factors, sides = factors / sides.max(), sides / sides.max()
+    room = 0.5 - sides / 2
+    offset = SHIFT_RANGE * (2 * numbers[1] - 1) if shift else np.zeros(3)
+    offset = np.maximum(np.minimum(offset, room), -room)
+    return vertices * factors + (offset - factors * (low + high) / 2)  # all in one: passes over vertices cost most
 
 
 @dataclass
