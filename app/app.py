@@ -27,6 +27,7 @@ PART_SUFFIXES = [".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae"]
 MOST_MESHES = 9
 MOST_FACES = 1600
 LARGEST_SEED = 999_999
+LARGEST_UPLOAD = "20mb"
 KEPT_SECONDS = 3600  # how long files that were downloaded or uploaded stay on the server
 TITLE = "# iFlame\nLow-poly meshes, written face by face by a small transformer."
 PART_HELP = (
@@ -72,21 +73,30 @@ class Page:
         self.generator = generator
         self._stops: dict[str | None, threading.Event] = {}
         self._runs = itertools.count(1)
-        limit = generator.model.config.max_position_embeddings // FACE - 2
+        self.most_faces = min(MOST_FACES, generator.model.config.max_position_embeddings // FACE - 2)
         with gr.Blocks(title="iFlame", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
             gr.Markdown(f"{TITLE} Model: `{name}` on {generator.device.type.upper()}.")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=1, min_width=300):
-                    self._build_controls(min(MOST_FACES, limit))
+                    self._build_controls()
                 with gr.Column(scale=3, min_width=360):
                     self._build_results()
             self._connect()
             blocks.unload(self.stop)
         self.blocks = blocks
 
-    def _build_controls(self, most_faces: int) -> None:
+    def launch(self, **options: Any) -> tuple:
+        """Serves the page; `options` and what is returned are those of gradio's `launch`."""
+        theme = gr.themes.Default(
+            primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=["ui-monospace", "monospace"]
+        )
+        options = {"max_file_size": LARGEST_UPLOAD, "footer_links": ["gradio", "settings"], **options}
+        return self.blocks.launch(theme=theme, css=CSS, **options)
+
+    def _build_controls(self) -> None:
         self.number = gr.Slider(1, MOST_MESHES, value=4, step=1, label="Meshes")
-        self.faces = gr.Slider(10, most_faces, value=min(200, most_faces), step=10, label="Most faces")
+        default = min(200, self.most_faces)
+        self.faces = gr.Slider(10, self.most_faces, value=default, step=10, label="Most faces")
         self.temperature = gr.Slider(
             0.1, 1.5, value=1.0, step=0.05, label="Temperature", info="Lower is more regular."
         )
@@ -102,7 +112,7 @@ class Page:
             self.part = gr.File(label="Part of a mesh", file_types=PART_SUFFIXES, elem_id="part")
             self.share = gr.Slider(5, 100, value=100, step=5, label="Faces to keep, from the bottom (%)")
             self.room = gr.Slider(0, 3, value=0, step=0.1, label="Room above it, in its heights")
-            self.part_status = gr.Markdown(elem_id="part-status")
+            self.part_status = gr.Markdown("", elem_id="part-status")
 
     def _build_results(self) -> None:
         self.viewer = gr.HTML(
@@ -147,7 +157,7 @@ class Page:
         run, began = str(next(self._runs)), time.perf_counter()
         idle = {button: gr.DownloadButton(interactive=False) for button in (self.glb, self.obj, self.zip)}
         try:
-            prompt = read_part(self.generator, part, share / 100, room) if part else None
+            prompt = self._read_part(part, share, room) if part else None
             given = prompt.faces if prompt else 0
             settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "prompt": prompt, "stop": stop}
             for meshes in grow(self.generator, number=int(number), max_faces=int(faces), **settings):
@@ -155,6 +165,8 @@ class Page:
                 yield {self.viewer: viewer_value(run, meshes, given), self.status: text, self.seed: seed, **idle}
         except ValueError as error:
             raise gr.Error(str(error), duration=None, title="This does not work") from error
+        finally:
+            self._stops.pop(request.session_hash, None)
         text = status("Stopped" if stop.is_set() else "Done", meshes, given, time.perf_counter() - began)
         open_ends = sum(not mesh.ended for mesh in meshes)
         if open_ends and not stop.is_set():
@@ -171,21 +183,30 @@ class Page:
 
     def stop(self, request: gr.Request) -> None:
         """Ends the visitor's generation at the next token."""
-        if request.session_hash in self._stops:
-            self._stops[request.session_hash].set()
+        running = self._stops.get(request.session_hash)
+        if running:
+            running.set()
+
+    def _read_part(self, part: str, share: float, room: float) -> Prompt:
+        prompt = read_part(self.generator, part, share / 100, room)
+        if prompt.faces >= self.most_faces:
+            raise ValueError(
+                f"{prompt.faces:,} faces are too many to go on from, {self.most_faces:,} at most: keep fewer"
+            )
+        return prompt
 
     def look(self, part: str | None, share: float, room: float) -> tuple[str, dict[str, Any]]:
         """Shows the part that was given, or says what is wrong with it."""
-        run = str(next(self._runs))
         if not part:
-            return "", viewer_value(run, [])
+            return "", gr.skip()
         try:
-            prompt = read_part(self.generator, part, share / 100, room)
+            prompt = self._read_part(part, share, room)
         except ValueError as error:
-            return f"**This file does not work.** {error}", viewer_value(run, [])
+            return f"**This file does not work.** {error}", gr.skip()
         mesh = Growing(np.array(prompt.ids), *self.generator.tokenizer.decode_arrays(prompt.ids), True)
         count = _count(len(mesh.faces), "face", "faces")
-        return f"{count} to go on from. Press **Generate**.", viewer_value(run, [mesh], len(mesh.faces))
+        value = viewer_value(str(next(self._runs)), [mesh], given=len(mesh.faces))
+        return f"{count} to go on from. Press **Generate**.", value
 
     def choose(self, made: tuple[list[Growing], Prompt | None], event: gr.EventData) -> Iterator[dict[Any, Any]]:
         """Offers the files of the mesh that was clicked in the viewer."""
@@ -223,16 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
             "Run `make demo` first, or name a model: --model FOLDER_OR_HUB_NAME, or the environment variable "
             "IFLAME_MODEL."
         )
-    page = Page(generator, options.model)
-    page.blocks.launch(
-        server_name=options.host,
-        server_port=options.port,
-        theme=gr.themes.Default(
-            primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=["ui-monospace", "monospace"]
-        ),
-        css=CSS,
-        footer_links=["gradio", "settings"],
-    )
+    Page(generator, options.model).launch(server_name=options.host, server_port=options.port)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def load(name: str) -> Pipeline:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"{name} cannot be loaded: {reason}") from error
+    if not hasattr(generator.tokenizer, "encode_mesh"):
+        raise ValueError(f"{name} is no model of meshes but a {type(generator.model).__name__}")
     generator.tokenizer.up_axis = "y"
     generator.model.eval()
     return generator

@@ -6,7 +6,7 @@
 const VALUES = 5; // of a corner: x, y, z, the second it appears at, 1 for a corner of the part that was given
 const TEXT = 48; // characters of a face
 const SPREAD = 0.12; // seconds over which the faces of one update appear
-const GLOW = 3; // seconds after which a new face looks like the others
+const GLOW = 2; // seconds after which a new face looks like the others
 const START = { yaw: 0.6, pitch: 0.42, distance: 1.6 };
 
 const root = element.querySelector(".viewer");
