@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -38,12 +39,15 @@ COLUMNS = {
     "row_tokens": "tokens a row",
     "batch_size": "rows a batch",
     "meshes_per_second": "meshes/s",
+    "loader_microseconds": "loader us",
+    "training_process_microseconds": "training process us",
     "faces_per_mesh": "faces a mesh",
     "padding": "padding %",
 }
 NOTES = """\
-Meshes that arrive in the training process a second, from so many loader processes; it does nothing else. Two figures
-are two measurements. Faces are those after quantisation; meshes longer than a row are dropped.
+Meshes that arrive in the training process a second, which does nothing else. Two figures are two measurements; us are
+microseconds of CPU time a mesh, which other programs on the machine change less. Faces are those after quantisation;
+meshes longer than a row are dropped.
 """
 SOURCES = ("memory-mapped", "streaming")
 # As training.prepare_data writes them.
@@ -124,6 +128,15 @@ def require_all_meshes(rows: TrainingRows, expected: Counter, batch_size: int, n
         raise WrongResult(f"{wrong} of {expected.total()} meshes are missing in an epoch, or changed")
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """CPU time that the loader processes, and this one, have taken so far."""
+    spent = []
+    for processes in (psutil.Process().children(), [psutil.Process()]):
+        times = [process.cpu_times() for process in processes]
+        spent.append(sum(each.user + each.system for each in times))
+    return spent[0], spent[1]
+
+
 def measure(rows: TrainingRows, row: Row, options: argparse.Namespace) -> None:
     """Writes the figures into the row."""
     pad = IFlameTokenizer().pad_token_id
@@ -133,9 +146,9 @@ def measure(rows: TrainingRows, row: Row, options: argparse.Namespace) -> None:
     while time.perf_counter() < end:
         next(batches)
     tokens = padding = meshes = 0
-    row["meshes_per_second"] = []
+    row["meshes_per_second"], row["loader_microseconds"], row["training_process_microseconds"] = [], [], []
     for _ in range(2):
-        taken, start = 0, time.perf_counter()
+        taken, start, spent = 0, time.perf_counter(), cpu_seconds()
         while time.perf_counter() < start + options.seconds:
             batch, _ = next(batches)
             padded = batch["input_ids"][:, ::TOKENS_PER_FACE] == pad
@@ -143,6 +156,9 @@ def measure(rows: TrainingRows, row: Row, options: argparse.Namespace) -> None:
             tokens += padded.numel()
             padding += int(padded.sum())
         row["meshes_per_second"].append(taken / (time.perf_counter() - start))
+        loader, own = (1e6 * (after - before) / taken for before, after in zip(spent, cpu_seconds(), strict=True))
+        row["loader_microseconds"].append(loader if options.num_workers else None)
+        row["training_process_microseconds"].append(own)
         meshes += taken
     row["tokens_per_second"] = [TOKENS_PER_FACE * tokens / meshes * each for each in row["meshes_per_second"]]
     row["faces_per_mesh"] = (tokens - padding) / meshes - EXTRA_FACES
