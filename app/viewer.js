@@ -7,7 +7,7 @@ const VALUES = 5; // of a corner: x, y, z, the second it appears at, 1 for a cor
 const TEXT = 48; // characters of a face
 const SPREAD = 0.12; // seconds over which the faces of one update appear
 const GLOW = 2; // seconds after which a new face looks like the others
-const START = { yaw: 0.6, pitch: 0.42, distance: 1.6 };
+const START = { yaw: 0.6, pitch: 0.42, distance: 2.3 };
 
 const root = element.querySelector(".viewer");
 const canvas = root.querySelector("canvas");
@@ -53,7 +53,7 @@ const FLOOR_VERTEX = `#version 300 es
 uniform mat4 projection, view; uniform float level;
 out vec2 place;
 void main() {
-  place = vec2(gl_VertexID & 1, gl_VertexID >> 1) * 3.0 - 1.5;
+  place = vec2(gl_VertexID & 1, gl_VertexID >> 1) * 2.0 - 1.0;
   gl_Position = projection * view * vec4(place.x, level, place.y, 1.0);
 }`;
 const FLOOR_PIXEL = `#version 300 es
@@ -65,7 +65,7 @@ void main() {
   vec2 cell = place * 8.0;
   vec2 near = abs(fract(cell - 0.5) - 0.5) / fwidth(cell);
   float line = 1.0 - smoothstep(0.3, 1.3, min(near.x, near.y));
-  float alpha = 0.3 * line * smoothstep(1.3, 0.3, length(place));
+  float alpha = 0.3 * line * smoothstep(1.0, 0.3, length(place));
   colour = vec4(ink * alpha, alpha);
 }`;
 
@@ -251,7 +251,7 @@ function paintMesh(mesh, projection, view, ink) {
 
 // Matrices column by column, as WebGL takes them. The shorter side of a cell sees the same angle.
 function perspective(aspect) {
-  const f = 1.9, near = 0.05, far = 20, x = f / Math.max(aspect, 1), y = f * Math.min(aspect, 1);
+  const f = 2.75, near = 0.05, far = 20, x = f / Math.max(aspect, 1), y = f * Math.min(aspect, 1);
   return [x, 0, 0, 0, 0, y, 0, 0, 0, 0, (far + near) / (near - far), -1, 0, 0, (2 * far * near) / (near - far), 0];
 }
 
@@ -271,7 +271,7 @@ function turn(yaw, pitch) {
 }
 
 function zoom(factor) {
-  camera.distance = Math.max(0.6, Math.min(8, camera.distance * factor));
+  camera.distance = Math.max(0.8, Math.min(12, camera.distance * factor));
   draw();
 }
 
