@@ -30,6 +30,8 @@ from training.streaming import stream_rows
 
 # What a worker sends at once: so many rows cost little more than one.
 ROWS_IN_MESSAGE = 32
+# Another number when the same seed comes to mean other rows: checkpoints from before are then refused.
+ORDER = 2
 # What the held-out procedural meshes add to the seed.
 VALIDATION_SEED = 1_000_003
 
@@ -270,7 +272,7 @@ class RowStream:
 
     def digest(self) -> str:
         """Changes with the meshes, their order, or the length of rows: what a place in the data depends on."""
-        content = hashlib.sha256(repr((self.capacity, self.seed, self.weights is not None)).encode())
+        content = hashlib.sha256(repr((ORDER, self.capacity, self.seed, self.weights is not None)).encode())
         for array in (self.sizes, self.used):
             content.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
         return content.hexdigest()[:16]
