@@ -212,8 +212,8 @@ class Run:
         if saved.data_digest != self.progress.data_digest:
             raise ValueError(
                 f"{checkpoint} belongs to other training data, or to another --row_length, --seed, --long_meshes, "
-                "--balance or --streaming, so that its place in the data means nothing here. Give the same options, or "
-                f"start a new run from its weights with --model_name_or_path {checkpoint} and another --output_dir"
+                "--balance or --streaming, so that its place in the data means nothing here. Give the same options, "
+                f"or start a new run from its weights with --model_name_or_path {checkpoint} and another --output_dir"
             )
         arguments = self.progress.arguments
         changed = {name for name, value in saved.arguments.items() if arguments.get(name) != value}
