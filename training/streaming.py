@@ -13,8 +13,9 @@ these by turns:
 - a place in the data is a block and a row in it, and going on from there costs reading that block again.
 
 The buffer of `IterableDataset.shuffle` would make the last point false (its content is not part of `state_dict`), and
-a common order of rows over all processes, as for memory-mapped data, the second one. The price: processes may be a
-block apart, and an epoch's number of rows is not known before it has been read.
+a common order of rows over all processes, as for memory-mapped data, the second one. The price: one process may be
+in the next epoch while another still finishes the one before, and the number of rows of an epoch is not known before
+it has been read.
 """
 
 import hashlib
