@@ -55,12 +55,6 @@ class MeshGenerationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        # pipeline() has put classes in there, which no config.json can hold.
-        if getattr(self.model.config, "custom_pipelines", None):
-            self.model.config.custom_pipelines = custom_pipelines()
-
     def __call__(self, prompt: Any = None, *, batch_size: int | None = None, **kwargs: Any) -> list:
         """Generated meshes, `trimesh.Trimesh` in the axes of the tokenizer.
 

@@ -297,6 +297,7 @@ def look_from_outside(folder: str, repo_id: str, work: str, part) -> None:
     def look(name, source, task="mesh-generation"):
         generator = pipeline(task, model=source, trust_remote_code=True)
         part_mesh = (np.array(part[0]), np.array(part[1]))
+        as_json = generator.model.config.to_json_string()
         meshes = generator(num_meshes=3, max_faces=6, seed=4)
         completed = generator(part_mesh, max_faces=9, seed=4, room_above=1.0)
         path = generator.export(generator(max_faces=9, seed=4, suppress_tokens=[131])[0], work / f"{name}.glb")
@@ -308,7 +309,7 @@ def look_from_outside(folder: str, repo_id: str, work: str, part) -> None:
             "streamed": [face.tolist() for face in generator.stream(max_faces=6, seed=4)],
             "glb": path.read_bytes()[:4].decode(),
             "custom_pipelines": json.loads((work / name / "config.json").read_text())["custom_pipelines"],
-            "config": generator.model.config.to_json_string() is not None,
+            "config": json.loads(as_json)["custom_pipelines"],
         }
         return str(work / name)
 
@@ -338,7 +339,7 @@ def test_without_this_project_the_pipeline_comes_from_the_folder_and_gives_the_s
     found = outside[source]
     assert outside["importable"] == []
     assert found["class"] == "transformers_modules.MeshGenerationPipeline"
-    assert found["custom_pipelines"] == {"mesh-generation": IMPLEMENTATION} and found["config"]
+    assert found["custom_pipelines"] == found["config"] == {"mesh-generation": IMPLEMENTATION}
     tetrahedron = ([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
     assert found["meshes"] == triangles(generator(num_meshes=3, max_faces=6, seed=4))
     completed = generator(tuple(map(np.array, tetrahedron)), max_faces=9, seed=4, room_above=1.0)
