@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from iflame_hf.export_iflame import export_mesh
 from iflame_hf.mesh_iflame import to_y_up
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.packing import IGNORED, TOKENS_PER_FACE
@@ -144,7 +145,7 @@ def draw_samples(
         path = folder / f"sample-{index:02d}.glb"
         path.unlink(missing_ok=True)
         if len(mesh.faces):
-            write_whole(path, mesh.export(file_type="glb"))
+            export_mesh(mesh, path, winding="kept")  # a sample shows the model as it is
         samples.append({"faces": len(mesh.faces), "ended": bool((ids == tokenizer.eos_token_id).any())})
     render_meshes(meshes, folder / "samples.png", titles=[f"{sample['faces']} faces" for sample in samples])
     return samples
