@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from .configuration_iflame import LEVEL_STRIDES, TOKENS_PER_FACE, IFlameConfig
 from .ops_iflame import alibi_slopes, rotary_tables
 
+# Queries, and keys, of a block of a torch BlockMask.
+BLOCK_SIZE = 128
+
 # B batch, T items of a level, P items of that level that a cache has seen, D head size
 
 
@@ -146,8 +149,11 @@ def _one_level(config, stride, tokens, seen, positions, segments, past_key_value
         segments = segments[:, closing].contiguous()
         has_begun = segments[:, -1] == last
     if implementation == "flex_attention" and count > 1:
-        mesh_starts = None if past_key_values is None else past_key_values.mesh_starts
-        mask = _block_mask(tokens, before, after, segments, mesh_starts, stride)
+        if tokens.device.type == "cpu":
+            raise ValueError(
+                "attn_implementation='flex_attention' runs on a GPU only, and the model is on the CPU: use 'sdpa'"
+            )
+        mask = _block_mask(positions, before, after, tokens.device)
     elif segments is not None:
         if flash:
             flash_bounds = _bounds(segments)
@@ -176,25 +182,40 @@ def _bounds(segments):
     return bounds, int(bounds.diff().max())
 
 
-def _block_mask(tokens, before, after, segments, mesh_starts, stride):
-    """The same masks as a torch BlockMask, which skips whole blocks of items that see nothing of each other."""
-    if tokens.device.type == "cpu":
-        raise ValueError(
-            "attn_implementation='flex_attention' runs on a GPU only, and the model is on the CPU: use 'sdpa'"
-        )
-    from torch.nn.attention.flex_attention import create_block_mask
+def _block_mask(positions, before, after, device):
+    """
+    The same masks as a torch BlockMask, which skips whole blocks of items that see nothing of each other.
 
-    first = None if segments is not None or mesh_starts is None else mesh_starts.to(tokens.device) // stride
+    An item sees all from the start of its mesh to itself, so the blocks that a block of items sees lie between those
+    of its first item's start and of its last item; those in which every item sees everything, between its last item's
+    start and its first item. Torch's `create_block_mask` finds the same by looking at every pair of items, with a
+    kernel that takes minutes to compile.
+
+    Args:
+        positions: (B, T) positions in the mesh, or None.
+        before, after: items of the level before and behind the T new ones.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    last = torch.arange(before, after, device=device)  # the last item that each new item sees
+    starts = torch.zeros_like(last)[None] if positions is None else last - positions  # the first one
 
     def may_look(row, head, query, key):
         allowed = key <= query + before
-        if segments is not None:
-            allowed = allowed & (segments[row, query] == segments[row, key])
-        if first is not None:
-            allowed = allowed & (key >= first[row])
-        return allowed
+        return allowed if positions is None else allowed & (key >= starts[row, query])
 
-    rows = None if segments is None and first is None else tokens.shape[0]
-    # Without a compiler the mask is first written out entry by entry, which only small sequences can afford.
-    compiled = not torch.compiler.is_compiling()
-    return create_block_mask(may_look, rows, None, after - before, after, tokens.device, _compile=compiled)
+    blocks = torch.arange(0, after, BLOCK_SIZE, device=device)  # the first item of each block of keys
+    top = torch.arange(0, after - before, BLOCK_SIZE, device=device)  # and of queries
+    bottom = (top + BLOCK_SIZE - 1).clamp(max=after - before - 1)
+    seen = (blocks + BLOCK_SIZE > starts[:, top, None]) & (blocks <= last[bottom, None])  # (B or 1, blocks, blocks)
+    whole = (blocks >= starts[:, bottom, None]) & (blocks + BLOCK_SIZE - 1 <= last[top, None])
+    whole = whole & (bottom == top + BLOCK_SIZE - 1)[:, None]  # in an unfinished block the kernel has to look
+    return BlockMask.from_kv_blocks(
+        *_counted(seen & ~whole), *_counted(whole), BLOCK_SIZE, may_look, seq_lengths=(after - before, after)
+    )
+
+
+def _counted(blocks):
+    """(B, N, M) booleans -> how many of each row are true, (B, 1, N), and their indices before the others'."""
+    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None].contiguous()
