@@ -50,7 +50,11 @@ def run(options: argparse.Namespace) -> None:
     try:
         with tqdm(total=len(jobs), unit="mesh", disable=None) as bar:
             for job, mesh in _make(generator, jobs, options, bar):
-                record["meshes"].append(_write(generator, job, mesh, options, record))
+                entry = _write(generator, job, mesh, options, record)
+                record["meshes"].append(entry)
+                if entry["file"] is not None:
+                    ended = "" if entry["ended"] else ", cut off at the most faces"
+                    tqdm.write(f"{job.path}  {entry['faces']} faces{ended}")
     finally:
         if record["meshes"]:
             _write_record(options.out / RECORD, record)
@@ -121,7 +125,7 @@ def _placing(options: argparse.Namespace) -> dict[str, Any]:
     return {"room_above": options.room_above, "bounds": bounds, "prompt_up_axis": options.up_axis}
 
 
-class _Progress(StoppingCriteria):
+class Progress(StoppingCriteria):
     """Moves a bar as the rows of a batch come to their ends; stops nothing."""
 
     def __init__(self, bar: tqdm, eos_token_id: int):
@@ -143,7 +147,7 @@ def _make(
     sampling, placing = {name: getattr(options, name) for name in SAMPLING}, _placing(options)
     for start in range(0, len(jobs), options.batch_size):
         batch = jobs[start : start + options.batch_size]
-        progress = _Progress(bar, generator.tokenizer.eos_token_id)
+        progress = Progress(bar, generator.tokenizer.eos_token_id)
         shared = {**sampling, "stopping_criteria": [progress], "batch_size": len(batch)}
         if options.command == "complete":
             meshes = [each[0] for each in generator([job.part for job in batch], **placing, **shared)]
@@ -171,8 +175,6 @@ def _write(
         license=options.license,
         extras={"model": record["model"], "seed": record["seed"]},
     )
-    ended = "" if entry["ended"] else ", cut off at the most faces"
-    tqdm.write(f"{job.path}  {entry['faces']} faces{ended}")
     return entry | {"file": job.path.name, "closed": bool(mesh.is_watertight)}
 
 

@@ -1,5 +1,7 @@
 """The command `iflame`, as a process and by its main()."""
 
+import configparser
+import io
 import json
 import os
 import re
@@ -17,13 +19,17 @@ import trimesh
 from mesh_fixtures import solids
 from safetensors.torch import load_file, save_file
 from small_models import BOS, EOS, PAD, small_model
+from tqdm import tqdm
 
+from hub_upload import lay_out_cache
 from iflame_cli import command_line
 from iflame_cli.command_line import build_parser, main
+from iflame_cli.generating import Progress
 from iflame_cli.tokenizing import measure
 from iflame_cli.viewing import MARK
 from iflame_hf import IFlameTokenizer, export_mesh
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("generate", "complete", "tokenize", "view")
 
 
@@ -54,8 +60,8 @@ def command():
     return [script] if script else [sys.executable, "-m", "iflame_cli"]
 
 
-def process(*arguments, cwd):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "COLUMNS": "200"}
+def process(*arguments, cwd, **settings):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | settings
     return subprocess.run(
         [*command(), *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -96,8 +102,7 @@ def test_help_comes_without_loading_torch(tmp_path):
         "try:\n    c.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'transformers', 'trimesh'} & set(sys.modules)"
     )
-    root = Path(__file__).resolve().parents[1]
-    run = subprocess.run([sys.executable, "-c", source], cwd=root, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert all(f"    {name} " in run.stdout for name in COMMANDS)
 
@@ -125,6 +130,16 @@ def test_wrong_use_ends_with_2_and_the_reason(arguments, reason, capsys):
         main(arguments.split())
     assert ended.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+def test_the_command_is_a_console_script():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert parser["options.entry_points"]["console_scripts"].split("\n")[1:] == [
+        "iflame = iflame_cli.command_line:main"
+    ]
+    packages = {path.parent.name for path in ROOT.glob("iflame_*/__init__.py")}
+    assert set(parser["options"]["packages"].split()) == packages == {"iflame_cli", "iflame_hf"}
 
 
 # generate
@@ -245,6 +260,17 @@ def test_a_model_that_cannot_be_loaded_ends_with_1_and_one_line(model, damage, r
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_found_by_its_name_on_the_hub(model, tmp_path):
+    lay_out_cache(Path(model), tmp_path / "home", "some-user/small")
+    arguments = ("generate", "some-user/small", "--revision", "main", "--max-faces", 5, "--seed", 1, "--device", "cpu")
+    run = process(*arguments, cwd=tmp_path, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    assert run.returncode == 0, run.stderr
+    assert generate(model, tmp_path / "expected", "--seed", "1") == 0
+    name = "mesh-00.glb"
+    meshes = [trimesh.load_mesh(tmp_path / folder / name, process=False) for folder in ("meshes", "expected")]
+    assert np.array_equal(meshes[0].triangles, meshes[1].triangles)
+
+
 def test_a_name_that_the_hub_does_not_have_ends_with_1(tmp_path, capsys):
     assert generate("nobody/nothing-at-all", tmp_path / "out") == 1
     assert "the model nobody/nothing-at-all cannot be loaded" in capsys.readouterr().err
@@ -261,13 +287,23 @@ def test_too_little_memory_is_told_with_advice(monkeypatch, capsys):
     )
 
 
+def test_the_bar_counts_meshes_as_they_end_and_the_faces_so_far():
+    written = io.StringIO()
+    with tqdm(total=5, initial=2, file=written, mininterval=0) as bar:
+        progress = Progress(bar, EOS)
+        rows = torch.tensor([[BOS] * 9 + [1] * 18, [BOS] * 9 + [1] * 9 + [EOS] * 9])
+        assert progress(rows[:, :18], None).tolist() == [False, False] and bar.n == 2
+        assert progress(rows, None).tolist() == [False, False] and bar.n == 3
+    assert "3/5" in written.getvalue() and "faces=2" in written.getvalue()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_ctrl_c_keeps_what_is_written_and_ends_with_130(model, tmp_path):
     arguments = ["generate", model, "--num", "5000", "--out", "out", "--max-faces", "3", "--batch-size", "1"]
     running = subprocess.Popen(
         [*command(), *arguments, "--device", "cpu"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -448,7 +484,6 @@ def test_view_writes_one_page_that_needs_nothing_else_as_a_process(tmp_path):
 
 def test_the_page_holds_every_mesh_of_one_size_side_by_side_on_a_floor(tmp_path):
     import base64
-    import io
 
     for name, mesh in solids().items():
         export_mesh(mesh, tmp_path / f"{name}.glb")
