@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
                 entry = _write(generator, job, mesh, options, record)
                 record["meshes"].append(entry)
                 if entry["file"] is not None:
-                    ended = "" if entry["ended"] else ", cut off at the most faces"
+                    ended = "" if entry["ended"] else ", not ended: cut off at --max-faces"
                     tqdm.write(f"{job.path}  {entry['faces']} faces{ended}")
     finally:
         if record["meshes"]:
