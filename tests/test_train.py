@@ -8,6 +8,7 @@ import signal
 import time
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -130,6 +131,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(trainer, undisturbe
     trainer.run(tmp_path, resume_from_checkpoint="latest", save_steps=100, eval_steps=4, **FULL)
     assert losses_of(tmp_path) == losses_of(undisturbed)
     assert_same_weights(tmp_path, undisturbed)
+
+
+def test_a_signal_to_the_whole_group_leaves_the_loader_alone_until_the_checkpoint_is_saved(trainer, tmp_path):
+    process = trainer.start(tmp_path, {"OWN_GROUP": "1"}, max_steps=10_000, save_steps=0, dataloader_num_workers=2)
+    wait_for_step(tmp_path, 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    trainer.finish(process)
+    assert [path for path in os.listdir(tmp_path) if "checkpoint" in path] == [
+        f"checkpoint-{max(losses_of(tmp_path))}"
+    ]
+
+
+def test_loader_workers_do_not_outlive_a_killed_run(trainer, tmp_path):
+    process = trainer.start(tmp_path, max_steps=10_000, save_steps=0, dataloader_num_workers=2, row_length=45_000)
+    wait_for_step(tmp_path, 1, process)
+    workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert len(workers) >= 2
+    process.kill()
+    process.join()
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)], timeout=20)
+    assert alive == []
 
 
 def test_killed_at_ten_random_moments_a_run_ends_as_if_undisturbed(trainer, tmp_path):

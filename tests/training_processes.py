@@ -40,6 +40,8 @@ def command_line(output_dir: Path, **options) -> list[str]:
 def run_training(arguments: list[str], environment: dict[str, str], output: str, file_size: int | None) -> None:
     """In the new process: what `python training/train.py` does, with its messages in a file."""
     os.environ.update(environment)
+    if "OWN_GROUP" in environment:  # as a shell or a scheduler starts programs
+        os.setpgrp()
     if file_size is not None:  # what a full disk is to the programs that write
         import resource
 

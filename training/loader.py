@@ -5,7 +5,10 @@ from the ids, and a row in full takes 24 times the bytes of its ids in one byte 
 memory, torch's way, costs more for messages of this size and is scarce in containers.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -86,9 +89,19 @@ def _as_it_is(result: np.ndarray) -> np.ndarray:
 
 
 def _prepare_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+    # The parent decides what Ctrl-C and SIGTERM mean, which are often sent to a whole group of processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
     fsspec.asyn.reset_lock()  # which the parent may have held when it forked
+
+
+def _die_with_the_parent() -> None:
+    """A worker whose parent was killed would wait forever for somebody to read its rows."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def batch_inputs(ids: np.ndarray, bos_token_id: int, pad_token_id: int, pin_memory: bool = False) -> Batch:
