@@ -13,8 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from training_processes import Trainer, log_of, losses_of, wait_for_step
+from training_processes import SHARDED, Trainer, log_of, losses_of, wait_for_step
+from transformers import GenerationConfig
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.checkpointing import find_defect
@@ -67,6 +69,22 @@ def test_a_run_leaves_a_model_that_loads_and_generates(undisturbed):
     assert [name for name in os.listdir(undisturbed) if name.startswith(".")] == []
 
 
+def test_every_checkpoint_and_the_model_have_a_card_with_their_figures(undisturbed):
+    log = {line["step"]: line["eval_loss"] for line in log_of(undisturbed) if "eval_loss" in line}
+    for folder, step in ((undisturbed / "checkpoint-4", 4), (undisturbed / "checkpoint-8", 8), (undisturbed, 8)):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "transformers" and card.data.license == "mit"
+        losses = [result.metric_value for result in card.data.eval_results if result.metric_type == "loss"]
+        assert losses == [log[step]]
+        assert f"{step} steps" in card.text and "## Use" in card.text
+
+
+def test_the_model_samples_as_the_run_did(trainer, tmp_path):
+    trainer.run(tmp_path, max_steps=1, save_steps=0, temperature=0.7, top_k=5, top_p=0.8)
+    config = GenerationConfig.from_pretrained(tmp_path)
+    assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 5, 0.8)
+
+
 def test_training_learns(trainer, tmp_path):
     trainer.run(tmp_path, max_steps=40, hidden_size=32, save_steps=0, learning_rate=0.01)
     losses = losses_of(tmp_path)
@@ -105,6 +123,40 @@ def test_two_processes_learn_what_one_does(trainer, tmp_path):
     assert {"random_states_0.pkl", "random_states_1.pkl"} < set(os.listdir(tmp_path / "two" / "checkpoint-3"))
 
 
+def test_two_processes_that_share_the_weights_learn_what_one_does_and_go_on_later(trainer, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "num_samples": 2, "sample_max_faces": 3}
+    trainer.run(tmp_path / "one", per_device_train_batch_size=2, **options)
+    trainer.finish(*trainer.start_ranks(tmp_path / "two", 2, SHARDED, per_device_train_batch_size=1, **options))
+    losses, others = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert sorted(losses) == sorted(others) == [1, 2, 3, 4]
+    # Muon's products in bfloat16 are batched where weights are sharded.
+    assert list(others.values()) == pytest.approx(list(losses.values()), rel=1e-3)
+    assert others[1] == pytest.approx(losses[1], rel=1e-5)
+    assert norms_of(tmp_path / "two")[0] == pytest.approx(norms_of(tmp_path / "one")[0], rel=1e-4)
+    assert (tmp_path / "two" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
+    resumed = {**options, "resume_from_checkpoint": "latest"}
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    trainer.finish(*trainer.start_ranks(tmp_path / "two", 2, SHARDED, per_device_train_batch_size=1, **resumed))
+    assert losses_of(tmp_path / "two") == others
+    for folder in (tmp_path / "two", tmp_path / "two" / "checkpoint-4"):
+        model = IFlameForCausalLM.from_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["IFlameForCausalLM"]
+        ours, theirs = model.state_dict(), weights_of(tmp_path / "one")
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+    names = set(os.listdir(tmp_path / "two"))
+    assert "samples.png" in names
+    assert {name for name in names if name.endswith(".py")} == {
+        name for name in os.listdir(tmp_path / "one") if name.endswith(".py")
+    }
+
+
+def test_a_moving_average_of_shared_weights_is_refused(trainer, tmp_path):
+    for process in trainer.start_ranks(tmp_path, 2, SHARDED, ema_decay=0.9):
+        process.join(60)
+        assert process.exitcode == 1
+    assert said(trainer, "ema_decay is not available while the weights are sharded")
+
+
 def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(trainer, undisturbed, tmp_path):
     before = losses_of(undisturbed)
     trainer.run(tmp_path / "run", resume_from_checkpoint=undisturbed / "checkpoint-4", **FULL)
@@ -119,6 +171,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_not_interrupted(trainer, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(trainer, undisturbed, tmp_path, number):
+    trainer.messages.write_text("")
     process = trainer.start(tmp_path, save_steps=100, eval_steps=4, **FULL)
     wait_for_step(tmp_path, 2, process)
     os.kill(process.pid, number)
@@ -144,7 +197,9 @@ def test_a_signal_to_the_whole_group_leaves_the_loader_alone_until_the_checkpoin
 
 
 def test_loader_workers_do_not_outlive_a_killed_run(trainer, tmp_path):
-    process = trainer.start(tmp_path, max_steps=10_000, save_steps=0, dataloader_num_workers=2, row_length=45_000)
+    # A batch is more than a pipe holds, so that the workers wait for a reader.
+    rows = {"per_device_train_batch_size": 40, "row_length": 2250}
+    process = trainer.start(tmp_path, max_steps=10_000, save_steps=0, dataloader_num_workers=2, **rows)
     wait_for_step(tmp_path, 1, process)
     workers = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     assert len(workers) >= 2

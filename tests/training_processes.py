@@ -8,6 +8,15 @@ import time
 from pathlib import Path
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+# What `accelerate launch --config_file training/configs/fsdp2.yaml` sets.
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 SMALL_RUN = {
     "use_cpu": True,
     "disable_tqdm": True,
@@ -50,8 +59,14 @@ def run_training(arguments: list[str], environment: dict[str, str], output: str,
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
 
     from training.train import main
+
+    if "ACCELERATE_USE_FSDP" in environment:  # Accelerate shards on GPUs only, though torch does on CPUs
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader workers need not import everything again
@@ -94,12 +109,13 @@ class Trainer:
                 process.kill()
         assert codes == [0] * len(processes), f"exit codes {codes}:\n{self.messages.read_text()}"
 
-    def start_ranks(self, output_dir: Path, count: int, **options) -> list:
+    def start_ranks(self, output_dir: Path, count: int, environment: dict[str, str] | None = None, **options) -> list:
         """The processes that `accelerate launch --cpu --num_processes COUNT` would start."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        shared |= environment or {}
         return [
             self.start(output_dir, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
             for rank in range(count)

@@ -45,9 +45,9 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 class MuonAdamW(torch.optim.Optimizer):
     """
-    Muon and AdamW as one optimiser: torch's own classes, each on its groups, behind one `step`, one `state_dict` and
-    one list of groups. One object is what a gradient scaler (a step is skipped for all parameters or for none), a
-    scheduler and a checkpoint expect.
+    Muon and AdamW as one optimiser: torch's own classes (Muon's with a faster step), each on its groups, behind one
+    `step`, one `state_dict` and one list of groups. One object is what a gradient scaler (a step is skipped for all
+    parameters or for none), a scheduler and a checkpoint expect.
 
     Muon's step is scaled so that its size is that of AdamW's ("match_rms_adamw", arXiv 2502.16982): one learning rate
     serves both, as in the paper's code.
@@ -66,7 +66,9 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ImportError(
                 f"Muon needs torch 2.9 or newer, this is {torch.__version__}; --optim adamw_torch does not"
             )
-        self._muon = torch.optim.Muon(muon_groups, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        from training.muon import BatchedMuon
+
+        self._muon = BatchedMuon(muon_groups, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps)
         super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
         self._share()

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
 from training.checkpointing import Checkpoints, Interruption, Progress
 from training.data import Data, load_data
-from training.evaluate import draw_samples, evaluate
+from training.evaluate import draw_samples, evaluate, write_whole
 from training.loader import Place
+from training.model_card import RunRecord, model_card
 from training.optim import create_average, create_optimizer, learning_rate_curve
 from training.packing import IGNORED
 from training.reporting import RunLog, Window
@@ -143,6 +145,10 @@ class Run:
         self.place: Place | None = None  # in the data, behind the last step
         self.bar: tqdm | None = None
 
+        # With these settings the model is sampled here, and by whoever loads it.
+        model.generation_config.update(
+            do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
+        )
         accumulated = options.per_device_train_batch_size * options.gradient_accumulation_steps
         self.rows_per_step = accumulated * accelerator.num_processes
         if options.max_steps > 0:
@@ -153,6 +159,10 @@ class Run:
         self.max_steps = self.planned_steps
 
         self.average = None
+        if options.ema_decay is not None and self.sharded:
+            raise ValueError(
+                "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
+            )
         if options.ema_decay is not None:
             self.average = create_average(model, options.ema_decay).to(accelerator.device)
         optimizer = create_optimizer(
@@ -169,6 +179,11 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(self.load_weights)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process has a part of the weights only."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     def learning_rate_curve(self) -> Callable[[int], float]:
         options = self.options
@@ -391,14 +406,16 @@ class Run:
         options = self.options
         if options.num_samples == 0:
             return
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            self.log.report("no samples are drawn while the weights are sharded (FSDP)")
-            return
+        weights = self.accelerator.get_state_dict(self.model) if self.sharded else None
         if self.accelerator.is_main_process:
-            if self.average is None:
+            if self.average is not None:
+                model = self.average.module
+            elif weights is None:
                 model = self.accelerator.unwrap_model(self.model)
             else:
-                model = self.average.module
+                model = IFlameForCausalLM(self.accelerator.unwrap_model(self.model).config)
+                model.load_state_dict(weights)
+                model.to(self.accelerator.device)
             samples = draw_samples(
                 model,
                 self.tokenizer,
@@ -441,8 +458,21 @@ class Run:
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
+            if self.sharded:  # its class is one that torch has made, which nobody could load
+                generation_config = model.generation_config
+                with torch.device("meta"):
+                    model = IFlameForCausalLM(model.config)
+                model.generation_config = generation_config
             model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
+            self.write_card(model, folder)
+
+    def write_card(self, model: IFlameForCausalLM, folder: Path, samples: Sequence[str] = ()) -> None:
+        """The page that the Hub shows of a model, with what this run knows; hub_upload.py writes a fuller one."""
+        evaluation = self.log.evaluation(best=self.options.load_best_model_at_end)
+        run = RunRecord(progress=asdict(self.progress), evaluation=evaluation)
+        card = model_card(model, run, repo_id=str(self.output_dir), samples=samples)
+        write_whole(folder / "README.md", card.encode())
 
     def finish(self) -> None:
         """Leave the finished model with its tokenizer in the output folder, and samples of it."""
@@ -457,6 +487,8 @@ class Run:
                 for path in Path(beside).iterdir():
                     os.replace(path, self.output_dir / path.name)
         self.sample(self.output_dir)
+        if self.accelerator.is_main_process and self.options.num_samples:
+            self.write_card(self.accelerator.unwrap_model(self.model), self.output_dir, ["samples.png"])
         self.log.report(f"the model is in {self.output_dir}")
 
     def log_loss(self, gradient_norm: float | None, window: Window) -> None:

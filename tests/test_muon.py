@@ -1,0 +1,65 @@
+"""The batched step of Muon is torch's, within the rounding of bfloat16."""
+
+import pytest
+import torch
+
+from training import muon
+from training.muon import BatchedMuon, orthogonalise
+
+SHAPES = [(24, 24), (24, 24), (40, 16), (16, 40), (40, 16), (8, 8)]
+
+
+@pytest.fixture
+def batched(monkeypatch):
+    """Steps as on a GPU."""
+    monkeypatch.setattr(muon, "_is_plain", lambda parameter: False)
+
+
+def matrices():
+    random = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES]
+
+
+def steps(kind, count=4, **options):
+    random = torch.Generator().manual_seed(1)
+    parameters = matrices()
+    optimizer = kind(parameters, lr=0.02, **options)
+    for _ in range(count):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        optimizer.step()
+    return optimizer, parameters
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_a_batched_step_moves_every_matrix_as_torchs_muon_does(batched, adjust, nesterov):
+    options = {"weight_decay": 0.3, "nesterov": nesterov, "adjust_lr_fn": adjust}
+    (ours, moved), (theirs, expected) = steps(BatchedMuon, **options), steps(torch.optim.Muon, **options)
+    for parameter, other, start in zip(moved, expected, matrices(), strict=True):
+        difference = (parameter - other).norm() / (other - start).norm()
+        assert difference < 0.01
+        momentum = ours.state[parameter]["momentum_buffer"]
+        torch.testing.assert_close(momentum, theirs.state[other]["momentum_buffer"])
+
+
+def test_on_a_cpu_it_is_torchs_step_to_the_bit():
+    for parameter, other in zip(steps(BatchedMuon)[1], steps(torch.optim.Muon)[1], strict=True):
+        assert torch.equal(parameter, other)
+
+
+def test_a_matrix_without_a_gradient_stays(batched):
+    parameters = matrices()
+    optimizer = BatchedMuon(parameters, lr=0.1)
+    parameters[0].grad = torch.randn(SHAPES[0])
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    changed = [not torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True)]
+    assert changed == [True] + [False] * (len(SHAPES) - 1)
+
+
+def test_singular_values_come_near_one_whatever_the_shape():
+    for shape in set(SHAPES):
+        found = orthogonalise(torch.randn(3, *shape), (3.4445, -4.775, 2.0315), 5, 1e-7)
+        values = torch.linalg.svdvals(found.float())
+        assert found.shape == (3, *shape) and 0.3 < values.min() and values.max() < 1.3
