@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -68,16 +69,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_accelerator(arguments: Arguments) -> Accelerator:
     train = arguments.train
-    if train.bf16 or train.fp16:
-        # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
-        torch.set_float32_matmul_precision("high")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=train.use_cpu,
         mixed_precision="bf16" if train.bf16 else "fp16" if train.fp16 else None,
         log_with=train.report_to or None,
         project_dir=train.output_dir,
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.mixed_precision != "no":
+        # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
+        torch.set_float32_matmul_precision("high")
+    return accelerator
 
 
 def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
@@ -519,4 +521,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()  # a process that fails tells the launcher, which names it and ends the others
