@@ -1,10 +1,10 @@
 """
 Teaches a trained model a handful of meshes of your own, and shows what it makes of them.
 
-    python examples/fine_tune.py my_meshes/ --steps 200
+    python examples/fine_tune.py my_meshes/ --steps 300
 
-Ten meshes are learnt by heart rather than understood: samples resemble them. It needs this repository with its
-training packages (pip install ".[train]"), and prints the two commands that it runs.
+Ten meshes are learnt by heart, not understood: samples repeat them, or fall to pieces where memory fails. It needs
+this repository with its training packages (pip install ".[train]"), and prints the two commands that it runs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/fine-tuned"), help="folder to write to")
     parser.add_argument("--max-faces", type=int, default=200, help="larger meshes are left out")
     parser.add_argument("--up-axis", choices=("y", "z"), default="y", help="vertical axis of the files")
-    parser.add_argument("--steps", type=int, default=200, help="of the optimiser")
+    parser.add_argument("--steps", type=int, default=300, help="of the optimiser")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="highest; lower it for a large model")
     parser.add_argument("--augment", action="store_true", help="stretch and move the meshes, anew in every epoch")
     parser.add_argument("--samples", type=int, default=8, help="meshes to generate at the end")
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     train += ["--row_length", row_length, "--max_steps", options.steps, "--learning_rate", options.learning_rate]
     train += ["--save_steps", 0, "--num_samples", options.samples, "--sample_max_faces", 2 * max(faces)]
     train += ["--scale_augmentation", options.augment, "--shift_augmentation", options.augment]
-    run("2. training, then samples", [*train, "--top_p", 0.9])
+    run("2. training, then samples", [*train, "--top_p", 0.8])
 
     lines = [json.loads(line) for line in (options.out / "model" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

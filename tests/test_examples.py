@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from code_cache import own_code_cache  # noqa: F401
 from mesh_fixtures import solids
 from safetensors.torch import load_file
 from small_models import BOS, PAD, small_model
