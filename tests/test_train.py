@@ -150,6 +150,14 @@ def test_two_processes_that_share_the_weights_learn_what_one_does_and_go_on_late
     }
 
 
+def test_shared_weights_compute_in_the_types_of_weights_that_are_not_shared(trainer, tmp_path):
+    options = {"max_steps": 2, "save_steps": 0, "bf16": True, "num_procedural_validation_meshes": 0}
+    trainer.run(tmp_path / "one", per_device_train_batch_size=2, **options)
+    trainer.finish(*trainer.start_ranks(tmp_path / "two", 2, SHARDED, per_device_train_batch_size=1, **options))
+    assert losses_of(tmp_path / "two")[1] == pytest.approx(losses_of(tmp_path / "one")[1], rel=1e-6)
+    assert norms_of(tmp_path / "two")[0] == pytest.approx(norms_of(tmp_path / "one")[0], rel=1e-4)
+
+
 def test_a_moving_average_of_shared_weights_is_refused(trainer, tmp_path):
     for process in trainer.start_ranks(tmp_path, 2, SHARDED, ema_decay=0.9):
         process.join(60)

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -79,6 +80,10 @@ def create_accelerator(arguments: Arguments) -> Accelerator:
     if accelerator.mixed_precision != "no":
         # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
         torch.set_float32_matmul_precision("high")
+    if accelerator.is_fsdp2:
+        # Autocast chooses the types, as it does where weights are not sharded; Accelerate's policy would hand on what
+        # blocks compute, the loss and the gradients in bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return accelerator
 
 
@@ -349,7 +354,8 @@ class Run:
             rows = {name: tensor.to(device, non_blocking=True) for name, tensor in rows.items()}
             last = index == len(batch) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self.model(**rows, use_cache=False, num_items_in_batch=num_items).loss
+                with accelerator.autocast():
+                    loss = self.model(**rows, use_cache=False, num_items_in_batch=num_items).loss
                 # The mean over processes is what gradients are synchronised to; their sum is wanted.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
