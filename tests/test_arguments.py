@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from training.arguments import parse_arguments
-from training.train import create_model
+from training.create import create_accelerator, create_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 
@@ -94,3 +94,11 @@ def test_what_makes_no_sense_is_said_in_a_line(capsys, argv, message):
 )
 def test_a_fault_in_the_file_is_named(tmp_path, capsys, text, message):
     assert message in error_of(capsys, write(tmp_path, text))
+
+
+def test_a_tracker_that_is_missing_or_unknown_is_told_before_anything_is_done(tmp_path):
+    for name, message in (("aim", "pip install aim"), ("nonsense", "report_to must be none or some of all, aim")):
+        arguments = parse_arguments([f"--output_dir={tmp_path}", "--report_to", name])
+        with pytest.raises(ValueError, match=message):
+            create_accelerator(arguments)
+    assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,8 @@ import pytest
 import torch
 from small_models import relative_error, small_model
 
+from training.create import compile_blocks
 from training.packing import pack_row
-from training.train import compile_blocks
 
 FACES = 40
 

@@ -25,14 +25,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
+from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
 from training.checkpointing import Checkpoints, Interruption, Progress
+from training.create import compile_blocks, create_accelerator, create_model
 from training.data import Data, load_data
 from training.evaluate import draw_samples, evaluate, write_whole
 from training.loader import Place
@@ -45,9 +45,6 @@ WEIGHTS = "model.safetensors"
 AVERAGE = "average.safetensors"
 # Steps whose gradient is not finite are left out; so many in a row end the run.
 MOST_STEPS_LEFT_OUT = 10
-# Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
-# mesh a row or several.
-MOST_COMPILED_BLOCKS = 24
 # Steps before the speed of a machine is taken for known.
 STEPS_TO_MEASURE = 20
 
@@ -66,66 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     if finished:
         run.finish()
     accelerator.end_training()
-
-
-def create_accelerator(arguments: Arguments) -> Accelerator:
-    train = arguments.train
-    accelerator = Accelerator(
-        cpu=train.use_cpu,
-        mixed_precision="bf16" if train.bf16 else "fp16" if train.fp16 else None,
-        log_with=train.report_to or None,
-        project_dir=train.output_dir,
-        step_scheduler_with_optimizer=False,
-    )
-    if accelerator.mixed_precision != "no":
-        # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
-        torch.set_float32_matmul_precision("high")
-    if accelerator.is_fsdp2:
-        # Autocast chooses the types, as it does where weights are not sharded; Accelerate's policy would hand on what
-        # blocks compute, the loss and the gradients in bfloat16.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    return accelerator
-
-
-def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
-    """A fresh model of the sizes asked for, or a trained one to go on from."""
-    sizes = arguments.model
-    implementations = {"linear_attn_implementation": sizes.linear_attn_implementation}
-    if sizes.attn_implementation is not None:
-        implementations["attn_implementation"] = sizes.attn_implementation
-    if sizes.model_name_or_path is not None:
-        tokenizer = IFlameTokenizer.from_pretrained(sizes.model_name_or_path)
-        model = IFlameForCausalLM.from_pretrained(sizes.model_name_or_path, dtype=torch.float32, **implementations)
-    else:
-        tokenizer = IFlameTokenizer(up_axis=arguments.data.up_axis)
-        config = IFlameConfig(
-            vocab_size=tokenizer.vocab_size,
-            coordinate_resolution=tokenizer.coordinate_resolution,
-            hidden_size=sizes.hidden_size,
-            num_attention_heads=sizes.num_attention_heads,
-            intermediate_size=sizes.intermediate_size,
-            stage_layers=sizes.stage_layers,
-            full_attention_interval=sizes.full_attention_interval,
-            initializer_range=sizes.initializer_range,
-            **implementations,
-        )
-        model = IFlameForCausalLM(config)
-    if sizes.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return tokenizer, model
-
-
-def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:
-    """
-    Compile every block by itself: there are few different ones (two kinds of attention at three lengths), so that
-    compiling takes a fraction of the time that the whole network would, while little is left to fuse between them.
-
-    Rows have one length, so the shapes of the first step are those of all; evaluation and training compile apart, and
-    so do rows of one mesh and of several.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED_BLOCKS)
-    for block in model.model.layers:
-        block.compile(mode=mode, backend=backend, dynamic=False)
 
 
 class Run:

@@ -1,0 +1,85 @@
+"""What a run begins with: Accelerate's object, the model with its tokenizer, and the model's compilation."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
+from training.arguments import Arguments
+
+# Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
+# mesh a row or several.
+MOST_COMPILED_BLOCKS = 24
+
+
+def create_accelerator(arguments: Arguments) -> Accelerator:
+    train = arguments.train
+    _check_trackers(train.report_to)
+    accelerator = Accelerator(
+        cpu=train.use_cpu,
+        mixed_precision="bf16" if train.bf16 else "fp16" if train.fp16 else None,
+        log_with=train.report_to or None,
+        project_dir=train.output_dir,
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.mixed_precision != "no":
+        # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
+        torch.set_float32_matmul_precision("high")
+    if accelerator.is_fsdp2:
+        # Autocast chooses the types, as it does where weights are not sharded; Accelerate's policy would hand on what
+        # blocks compute, the loss and the gradients in bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raises ValueError for trackers that do not exist or are not installed; Accelerate passes the latter over."""
+    known, available = LoggerType.list(), {tracker.value for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"report_to must be none or some of {', '.join(known)}; got {name!r}")
+        if name not in ("all", *available):
+            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+
+
+def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
+    """A fresh model of the sizes asked for, or a trained one to go on from."""
+    sizes = arguments.model
+    implementations = {"linear_attn_implementation": sizes.linear_attn_implementation}
+    if sizes.attn_implementation is not None:
+        implementations["attn_implementation"] = sizes.attn_implementation
+    if sizes.model_name_or_path is not None:
+        tokenizer = IFlameTokenizer.from_pretrained(sizes.model_name_or_path)
+        model = IFlameForCausalLM.from_pretrained(sizes.model_name_or_path, dtype=torch.float32, **implementations)
+    else:
+        tokenizer = IFlameTokenizer(up_axis=arguments.data.up_axis)
+        config = IFlameConfig(
+            vocab_size=tokenizer.vocab_size,
+            coordinate_resolution=tokenizer.coordinate_resolution,
+            hidden_size=sizes.hidden_size,
+            num_attention_heads=sizes.num_attention_heads,
+            intermediate_size=sizes.intermediate_size,
+            stage_layers=sizes.stage_layers,
+            full_attention_interval=sizes.full_attention_interval,
+            initializer_range=sizes.initializer_range,
+            **implementations,
+        )
+        model = IFlameForCausalLM(config)
+    if sizes.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return tokenizer, model
+
+
+def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:
+    """
+    Compile every block by itself: there are few different ones (two kinds of attention at three lengths), so that
+    compiling takes a fraction of the time that the whole network would, while little is left to fuse between them.
+
+    Rows have one length, so the shapes of the first step are those of all; evaluation and training compile apart, and
+    so do rows of one mesh and of several.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED_BLOCKS)
+    for block in model.model.layers:
+        block.compile(mode=mode, backend=backend, dynamic=False)
