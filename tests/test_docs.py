@@ -375,29 +375,6 @@ def test_pictures_are_whole_and_drawings_are_xml():
     assert ElementTree.parse(ROOT / "docs" / "architecture.svg").getroot().tag.endswith("svg")
 
 
-def test_the_table_of_versions_begins_with_the_oldest_that_setup_cfg_allows_and_has_no_failure():
-    rows = re.findall(r"^\| (\d+\.\d+\.\d+) \|(.+)\|$", read("docs/troubleshooting.md"), re.MULTILINE)
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    oldest = re.search(r"transformers>=(\S+?),", setup["options"]["install_requires"])[1]
-    assert rows[0][0].startswith(oldest) and len(rows) >= 3
-    numbers = [tuple(map(int, version.split("."))) for version, _ in rows]
-    assert numbers == sorted(set(numbers))
-    for _, cells in rows:
-        assert [cell.strip() for cell in cells.split("|")][3:] == ["ok"] * 6
-
-
-def test_versions_are_chosen_from_the_supported_ends_and_the_middle_and_a_failure_is_told():
-    versions = load_script("tests/versions.py")
-    released = ["6.0.0", "5.23.0", "5.22.1", "5.20.2", "5.20.10", "5.20.0", "5.18.0", "5.17.1", "5.17.0", "5.16.9"]
-    assert versions.choose_versions(released, "5.17", 6) == ["5.17.0", "5.20.10", "5.23.0"]
-    assert versions.choose_versions(["5.17.0"], "5.17", 6) == ["5.17.0"]
-    results = [{"versions": {"transformers": "5.17.0"}, "checks": dict.fromkeys(versions.CHECKS, "ok")}]
-    assert "fails" not in versions.table(results)
-    results[0]["checks"]["train"] = "ValueError: no"
-    assert "**fails**" in versions.table(results) and "5.17.0, train: ValueError: no" in versions.table(results)
-
-
 def test_the_yaml_files_that_pages_link_to_can_be_read():
     names = {link for page in PAGES for link in links_of(page) if link.endswith(".yaml")}
     assert names
