@@ -163,15 +163,16 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, desk, capsys):
     assert len(variables) > 2
 
 
-def test_the_readmes_snippet_runs_where_this_project_is_not_installed(desk):
-    (block,) = [block for block in blocks_of("README.md") if block.language == "python"]
-    end = "\nprint('completed', len(completed.faces), type(model).__module__.split('.')[0])"
-    process = run_in_clean_process(adapted(block.text) + end, desk)
-    assert process.returncode == 0, process.stderr
-    _, faces, module = process.stdout.split()
-    assert int(faces) > 0 and module == "transformers_modules"
+def test_what_imports_nothing_of_this_project_runs_where_it_is_not_installed(desk):
+    blocks = [block for page in ("README.md", "docs/use.md", "docs/hub.md") for block in blocks_of(page)]
+    sources = [adapted(block.text) for block in blocks if block.language == "python" and "iflame_hf" not in block.text]
+    end = "print('classes', *{type(each).__module__.split('.')[0] for each in (model, tokenizer, generator)})"
+    process = run_in_clean_process("\n".join([*sources, end]), desk)
+    assert len(sources) >= 8 and process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == "classes transformers_modules"
     for number in range(4):
         assert len(trimesh.load_mesh(desk / f"generated-{number}.glb").faces) > 0
+    assert (desk / "chair.glb").is_file()
 
 
 # Commands
