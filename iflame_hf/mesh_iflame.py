@@ -285,6 +285,8 @@ def _read_file(path: str) -> tuple[np.ndarray, np.ndarray]:
             return _read_off(path)
         if suffix in (".glb", ".gltf"):
             _check_gltf(path)
+        if suffix == ".ply":
+            _check_text_ply(path)
         return _flatten(trimesh.load_scene(path, process=False, skip_materials=True))
     except ImportError as error:
         raise ImportError(f"{path}: reading {suffix} files needs another package ({error})") from error
@@ -293,6 +295,17 @@ def _read_file(path: str) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # each of trimesh's readers raises what its parser happens to raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"cannot be read as {suffix[1:]}: {reason}") from error
+
+
+def _check_text_ply(path: str) -> None:
+    """ValueError for a text file with fewer lines than its header promises, which trimesh takes for a smaller mesh."""
+    with open(path, "rb") as file:
+        header, _, body = file.read().partition(b"end_header")
+    if b"format ascii" in header:
+        promised = sum(int(count) for count in re.findall(rb"^element \S+ (\d+)", header, re.MULTILINE))
+        found = sum(bool(line.strip()) for line in body.splitlines())
+        if found < promised:
+            raise ValueError(f"it is cut off: {found} lines of data where its header promises {promised}")
 
 
 def _check_gltf(path: str) -> None:

@@ -224,6 +224,11 @@ BAD_FILES = {
     "text.gltf": ("no json", "cannot be read as gltf"),
     "text.stl": ("no triangles", "text.stl"),
     "text.ply": ("no header", "cannot be read as ply"),
+    "cut.ply": (
+        "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+        "element face 2\nproperty list uchar int vertex_indices\nend_header\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n",
+        "cut off: 4 lines of data where its header promises 5",
+    ),
     "text.off": ("no header", "does not begin with OFF"),
     "text.dae": ("no xml", "text.dae"),
     "cut.off": ("OFF\n3 1 0\n0 0 0\n", "ends early"),
