@@ -1,12 +1,17 @@
 """The batched step of Muon is torch's, within the rounding of bfloat16."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
+import torch.distributed
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from training import muon
 from training.muon import BatchedMuon, orthogonalise
 
-SHAPES = [(24, 24), (24, 24), (40, 16), (16, 40), (40, 16), (8, 8)]
+SHAPES = [(24, 24), (24, 24), (40, 16), (16, 40), (40, 16), (2, 8)]
 
 
 @pytest.fixture
@@ -63,3 +68,43 @@ def test_singular_values_come_near_one_whatever_the_shape():
         found = orthogonalise(torch.randn(3, *shape), (3.4445, -4.775, 2.0315), 5, 1e-7)
         values = torch.linalg.svdvals(found.float())
         assert found.shape == (3, *shape) and 0.3 < values.min() and values.max() < 1.3
+
+
+def shared_steps(rank, count, store, found):
+    """What a process of `count` does that share the matrices by rows; sends the whole matrices after some steps."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    mesh = init_device_mesh("cpu", (count,))
+
+    def share(tensor):
+        return distribute_tensor(tensor.detach(), mesh, [Shard(0)])
+
+    random = torch.Generator().manual_seed(1)
+    parameters = [torch.nn.Parameter(share(matrix)) for matrix in matrices()]
+    optimizer = BatchedMuon(parameters, lr=0.02)
+    for _ in range(4):
+        for parameter in parameters:
+            parameter.grad = share(torch.randn(parameter.shape, generator=random))
+        optimizer.step()
+    whole = [parameter.detach().full_tensor().numpy() for parameter in parameters]
+    if rank == 0:
+        found.put(whole)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_matrices_shared_unevenly_by_three_processes_move_as_whole_ones(tmp_path):
+    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+    found = context.Queue()
+    processes = [
+        context.Process(target=shared_steps, args=(rank, 3, tmp_path / "store", found), daemon=True)
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    moved = found.get(timeout=60)
+    for process in processes:
+        process.join(30)
+    for parameter, expected, start in zip(moved, steps(torch.optim.Muon)[1], matrices(), strict=True):
+        difference = (torch.from_numpy(parameter) - expected).norm() / (expected - start).norm()
+        assert difference < 0.01

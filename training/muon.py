@@ -3,15 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.optim import Muon
 
 
 class BatchedMuon(Muon):
     """
     `torch.optim.Muon`, whose step on a GPU takes all matrices of one shape in one product of batches, where torch
-    takes one matrix after the other; on a CPU it is torch's own step. A matrix that is sharded (a DTensor) is gathered
-    once a step, not in each product.
+    takes one matrix after the other; on a CPU it is torch's own step. Matrices that are sharded (DTensors) are
+    gathered together once a step, not one by one in each product.
 
     A step holds all matrices of one shape in bfloat16 some four times.
     """
@@ -41,9 +41,9 @@ class BatchedMuon(Muon):
         own, gradients, buffers = ([_own_part(x) for x in each] for each in (parameters, gradients, buffers))
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        whole = torch.stack([_whole(update, like) for update, like in zip(updates, parameters, strict=True)])
+        whole = _gather(torch.stack(updates), parameters[0])
         whole = orthogonalise(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        updates = [_part(update, like) for update, like in zip(whole.to(own[0].dtype), parameters, strict=True)]
+        updates = list(_scatter(whole, parameters[0]).to(own[0].dtype).unbind())
         rows, columns = parameters[0].shape
         ratio = max(1, rows / columns) ** 0.5
         if group["adjust_lr_fn"] == "match_rms_adamw":
@@ -88,18 +88,23 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The tensor of which this is the own part, sharded as another is."""
+def _gather(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(N, ...) own parts of N tensors that are sharded as another is -> the N tensors."""
     if not isinstance(like, DTensor):
-        return part
-    sharded = DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return sharded.full_tensor()
+        return parts
+    shape = torch.Size((len(parts), *like.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        parts, like.device_mesh, _placements_of_many(like), run_check=False, shape=shape, stride=stride
+    ).full_tensor()
 
 
-def _part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The own part of a tensor that every process has, sharded as another is."""
+def _scatter(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_gather`; every process has the N tensors."""
     if not isinstance(like, DTensor):
         return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return distribute_tensor(whole, like.device_mesh, _placements_of_many(like), src_data_rank=None).to_local()
+
+
+def _placements_of_many(like: DTensor) -> list[Placement]:
+    return [Shard(each.dim + 1) if isinstance(each, Shard) else each for each in like.placements]
