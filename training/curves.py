@@ -63,15 +63,17 @@ def draw_curves(runs: dict[str, tuple[list[Point], list[Point]]], over: str) -> 
 
     lines = []
     for exponent in range(math.floor(low), math.ceil(high) + 1):
-        for factor in (1, 2, 5):
+        for factor in (1, 1.5, 2, 3, 5, 7):
             value = factor * 10.0**exponent
             if low <= math.log10(value) <= high:
                 y = at((0, value)).split(",")[1]
                 lines.append(f'<path d="M{MARGIN} {y}H{WIDTH - MARGIN}" stroke="#ddd"/>')
                 lines.append(f'<text x="{MARGIN - 8}" y="{y}" text-anchor="end" dy="4">{value:g}</text>')
-    for part in range(5):
-        x = at((right * part / 4, 10**low)).split(",")[0]
-        lines.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{right * part / 4:,.4g}</text>')
+    power = 10 ** math.floor(math.log10(right / 4))
+    apart = max(factor * power for factor in (1, 2, 5) if factor * power <= right / 4)
+    for part in range(math.floor(right / apart) + 1):
+        x = at((part * apart, 10**low)).split(",")[0]
+        lines.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{part * apart:,.6g}</text>')
     lines.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 14}" text-anchor="middle">{AXES[over]}</text>')
     lines.append(f'<text x="{MARGIN}" y="{MARGIN - 30}">loss, nats a token: lines training, points held out</text>')
     for index, (name, (training, evaluation)) in enumerate(runs.items()):
