@@ -3,13 +3,9 @@
 python app/app.py --model outputs/demo
 """
 
-import os
-
-# Threads that wait for others sleep; the page wants a core too. It is read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import argparse
 import itertools
+import os
 import random
 import sys
 import tempfile
