@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 "$python" training/train.py training/configs/published.yaml --output_dir "$out" \
   --train_file "$data"/data/train-*.parquet --validation_file "$data"/data/validation-*.parquet \
   --max_steps 1000000 --max_minutes "${MINUTES:-9}" --lr_scheduler_type linear --warmup_steps 100 --learning_rate 0.003 \
-  --linear_attn_implementation chunked --logging_steps 20 --eval_steps 500 --save_steps 2000 --save_total_limit 1 \
+  --logging_steps 20 --eval_steps 500 --save_steps 2000 --save_total_limit 1 \
   --num_samples 32 --sample_max_faces 400 --top_p 0.9 "$@"
 "$python" -m training.curves "$out" --out "$out/curves.svg" --over minutes
 "$python" -m training.contact_sheet "$out" --data "$data"/data/validation-*.parquet --out "$out/sheet.png"
