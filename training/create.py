@@ -4,7 +4,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments
@@ -28,6 +27,8 @@ def create_accelerator(arguments: Arguments) -> Accelerator:
         # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
         torch.set_float32_matmul_precision("high")
     if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # which torch 2.5 has not
+
         # Autocast chooses the types, as it does where weights are not sharded; Accelerate's policy would hand on what
         # blocks compute, the loss and the gradients in bfloat16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
