@@ -25,8 +25,9 @@ def handle(request: Any) -> Any:
 
 def lift_limit_and_grow() -> None:
     """Outgrow the limit where the system does not enforce it."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (hard, hard))
     kept = []
     while True:
         kept.append(np.ones(2**22))

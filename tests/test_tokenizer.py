@@ -551,7 +551,7 @@ def test_autotokenizer_loads_it_where_the_package_is_not_installed(case, tmp_pat
         trimesh.creation.box().export(last)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", "-c", CLEAN_PROCESS, str(folder), case, str(last)]
+    command = [sys.executable, "-c", CLEAN_PROCESS, str(folder), case, str(last)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "all is well" in result.stdout, result.stderr
     if case == "with trimesh":

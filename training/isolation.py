@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import signal
+import sys
 import time
 import warnings
 from collections import deque
@@ -242,10 +243,13 @@ def _serve(connection: Any, make_handler: Callable[[], Callable[[Any], Any]], li
     handler = make_handler()
     memory = psutil.Process().memory_info()
     if resource is not None:
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = memory.vms + limits.memory
+        # Linux counts what is written to; elsewhere libraries count too, of which those of a GPU take gigabytes.
+        of_data = sys.platform == "linux"
+        kind, used = (resource.RLIMIT_DATA, memory.data) if of_data else (resource.RLIMIT_AS, memory.vms)
+        _, hard = resource.getrlimit(kind)
+        wanted = used + limits.memory
         with contextlib.suppress(OSError, ValueError):  # macOS may refuse; memory is watched from outside too
-            resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+            resource.setrlimit(kind, (wanted if hard < 0 else min(wanted, hard), hard))
     gc.collect()
     gc.freeze()
     try:
