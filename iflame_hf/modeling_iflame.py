@@ -5,6 +5,7 @@ between them is data.
 """
 
 import warnings
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,12 @@ from .cache_iflame import IFlameCache
 from .configuration_iflame import STAGE_LEVELS, IFlameConfig
 from .generation_iflame import IFlameGenerationMixin
 from .levels_iflame import LevelInputs, level_inputs
-from .ops_iflame import apply_rotary, check_linear_attention_implementation, linear_attention
+from .ops_iflame import (
+    apply_rotary,
+    attention_backends_for_any_length,
+    check_linear_attention_implementation,
+    linear_attention,
+)
 
 # B batch, T items of a level, H heads, D head size, C channels
 
@@ -100,8 +106,10 @@ class IFlameFullAttention(IFlameAttention):
 
     def forward(self, hidden_states: torch.Tensor, level: LevelInputs, past_key_values: IFlameCache | None):
         query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level))
+        backends = nullcontext()
         if past_key_values is not None:
             key, value = past_key_values.layers[self.layer_idx].update(key, value)
+            backends = attention_backends_for_any_length(query.device)
         implementation = self.config._attn_implementation
         if implementation == "flex_attention" and query.shape[2] == 1:
             # A compiled kernel for every length of the cache is no way to take single steps.
@@ -116,9 +124,10 @@ class IFlameFullAttention(IFlameAttention):
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
-        output, weights = attend(
-            self, query, key, value, level.attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **packing
-        )
+        with backends:
+            output, weights = attend(
+                self, query, key, value, level.attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **packing
+            )
         return self.o_proj(output.reshape(hidden_states.shape)), weights if implementation == "eager" else None
 
 

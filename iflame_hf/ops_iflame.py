@@ -10,9 +10,11 @@ without scale or feature map. Every implementation has the signature of `recurre
 import functools
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # B batch, T items of a level, H heads, D head size, N chunks, I items of a chunk
 
@@ -64,6 +66,17 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """Turns the halves of each head of x (B, T, H, D) by the angles of `rotary_tables`, in float32; keeps dtype."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+
+
+def attention_backends_for_any_length(device: torch.device) -> AbstractContextManager:
+    """
+    Within it torch's scaled_dot_product_attention leaves out cuDNN, which builds a plan for every new length of the
+    keys: a cache grows with every step, and a plan takes longer than a step. Torch prefers cuDNN on Hopper and
+    Blackwell GPUs.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def recurrent_linear_attention(

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from small_models import relative_error, small_model
 
+from iflame_hf import IFlameTokenizer
 from training.create import compile_blocks
+from training.evaluate import draw_samples
 from training.packing import pack_row
 
 FACES = 40
@@ -72,6 +75,21 @@ def test_a_run_compiles_every_kind_of_block_once_for_each_level_however_rows_are
         judge(model, packed_rows(seed, [seed % 4 + 1, 1]))
     assert graphs() == after_the_first_evaluation <= 2 * len(kinds)
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+
+
+def test_samples_of_a_model_in_training_compile_nothing(tmp_path):
+    plain, compiled = small_model(seed=3), small_model(seed=3)
+    compile_blocks(compiled, backend="eager")
+    learn(compiled, packed_rows(0, [2, 3]))
+    before = graphs()
+    meshes = {}
+    for name, model in (("plain", plain), ("compiled", compiled)):
+        draw_samples(model, IFlameTokenizer(), Accelerator(cpu=True), tmp_path / name, count=2, max_faces=3, seed=1)
+        meshes[name] = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.glb")}
+    assert graphs() == before
+    assert meshes["compiled"] == meshes["plain"]
+    learn(compiled, packed_rows(1, [2, 3]))
+    assert graphs() == before
 
 
 def levels_of(model):

@@ -243,6 +243,15 @@ def test_generate_does_not_compile_the_model_unasked(attention, linear_attention
     assert not hasattr(model, "_compiled_call")
 
 
+def test_no_step_waits_for_a_plan_that_fits_one_length_only():
+    # cuDNN's attention, which torch prefers on some GPUs, builds one for each.
+    model = model_with("sdpa", "chunked", torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.generate(do_sample=False, max_new_tokens=20, eos_token_id=None)
+    attention = {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key}
+    assert attention and not any("cudnn" in name for name in attention), attention
+
+
 @pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
 @torch.no_grad()
 def test_recurrent_states_stay_in_float32(attention, linear_attention):

@@ -119,7 +119,8 @@ def draw_samples(
 ) -> list[dict[str, Any]]:
     """
     Generate `count` meshes, write them to `folder` as sample-00.glb, sample-01.glb, ... and a picture of all as
-    samples.png; the state of torch's random numbers is as before.
+    samples.png; the state of torch's random numbers is as before. What of the model is compiled runs uncompiled: no
+    two steps of generate have the same shapes.
 
     Returns:
         For each sample its number of faces and whether it came to an end by itself. One without a face has no file.
@@ -127,7 +128,11 @@ def draw_samples(
     was_training = model.training
     model.eval()
     device = accelerator.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), accelerator.autocast():
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        accelerator.autocast(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         torch.manual_seed(seed)
         sequences = model.generate(
             do_sample=True,
