@@ -108,25 +108,27 @@ def _meshes_in_rows(tokens, attention_mask, position_ids, past_key_values):
     begins = begins | (index == 0)
     starts = torch.where(begins, index, 0).cummax(dim=1).values
     positions, segments = index - starts, begins.cumsum(dim=1)
-    # A look at the values waits for the device; a compiled graph cannot, and takes every row for a packed one.
+    # A compiled graph cannot look at values, and takes every row for a packed one.
     if torch.compiler.is_compiling():
         return positions, segments
-    if attention_mask is not None:
-        if runs.max() > 1:
-            raise ValueError("attention_mask has zeros between ones: only padding at the ends of a row can be masked")
-        if past_key_values is not None:
-            past_key_values.ends_in_padding = not bool(real[:, -1].all())
-    if (starts % TOKENS_PER_FACE != 0).any():
+    broken = (starts % TOKENS_PER_FACE != 0).any()
+    uneven = real.new_zeros(()) if position_ids is None else (real & (position_ids != positions)).any()
+    looked_at = [runs.max() > 1, ~real[:, -1].all(), broken, uneven, begins[:, 1:].any()]
+    # A look waits for the device: one for all.
+    has_gap, ends_in_padding, broken, uneven, several = torch.stack(looked_at).tolist()
+    if has_gap:
+        raise ValueError("attention_mask has zeros between ones: only padding at the ends of a row can be masked")
+    if past_key_values is not None:
+        past_key_values.ends_in_padding = ends_in_padding
+    if broken:
         row, column = (starts % TOKENS_PER_FACE != 0).nonzero()[0].tolist()
         raise ValueError(
             f"a mesh must be padded, and packed behind others, by whole faces ({TOKENS_PER_FACE} tokens), got one "
             f"that begins at token {int(starts[row, column])} of row {row}"
         )
-    if position_ids is not None and (real & (position_ids != positions)).any():
+    if uneven:
         raise ValueError("position_ids must count tokens from 0 in every mesh, without a gap")
-    if not begins[:, 1:].any():
-        return None, None
-    return positions, segments
+    return (positions, segments) if several else (None, None)
 
 
 def _one_level(config, stride, tokens, seen, positions, segments, past_key_values):

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
@@ -35,7 +35,7 @@ from training.checkpointing import Checkpoints, Interruption, Progress
 from training.create import compile_blocks, create_accelerator, create_model
 from training.data import Data, load_data
 from training.evaluate import draw_samples, evaluate, write_whole
-from training.loader import Place
+from training.loader import Batch, Place
 from training.model_card import RunRecord, model_card
 from training.optim import create_average, create_optimizer, learning_rate_curve
 from training.packing import IGNORED
@@ -216,14 +216,16 @@ class Run:
         pace, window = Window(), Window()
         left_out = 0
         self.model.train()
-        while progress.step < self.max_steps:
+        batch, place = self.fetch(batches)
+        labels, stop = self.agree(batch, interruption.asked, pace)
+        while progress.step < self.max_steps and not stop:
             began = time.monotonic()
-            batch, places = zip(*islice(batches, options.gradient_accumulation_steps), strict=True)
-            labels, stop, max_steps = self.agree(batch, interruption.asked, pace)
-            if stop:
-                break
-            self.set_max_steps(max_steps)
-            loss, gradient_norm = self.step(batch, labels)
+            loss = self.backward(batch, labels)
+            learnt, self.place = labels, place
+            # The device is still at work, and is waited for once a step: here.
+            batch, place = self.fetch(batches)
+            labels, stop = self.agree(batch, interruption.asked, pace)
+            loss, gradient_norm = self.update(loss)
             left_out = 0 if gradient_norm is not None else left_out + 1
             if left_out == MOST_STEPS_LEFT_OUT:
                 raise RuntimeError(
@@ -233,15 +235,14 @@ class Run:
             if gradient_norm is not None:
                 progress.loss_sum += loss
                 progress.loss_steps += 1
-                progress.labels += labels
+                progress.labels += learnt
             progress.step += 1
-            self.place = places[-1]
             progress.eval_loss = None
             seconds = time.monotonic() - began
             progress.seconds += seconds
-            window.add(seconds, self.rows_per_step, labels)
+            window.add(seconds, self.rows_per_step, learnt)
             if progress.step > 2 or pace.steps:  # the first steps compile and allocate
-                pace.add(seconds, self.rows_per_step, labels)
+                pace.add(seconds, self.rows_per_step, learnt)
 
             if self.due(options.logging_steps, at_end=True) and progress.loss_steps:
                 self.log_loss(gradient_norm, window)
@@ -261,10 +262,15 @@ class Run:
             )
         return progress.step >= self.max_steps
 
-    def agree(self, batch: Sequence[dict[str, torch.Tensor]], asked: bool, pace: Window) -> tuple[int, bool, int]:
+    def fetch(self, batches: Iterator[tuple[Batch, Place]]) -> tuple[list[Batch], Place]:
+        """This process's rows of one step, as often as gradients are accumulated, and the place behind them."""
+        rows, places = zip(*islice(batches, self.options.gradient_accumulation_steps), strict=True)
+        return list(rows), places[-1]
+
+    def agree(self, batch: list[Batch], asked: bool, pace: Window) -> tuple[int, bool]:
         """
-        What all processes must know before a step: the number of labels that all of them together learn from, whether
-        any was asked to stop, and the number of the last step.
+        What all processes must know before they learn from a batch: the number of labels that all of them together
+        learn from, and whether any was asked to stop. Sets the number of the last step, too.
         """
         max_steps = self.max_steps
         minutes = self.options.max_minutes
@@ -277,16 +283,17 @@ class Run:
         main = self.accelerator.is_main_process
         known = torch.tensor([labels, asked, max_steps if main else 0], device=self.accelerator.device)
         labels, asked, max_steps = self.accelerator.reduce(known, "sum").tolist()
-        return labels, asked > 0, max_steps
+        self.set_max_steps(max_steps)
+        return labels, asked > 0
 
-    def step(self, batch: Sequence[dict[str, torch.Tensor]], labels: int) -> tuple[float, float | None]:
+    def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
         """
-        One step of the optimiser on the sum of the losses of all rows of all processes, divided once by the number of
-        their labels. Returns that loss and the norm of its gradient, None if it was not finite and the step left out.
+        Gradients of the sum of the losses of all rows of all processes, divided once by the number of their labels.
+        Returns this process's part of that loss, which the device may still have to compute.
         """
         accelerator, device = self.accelerator, self.accelerator.device
         total = torch.zeros((), device=device)
-        num_items = torch.tensor(labels, device=device)
+        num_items = torch.full((), labels, device=device)
         for index, rows in enumerate(batch):
             rows = {name: tensor.to(device, non_blocking=True) for name, tensor in rows.items()}
             last = index == len(batch) - 1
@@ -296,15 +303,23 @@ class Run:
                 # The mean over processes is what gradients are synchronised to; their sum is wanted.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
+        return total
+
+    def update(self, loss: torch.Tensor) -> tuple[float, float | None]:
+        """
+        Clip the gradients and step the optimiser. Returns the loss of all processes and the norm of its gradient,
+        None if it was not finite and the step left out.
+        """
+        accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
-        norm = float(norm)
+        norm, total = float(norm), float(accelerator.reduce(loss, "sum"))
         finite = math.isfinite(norm)
         if finite or accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
             self.optimizer.step()
             finite = finite and not accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
         if not finite:
-            losses = gather_object([float(total)])
+            losses = gather_object([float(loss)])
             self.log.report(
                 f"step {self.progress.step + 1} is left out, its gradient is not finite; losses by process: {losses}"
             )
@@ -312,7 +327,7 @@ class Run:
         self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(accelerator.unwrap_model(self.model))
-        return float(accelerator.reduce(total, "sum")), norm
+        return total, norm
 
     def set_max_steps(self, max_steps: int) -> None:
         """Let the run, its schedule and its progress bar end at another step."""
