@@ -53,6 +53,17 @@ def test_an_evaluation_stands_where_training_was(tmp_path, over):
     assert points[0][0] == lines[0][1][0] and lines[0][1][1] < points[0][1] < lines[0][2][1]
 
 
+@pytest.mark.parametrize(("last", "labels"), [(150_000_000, ["0", "20,000,000"]), (3, ["0", "0.5"])])
+def test_numbers_below_the_axis_are_written_out(tmp_path, last, labels):
+    (tmp_path / "log.jsonl").write_text(
+        "".join(json.dumps({"step": step, "loss": 2.0 / step, "labels": last * step / 2}) + "\n" for step in (1, 2))
+    )
+    assert main([str(tmp_path), "--out", str(tmp_path / "curves.svg"), "--over", "labels"]) == 0
+    texts = ElementTree.parse(tmp_path / "curves.svg").getroot().iter(f"{SVG}text")
+    below = [text.text for text in texts if text.attrib["y"] == str(HEIGHT - MARGIN + 20)]
+    assert below[:2] == labels
+
+
 def test_several_runs_share_the_scales(tmp_path):
     folders = [write_log(tmp_path / "a", [8.0, 4.0]), write_log(tmp_path / "b", [4.0, 2.0, 1.0])]
     assert main([*folders, "--out", str(tmp_path / "curves.svg")]) == 0

@@ -73,7 +73,9 @@ def draw_curves(runs: dict[str, tuple[list[Point], list[Point]]], over: str) -> 
     apart = max(factor * power for factor in (1, 2, 5) if factor * power <= right / 4)
     for part in range(math.floor(right / apart) + 1):
         x = at((part * apart, 10**low)).split(",")[0]
-        lines.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{part * apart:,.6g}</text>')
+        value = part * apart
+        label = f"{value:,.0f}" if apart >= 1 else f"{value:.6g}"
+        lines.append(f'<text x="{x}" y="{HEIGHT - MARGIN + 20}" text-anchor="middle">{label}</text>')
     lines.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 14}" text-anchor="middle">{AXES[over]}</text>')
     lines.append(f'<text x="{MARGIN}" y="{MARGIN - 30}">loss, nats a token: lines training, points held out</text>')
     for index, (name, (training, evaluation)) in enumerate(runs.items()):
