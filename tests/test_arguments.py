@@ -75,6 +75,13 @@ def test_every_option_is_in_the_dictionary_that_checkpoints_keep():
         (["--lr_scheduler_kwargs", "[1]"], "lr_scheduler_kwargs must be a JSON object"),
         (["--validation_file", "a.parquet"], "needs a train_file"),
         (["--long_meshes", "shorten"], "invalid choice: 'shorten'"),
+        (["--save_steps", "-1"], "save_steps must be at least 0"),
+        (["--warmup_steps", "-3"], "warmup_steps must be at least 0"),
+        (["--max_train_samples", "0"], "max_train_samples must be at least 1"),
+        (["--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0"),
+        (["--ema_decay", "2"], "ema_decay must lie between 0 and 1"),
+        (["--load_best_model_at_end", "--eval_steps", "3", "--save_steps", "5"], "a multiple of eval_steps"),
+        (["--load_best_model_at_end", "--save_steps", "0"], "an evaluation of every checkpoint"),
         (["nowhere.yaml"], "no configuration file nowhere.yaml"),
     ],
 )

@@ -126,6 +126,33 @@ def test_old_checkpoints_go_but_the_best_and_the_latest_stay(checkpoints):
     assert names(checkpoints) == ["checkpoint-2", "checkpoint-6"]
 
 
+def test_the_one_just_written_stays_beside_a_broken_one_of_a_later_step(checkpoints):
+    checkpoints.limit = 1
+    save(checkpoints, 9)
+    (checkpoints.output_dir / "checkpoint-9" / "model.bin").unlink()
+    save(checkpoints, 3)
+    assert checkpoints.find("latest").name == "checkpoint-3"
+
+
+def test_a_broken_checkpoint_is_not_the_best(checkpoints):
+    save(checkpoints, 1, eval_loss=0.1)
+    save(checkpoints, 2, eval_loss=0.5)
+    (checkpoints.output_dir / "checkpoint-1" / "model.bin").write_bytes(b"short")
+    assert checkpoints.best().name == "checkpoint-2"
+
+
+def test_checkpoints_of_later_steps_are_set_aside_under_names_of_their_own(checkpoints, reports):
+    checkpoints.limit = None
+    save(checkpoints, 1, 2, 10)
+    checkpoints.set_aside(1)
+    assert names(checkpoints) == ["checkpoint-1", "checkpoint-10.aside", "checkpoint-2.aside"]
+    save(checkpoints, 2)
+    checkpoints.set_aside(1)
+    checkpoints.set_aside(1)
+    assert names(checkpoints) == ["checkpoint-1", "checkpoint-10.aside", "checkpoint-2.aside", "checkpoint-2.aside-2"]
+    assert checkpoints.find("latest").name == "checkpoint-1" and len(reports) == 3
+
+
 def test_without_a_limit_every_checkpoint_stays(checkpoints):
     checkpoints.limit = None
     save(checkpoints, *range(1, 6))

@@ -153,20 +153,29 @@ class Arguments:
             raise ValueError("bf16 and fp16 exclude each other")
         if train.max_steps == 0 or (train.max_steps < 0 and train.num_train_epochs <= 0):
             raise ValueError("there is nothing to train: give max_steps or num_train_epochs above 0")
-        for part, names in (
-            (train, ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")),
-            (data, ("num_procedural_meshes", "streaming_row_groups")),
+        for least, part, names in (
+            (1, train, ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")),
+            (1, train, ("logging_steps", "save_total_limit")),
+            (1, data, ("num_procedural_meshes", "streaming_row_groups", "max_train_samples", "max_eval_samples")),
+            (0, train, ("save_steps", "eval_steps", "sample_steps", "num_samples", "warmup_steps", "max_grad_norm")),
+            (0, data, ("dataloader_num_workers",)),
         ):
             for name in names:
-                if getattr(part, name) < 1:
-                    raise ValueError(f"{name} must be at least 1, got {getattr(part, name)}")
+                value = getattr(part, name)
+                if value is not None and value < least:
+                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        if train.ema_decay is not None and not 0 < train.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {train.ema_decay}")
+        if train.load_best_model_at_end and (not train.save_steps or train.save_steps % (train.eval_steps or 1)):
+            raise ValueError(
+                "load_best_model_at_end needs an evaluation of every checkpoint: give a save_steps above 0 that is a "
+                f"multiple of eval_steps, got save_steps {train.save_steps} and eval_steps {train.eval_steps}"
+            )
         if data.row_length % TOKENS_PER_FACE or data.row_length < 3 * TOKENS_PER_FACE:
             raise ValueError(
                 f"row_length must be a multiple of nine, a mesh being faces of nine tokens, and at least 27; "
                 f"got {data.row_length}"
             )
-        if train.save_total_limit is not None and train.save_total_limit < 1:
-            raise ValueError(f"save_total_limit must be at least 1, got {train.save_total_limit}")
         if data.validation_file and not data.train_file:
             raise ValueError("validation_file needs a train_file: generated meshes have their own held-out ones")
         if data.streaming:

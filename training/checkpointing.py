@@ -91,7 +91,7 @@ class Checkpoints:
             self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
             self.report(f"checkpoint-{step} could not be written: {failure}")
             return False
-        failure = self._on_main(self.prune)
+        failure = self._on_main(lambda: self.prune(self._folder(step)))
         if failure is not None:
             self.report(f"old checkpoints could not be deleted: {failure}")
         return True
@@ -117,28 +117,43 @@ class Checkpoints:
         return found[0]
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest evaluation loss, among those that were evaluated."""
+        """The checkpoint with the lowest evaluation loss, among those that were evaluated and have all their files."""
         losses = {}
         for path in self.folders():
             try:
-                losses[path] = Progress.read(path).eval_loss
+                losses[path] = None if find_defect(path, contents=False) else Progress.read(path).eval_loss
             except (OSError, ValueError, TypeError):
                 continue
         losses = {path: loss for path, loss in losses.items() if loss is not None}
         return min(losses, key=losses.__getitem__) if losses else None
 
-    def prune(self) -> None:
-        """Delete the oldest checkpoints beyond the limit, but never the latest or the best."""
+    def prune(self, newest: Path) -> None:
+        """Delete the oldest checkpoints beyond the limit, but never the one just written or the best."""
         if self.limit is None:
             return
-        folders = self.folders()
-        kept = {folders[-1], self.best()} if folders else set()
-        for path in reversed(folders):
-            if len(kept - {None}) < self.limit:
+        kept = {newest, self.best()} - {None}
+        for path in reversed(self.folders()):
+            if path in kept:
+                continue
+            if len(kept) < self.limit:
                 kept.add(path)
-        for path in folders:
-            if path not in kept:
+            else:
                 _delete(path)
+
+    def set_aside(self, step: int) -> None:
+        """
+        On the main process: rename checkpoints of later steps than `step`, from where a run goes on. They are broken,
+        or of a way that was left, and must be neither taken for the latest nor kept in the place of new ones.
+        """
+        for path in self.folders():
+            if _step(path) > step:
+                aside = path.with_name(f"{path.name}.aside")
+                number = 1
+                while aside.exists():
+                    number += 1
+                    aside = path.with_name(f"{path.name}.aside-{number}")
+                os.replace(path, aside)
+                self.report(f"{path} is of a later step than the run goes on from: it is {aside.name} now")
 
     def clean(self) -> None:
         """Remove what an earlier process left half-written or half-deleted."""
@@ -164,11 +179,14 @@ class Checkpoints:
 
     def _finish(self, partial: Path, step: int) -> None:
         _write_manifest(partial)
-        final = self.output_dir / f"checkpoint-{step}"
+        final = self._folder(step)
         if final.exists():
             _delete(final)
         os.replace(partial, final)
         _flush(self.output_dir)
+
+    def _folder(self, step: int) -> Path:
+        return self.output_dir / f"checkpoint-{step}"
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
         return self._together(action if self.accelerator.is_main_process else lambda: None)
@@ -187,12 +205,21 @@ class Checkpoints:
 
 
 class Interruption:
-    """While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once."""
+    """
+    While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once. So
+    does the end of `accelerate launch`, which dies of a SIGTERM without a word to the one process it has started.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self._asked = False
         self._first = 0.0
         self._before: dict[int, Any] = {}
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+        self._launcher = os.getppid() if is_launched else None
+
+    @property
+    def asked(self) -> bool:
+        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
 
     def __enter__(self) -> "Interruption":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -203,15 +230,16 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if not self.asked:
-            self.asked, self._first = True, time.monotonic()
+        if not self._asked:
+            self._asked, self._first = True, time.monotonic()
             os.write(2, b"\nfinishing this step, then saving a checkpoint\n")  # print must not be used in a handler
         elif number == signal.SIGINT and time.monotonic() - self._first > 5:
             raise KeyboardInterrupt
 
 
-def find_defect(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+def find_defect(checkpoint: Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is as it was written, or as long at
+    least where its `contents` are not read."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
@@ -224,7 +252,7 @@ def find_defect(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if _hash(path) != expected["sha256"]:
+        if contents and _hash(path) != expected["sha256"]:
             return f"the content of {name} has changed"
     return None
 

@@ -23,6 +23,8 @@ def create_accelerator(arguments: Arguments) -> Accelerator:
         project_dir=train.output_dir,
         step_scheduler_with_optimizer=False,
     )
+    # The loss is divided once, by the labels of a whole step, and not by what the environment says.
+    accelerator.gradient_accumulation_steps = 1
     if accelerator.mixed_precision != "no":
         # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
         torch.set_float32_matmul_precision("high")

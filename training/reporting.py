@@ -37,11 +37,11 @@ class RunLog:
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=step)
 
-    def evaluation(self, best: bool = False) -> dict[str, Any]:
-        """The latest line on an evaluation, or that with the lowest loss; empty if there is none."""
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        lines = [line for line in lines if "eval_loss" in line]
-        return (min(lines, key=lambda line: line["eval_loss"]) if best else lines[-1]) if lines else {}
+    def evaluation(self, step: int) -> dict[str, Any]:
+        """The latest line on an evaluation up to a step; empty if there is none."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        found = [line for line in map(json.loads, lines) if "eval_loss" in line and line["step"] <= step]
+        return found[-1] if found else {}
 
     def cut(self, step: int) -> None:
         """Keep the lines up to a step only: later ones are written again, and a crash may have left half a line."""

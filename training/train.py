@@ -40,6 +40,15 @@ from training.model_card import RunRecord, model_card
 from training.optim import create_average, create_optimizer, learning_rate_curve
 from training.packing import IGNORED
 from training.reporting import RunLog, Window
+from training.resuming import (
+    OF_THE_OPTIMISER,
+    apply_settings,
+    check_folder,
+    check_options,
+    lock,
+    rows_of_a_step,
+    settings_of,
+)
 
 WEIGHTS = "model.safetensors"
 AVERAGE = "average.safetensors"
@@ -57,11 +66,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, model = create_model(arguments)
     data = load_data(arguments, tokenizer, accelerator)
     run = Run(arguments, accelerator, tokenizer, model, data)
-    run.start()
-    with Interruption() as interruption:
-        finished = run.train(interruption)
-    if finished:
-        run.finish()
+    output_dir = Path(arguments.train.output_dir)
+    with lock(output_dir) if accelerator.is_main_process else nullcontext():
+        run.start()
+        with Interruption() as interruption:
+            finished = run.train(interruption)
+        if finished:
+            run.finish()
     accelerator.end_training()
 
 
@@ -86,8 +97,10 @@ class Run:
         self.checkpoints = Checkpoints(self.output_dir, options.save_total_limit, accelerator, self.log.report)
         self.progress = Progress(data_digest=data.rows.digest(), arguments=arguments.to_dict())
         self.saved_step: int | None = None
+        self.published_step: int | None = None  # if it is not the last one
         self.place: Place | None = None  # in the data, behind the last step
         self.bar: tqdm | None = None
+        self.failure: Exception | None = None  # of the rows that come next
 
         # With these settings the model is sampled here, and by whoever loads it.
         model.generation_config.update(
@@ -139,23 +152,24 @@ class Run:
         """Begin anew or go on from a checkpoint, and say what is going to happen."""
         accelerator, wanted = self.accelerator, self.options.resume_from_checkpoint
         if accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             self.checkpoints.clean()
         accelerator.wait_for_everyone()
         checkpoint = None if wanted is None else self.checkpoints.find(wanted)
-        if wanted is None and self.checkpoints.folders():
-            raise ValueError(
-                f"{self.output_dir} holds the checkpoints of another run: go on from them with "
-                "--resume_from_checkpoint latest, delete the folder, or choose another --output_dir"
-            )
+        if checkpoint is None:
+            check_folder(self.output_dir, bool(self.checkpoints.folders()), may_go_on=wanted is not None)
+        accelerator.wait_for_everyone()  # all have looked at the folder
         if checkpoint is not None:
             self.resume(checkpoint)
+        if accelerator.is_main_process:
+            self.checkpoints.set_aside(-1 if checkpoint is None else self.progress.step)
         self.log.cut(self.progress.step)
         if self.options.report_to:
             settings = {name: str(value) for name, value in self.progress.arguments.items()}
             names = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
             accelerator.init_trackers("iflame", config=settings, init_kwargs=names)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.progress.step >= self.max_steps:
+            self.log.report(f"step {self.progress.step} of {self.max_steps} is done: there is nothing left to train")
         rows, steps = self.data.rows.rows_in_epoch, f"{self.max_steps:,} steps of {self.rows_per_step} rows"
         if rows is not None:
             steps += f", {self.max_steps * self.rows_per_step / rows:.1f} epochs"
@@ -174,13 +188,22 @@ class Run:
                 "--balance or --streaming, so that its place in the data means nothing here. Give the same options, "
                 f"or start a new run from its weights with --model_name_or_path {checkpoint} and another --output_dir"
             )
-        arguments = self.progress.arguments
+        arguments, options = self.progress.arguments, self.options
+        check_options(checkpoint, saved.arguments, arguments)
         changed = {name for name, value in saved.arguments.items() if arguments.get(name) != value}
         if saved.max_steps and not changed & {"max_steps", "num_train_epochs", "max_minutes"}:
             self.set_max_steps(saved.max_steps)
+        if options.max_steps < 0 and rows_of_a_step(saved) not in (0, self.rows_per_step):
+            epochs = options.num_train_epochs - max(map(self.data.rows.epochs, saved.places))
+            left = max(0, round(epochs * self.data.rows.rows_in_epoch / self.rows_per_step))
+            self.planned_steps = saved.step + left
+            self.set_max_steps(self.planned_steps)
         saved.arguments, saved.max_steps = arguments, self.progress.max_steps
+        settings = settings_of(self.optimizer)
         self.accelerator.load_state(str(checkpoint))
         self.schedule.load_state_dict(saved.scheduler)
+        if changed & OF_THE_OPTIMISER:
+            apply_settings(self.optimizer, self.schedule, settings)
         self.progress = saved
         self.saved_step = saved.step
         changed -= {"resume_from_checkpoint"}
@@ -222,16 +245,17 @@ class Run:
             began = time.monotonic()
             loss = self.backward(batch, labels)
             learnt, self.place = labels, place
-            # The device is still at work, and is waited for once a step: here.
-            batch, place = self.fetch(batches)
-            labels, stop = self.agree(batch, interruption.asked, pace)
+            if progress.step + 1 < self.max_steps:
+                # The device is still at work, and is waited for once a step: here.
+                batch, place = self.fetch(batches)
+                labels, stop = self.agree(batch, interruption.asked, pace)
             loss, gradient_norm = self.update(loss)
             left_out = 0 if gradient_norm is not None else left_out + 1
             if left_out == MOST_STEPS_LEFT_OUT:
-                raise RuntimeError(
-                    f"the gradient was not finite in {left_out} steps in a row: lower --learning_rate, or train in "
-                    "bf16 instead of fp16"
-                )
+                advice = "lower --learning_rate, or train in bf16 instead of fp16"
+                if learnt == 0:
+                    advice = "not one mesh of their rows could be used, as the warnings above say"
+                raise RuntimeError(f"the gradient was not finite in {left_out} steps in a row: {advice}")
             if gradient_norm is not None:
                 progress.loss_sum += loss
                 progress.loss_steps += 1
@@ -256,21 +280,33 @@ class Run:
                 self.save()
         self.bar.close()
         if progress.step < self.max_steps:
-            self.save()
-            self.log.report(
-                f"stopped after step {progress.step} of {self.max_steps}; --resume_from_checkpoint latest goes on"
-            )
+            stopped = f"stopped after step {progress.step} of {self.max_steps}"
+            is_saved = self.save()
+            if self.failure is not None:
+                raise self.failure
+            if not is_saved:
+                raise RuntimeError(f"{stopped}, which could not be saved: the checkpoints before it are what is left")
+            self.log.report(f"{stopped}; --resume_from_checkpoint latest goes on")
         return progress.step >= self.max_steps
 
     def fetch(self, batches: Iterator[tuple[Batch, Place]]) -> tuple[list[Batch], Place]:
-        """This process's rows of one step, as often as gradients are accumulated, and the place behind them."""
-        rows, places = zip(*islice(batches, self.options.gradient_accumulation_steps), strict=True)
+        """
+        This process's rows of one step, as often as gradients are accumulated, and the place behind them. Rows that
+        cannot be had end the run, but not before the step at work is done and saved.
+        """
+        try:
+            rows, places = zip(*islice(batches, self.options.gradient_accumulation_steps), strict=True)
+        except Exception as failure:
+            if self.place is None and not self.progress.step:
+                raise
+            self.failure = failure
+            return [], self.place
         return list(rows), places[-1]
 
     def agree(self, batch: list[Batch], asked: bool, pace: Window) -> tuple[int, bool]:
         """
         What all processes must know before they learn from a batch: the number of labels that all of them together
-        learn from, and whether any was asked to stop. Sets the number of the last step, too.
+        learn from, and whether any was asked to stop or has no rows. Sets the number of the last step, too.
         """
         max_steps = self.max_steps
         minutes = self.options.max_minutes
@@ -281,10 +317,13 @@ class Run:
                 max_steps = fitting
         labels = sum(int((rows["labels"] != IGNORED).sum()) for rows in batch)
         main = self.accelerator.is_main_process
-        known = torch.tensor([labels, asked, max_steps if main else 0], device=self.accelerator.device)
-        labels, asked, max_steps = self.accelerator.reduce(known, "sum").tolist()
+        failed = self.failure is not None
+        known = torch.tensor([labels, asked, failed, max_steps if main else 0], device=self.accelerator.device)
+        labels, asked, failed, max_steps = self.accelerator.reduce(known, "sum").tolist()
+        if failed and self.failure is None:
+            self.failure = RuntimeError("another process could not read its rows; it says why")
         self.set_max_steps(max_steps)
-        return labels, asked > 0
+        return labels, asked > 0 or failed > 0
 
     def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
         """
@@ -313,7 +352,7 @@ class Run:
         accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
         norm, total = float(norm), float(accelerator.reduce(loss, "sum"))
-        finite = math.isfinite(norm)
+        finite = math.isfinite(norm) and math.isfinite(total)
         if finite or accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
             self.optimizer.step()
             finite = finite and not accelerator.optimizer_step_was_skipped
@@ -396,15 +435,16 @@ class Run:
             self.log.report(f"{len(samples)} samples, {ended} of them complete: {folder / 'samples.png'}")
         self.accelerator.wait_for_everyone()
 
-    def save(self) -> None:
-        """Save a checkpoint, unless this very step has one."""
+    def save(self) -> bool:
+        """Save a checkpoint, unless this very step has one; whether it has one now."""
         if self.saved_step == self.progress.step:
-            return
+            return True
         self.progress.scheduler = self.schedule.state_dict()
         if self.place is not None:
             self.progress.places = gather_object([self.place])
         if self.checkpoints.save(self.progress.step, self.write_checkpoint):
             self.saved_step = self.progress.step
+        return self.saved_step == self.progress.step
 
     def write_checkpoint(self, folder: Path) -> None:
         """Called on every process: a folder that resumes this run and is a model that `from_pretrained` loads."""
@@ -429,7 +469,7 @@ class Run:
 
     def write_card(self, model: IFlameForCausalLM, folder: Path, samples: Sequence[str] = ()) -> None:
         """The page that the Hub shows of a model, with what this run knows; hub_upload.py writes a fuller one."""
-        evaluation = self.log.evaluation(best=self.options.load_best_model_at_end)
+        evaluation = self.log.evaluation(self.published_step or self.progress.step)
         run = RunRecord(progress=asdict(self.progress), evaluation=evaluation)
         card = model_card(model, run, repo_id=str(self.output_dir), samples=samples)
         write_whole(folder / "README.md", card.encode())
@@ -440,6 +480,9 @@ class Run:
         if best is not None:
             self.log.report(f"the checkpoint with the lowest evaluation loss is {best}")
             self.accelerator.load_state(str(best))
+            self.published_step = Progress.read(best).step
+        elif self.options.load_best_model_at_end:
+            self.log.report("no checkpoint was evaluated: the model of the last step is published")
         weights = self.accelerator.get_state_dict(self.model if self.average is None else self.average.module)
         if self.accelerator.is_main_process:
             with tempfile.TemporaryDirectory(dir=self.output_dir, prefix=".model-") as beside:
