@@ -205,6 +205,15 @@ def test_files_that_cannot_be_trained_on_are_named(tmp_path):
         ParquetMeshes([write_parquet(tmp_path / "empty.parquet", [], category=pyarrow.array([], pyarrow.string()))])
 
 
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_a_pattern_without_files_is_named_and_one_of_held_out_meshes_advised_on(name, tmp_path):
+    pattern = f"{tmp_path}/{name}-*.parquet"
+    with pytest.raises(ValueError) as caught:
+        ParquetMeshes([pattern])
+    advice = "; a set without held-out meshes has none: leave out --validation_file"
+    assert str(caught.value) == f"no file matches {pattern}" + advice * (name == "validation")
+
+
 def test_an_unusable_mesh_is_left_out_of_its_row_and_named(tmp_path, meshes, tokenizer):
     flat = (np.zeros((3, 3)), [[0, 1, 2]])
     holes = (np.array([[0, 0, 0], [1, 0, 0], [0, np.nan, 0]]), [[0, 1, 2]])

@@ -335,8 +335,50 @@ def test_the_folder_written_to_is_never_a_source(tmp_path, capsys):
     assert len(rows(boxes / "set")) == 3
 
 
+def test_links_to_folders_are_recorded_and_not_followed(tmp_path, capsys):
+    write_boxes(tmp_path / "elsewhere", 3)
+    source = write_boxes(tmp_path / "in", 1, first=3)
+    for name, target in {
+        "all": "../elsewhere",
+        "models.zip": "../elsewhere",
+        "up": "..",
+        ".hidden": "../elsewhere",
+        "loop": "loop",
+        "written": "../out",
+    }.items():
+        (source / name).symlink_to(target)
+    assert prepare(source, "--out", tmp_path / "out") == 0
+    assert [row["name"] for row in rows(tmp_path / "out")] == ["box 003"]
+    assert [(line["source"], line["kind"]) for line in rejected(tmp_path / "out")] == [
+        (f"in/{name}", "link to a folder") for name in ("all", "models.zip", "up")
+    ]
+    assert all("name the folder itself as a source" in line["reason"] for line in rejected(tmp_path / "out"))
+    assert summary(tmp_path / "out")["rejected"] == {"link to a folder": 3}
+    assert "3 link to a folder" in capsys.readouterr().out
+    assert prepare(source / "all", "--out", tmp_path / "followed") == 0
+    assert len(rows(tmp_path / "followed")) == 3
+
+
+def test_an_archive_that_is_a_link_to_itself_is_rejected(tmp_path):
+    source = write_boxes(tmp_path / "in", 1)
+    (source / "loop.zip").symlink_to("loop.zip")
+    assert prepare(source, "--out", tmp_path / "out") == 0
+    assert [(line["source"], line["kind"]) for line in rejected(tmp_path / "out")] == [("in/loop.zip", "unreadable")]
+
+
+@pytest.mark.parametrize(("share", "is_said"), [(0, True), (0.5, False)])
+def test_a_set_without_held_out_meshes_says_what_that_means(share, is_said, tmp_path, capsys):
+    assert prepare(write_boxes(tmp_path / "in", 12), "--out", tmp_path / "out", "--validation_share", share) == 0
+    assert bool(rows(tmp_path / "out", "validation")) is not is_said
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--validation_file" in line]
+    assert len(lines) == is_said and all("larger --validation_share" in line for line in lines)
+
+
 def test_a_source_without_meshes_is_an_error_that_names_the_reasons(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.obj").write_text("nothing")
     assert prepare(tmp_path / "in", "--out", tmp_path / "out") == 1
-    assert "1 no faces" in capsys.readouterr().out
+    message = capsys.readouterr().out
+    assert "1 no faces" in message and "held out" not in message
+    assert prepare(tmp_path / "in", "--out", tmp_path / "out") == 1, "as the run that made the set"
+    assert "finished already (0 meshes" in capsys.readouterr().out

@@ -149,7 +149,28 @@ def test_other_settings_and_other_files_are_errors_with_advice(tmp_path, monkeyp
     assert prepare(boxes, "--out", tmp_path / "out", "--max_faces", 100, "--overwrite") == 0
     assert len(rows(tmp_path / "out")) == 6
     assert prepare(boxes, "--out", tmp_path / "out", "--max_faces", 100) == 0
-    assert "finished already" in capsys.readouterr().out
+    message = capsys.readouterr().out
+    assert "finished already (6 meshes; sources that changed since were not looked at); --overwrite" in message
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("data/train-00001.parquet", "1 of its 3 files of meshes are missing, such as data/train-00001.parquet"),
+        ("summary.json", "its summary.json cannot be read"),
+    ],
+)
+def test_a_finished_set_that_lost_a_file_is_an_error_with_advice(lost, message, tmp_path, capsys):
+    arguments = (write_boxes(tmp_path / "in", 10), "--out", tmp_path / "out", "--shard_size", 4)
+    arguments += ("--validation_share", 0)
+    assert prepare(*arguments) == 0
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    assert prepare(*arguments) == 1
+    error = capsys.readouterr().err
+    assert "finished already" in error and message in error and "--overwrite" in error
+    assert prepare(*arguments, "--overwrite") == 0
+    assert content(tmp_path / "out") == before
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, capsys):

@@ -110,13 +110,18 @@ class ParquetMeshes:
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a pattern names, on this machine or, with hf:// in front, on the Hub; a plain name is itself."""
+    """
+    The files that a pattern names, on this machine or, with hf:// in front, on the Hub; a plain name is itself. Raises
+    ValueError if there is none.
+    """
     if not fsspec.core.has_magic(pattern):
         return [pattern]
     system, path = fsspec.core.url_to_fs(pattern)
     found = sorted(system.glob(path))
     if not found:
-        raise ValueError(f"there is no file {pattern}")
+        is_held_out = "validation" in pattern.rpartition("/")[2]
+        advice = "; a set without held-out meshes has none: leave out --validation_file" if is_held_out else ""
+        raise ValueError(f"no file matches {pattern}{advice}")
     return [system.unstrip_protocol(name) if "://" in pattern else name for name in found]
 
 

@@ -39,13 +39,14 @@ _RESOLUTION = 128  # of the published model
 _FREE = ("out", "num_workers", "overwrite", "disable_tqdm")
 
 
-def prepare_data(options: argparse.Namespace) -> dict[str, Any] | None:
+def prepare_data(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """
-    Run with the options of `parse_options`, to the end, and return the figures of `summary.json`; None if the data set
-    was finished already.
+    Run with the options of `parse_options`, to the end, and return the figures of `summary.json`, and whether this run
+    made them: a set that was finished already stays as it is.
 
     Raises:
-        ValueError: options or sources that make no sense, or a folder that cannot be written to or gone on with.
+        ValueError: options or sources that make no sense, a folder that cannot be written to or gone on with, or a
+            finished set that lacks files.
         SourceLostError, OSError, sqlite3.Error: what may pass; the same run again goes on.
     """
     _check(options)
@@ -72,7 +73,7 @@ def prepare_data(options: argparse.Namespace) -> dict[str, Any] | None:
         options.license,
     )
     if prepared.is_finished:
-        return None
+        return prepared.finished_summary(), False
     is_done = False
     try:
         with sources, Pool(partial(make_handler, recipe), options.num_workers, limits) as pool:
@@ -85,7 +86,7 @@ def prepare_data(options: argparse.Namespace) -> dict[str, Any] | None:
         is_done = True
     finally:
         prepared.close(remove_state=is_done)
-    return summary
+    return summary, True
 
 
 def _run(prepared: PreparedSet, sources: Sources, pool: Pool, disable_tqdm: bool) -> None:
@@ -209,14 +210,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the set is finished, 1 on an error or if no mesh was taken, 130 and 143 after Ctrl-C and SIGTERM."""
+    """0 when the set is finished, 1 on an error or if it has no mesh, 130 and 143 after Ctrl-C and SIGTERM."""
     options = parse_options(arguments)
     preload("training.mesh_worker", "training.containers")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     before = signal.signal(signal.SIGTERM, _terminate)
     again = "run the same command again to go on"
     try:
-        summary = prepare_data(options)
+        summary, is_new = prepare_data(options)
     except KeyboardInterrupt:
         print(f"\nprepare_data: interrupted; {again}", file=sys.stderr)
         return 130
@@ -231,11 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    if summary is None:
-        print(f"{options.out} is finished already; --overwrite makes it anew")
-        return 0
-    print(_report(options.out, summary))
-    return 0 if sum(summary["meshes"].values()) else 1
+    total = sum(summary["meshes"].values())
+    if is_new:
+        print(_report(options.out, summary))
+    else:
+        print(
+            f"{options.out} is finished already ({total:,} meshes; sources that changed since were not looked at); "
+            "--overwrite makes it anew"
+        )
+    return 0 if total else 1
 
 
 class _Terminated(BaseException):
@@ -252,6 +257,10 @@ def _report(out: str, summary: dict[str, Any]) -> str:
         f"{out}: {sum(meshes.values()):,} meshes ({meshes['train']:,} train, {meshes['validation']:,} validation) of "
         f"{summary['faces']:,} faces, in {sum(shards.values())} files"
     ]
+    if meshes["train"] and not meshes["validation"]:
+        lines.append(
+            "none is held out: train without --validation_file, or prepare anew with a larger --validation_share"
+        )
     if others := rejected.pop(NOT_CHOSEN, 0):
         lines.append(f"{others:,} not asked for")
     if rejected:

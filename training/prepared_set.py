@@ -105,6 +105,24 @@ class PreparedSet:
             self._database.close()
             raise
 
+    def finished_summary(self) -> dict[str, Any]:
+        """The figures of a finished set. Raises ValueError if they or files of meshes are not in the folder."""
+        try:
+            summary = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+            names = [shard_name(split, index) for split in SPLITS for index in range(summary["shards"][split])]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.folder} is finished already, but its {SUMMARY} cannot be read ({error}); --overwrite makes it "
+                "anew"
+            ) from error
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{self.folder} is finished already, but {len(missing)} of its {len(names)} files of meshes are "
+                f"missing, such as {missing[0]}; --overwrite makes it anew"
+            )
+        return summary
+
     def add(self, item: Item, prepared: Prepared) -> bool:
         """Take a mesh, or reject it as a duplicate: False."""
         if self._deduplicate:

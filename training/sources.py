@@ -25,6 +25,9 @@ from training.rejection import SOURCE_LOST, Rejected, as_rejected
 
 # A container may take longer than one mesh: a pickle is read whole, an archive may begin with much else.
 _CONTAINER_SECONDS = 10
+_LINK = Rejected(
+    "link to a folder", "it is a link to a folder, which is not followed; name the folder itself as a source"
+)
 
 
 class SourceLostError(Exception):
@@ -124,7 +127,7 @@ class Sources:
                     yield self._file(name, base, base), "", ""
 
     def _walk(self, top: str) -> Iterator[tuple[Item | str, str, str]]:
-        """Files of a folder and the folders in it, by name. Links to folders are not followed."""
+        """Files of a folder and the folders in it, by name. Links to folders, which may form a loop, are rejected."""
         root = printable(os.path.basename(os.path.abspath(top)))
         stack = [("", None)]
         while stack:
@@ -143,9 +146,13 @@ class Sources:
                     yield Item(name, f"{root}/{name}", rejection=as_rejected(error, full)), "", ""
                     continue
                 stack += [(os.path.join(path, e.name), e) for e in found]
+            elif entry.is_symlink() and os.path.isdir(full):
+                name = printable(path).replace(os.sep, "/")
+                if os.path.realpath(full) != self._hidden:
+                    yield Item(name, f"{root}/{name}", rejection=_LINK), "", ""
             elif suffix_of(path):
                 name = printable(path).replace(os.sep, "/")
-                if suffix_of(path) in CONTAINER_SUFFIXES and entry.is_file():
+                if suffix_of(path) in CONTAINER_SUFFIXES and os.path.isfile(full):
                     yield full, f"{root}/{name}", f"{stem(name)}/"
                 else:
                     yield self._file(full, name, f"{root}/{name}"), "", ""
