@@ -329,11 +329,12 @@ def test_the_card_of_a_checkpoint_has_the_figures_of_its_own_step(checkpoint):
 def test_the_best_checkpoint_is_described_where_it_is_what_the_run_left(checkpoint, tmp_path):
     folder = copy_of(checkpoint, tmp_path)
     with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 30, "eval_loss": 9.0}) + "\n")
+        for step, loss in ((25, 0.01), (30, 9.0)):  # neither has a checkpoint
+            file.write(json.dumps({"step": step, "eval_loss": loss}) + "\n")
     assert model_card.read_run(folder).evaluation["step"] == 30
     state = folder / "checkpoint-20" / "trainer_state.json"
     progress = json.loads(state.read_text())
-    progress["arguments"]["load_best_model_at_end"] = True
+    progress["arguments"]["load_best_model_at_end"], progress["eval_loss"] = True, 1.0
     state.write_text(json.dumps(progress))
     assert model_card.read_run(folder).evaluation["step"] == 20
 

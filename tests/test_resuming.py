@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from training_processes import ENVIRONMENT, Trainer, command_line, log_of, losses_of, wait_for_step
 
 from training.checkpointing import find_defect
+from training.model_card import read_run
 from training.procedural import make_dataset
 from training.reporting import RunLog
 
@@ -187,6 +188,7 @@ def test_the_card_has_the_figures_of_the_model_that_is_published(trainer, tmp_pa
     assert min(losses.values()) < losses[best], "the test needs a better step that was not saved"
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert [result.metric_value for result in results if result.metric_type == "loss"] == [losses[best]]
+    assert read_run(tmp_path).evaluation["eval_loss"] == losses[best], "the card that hub_upload writes has them too"
 
 
 def test_a_number_in_the_environment_does_not_divide_gradients(trainer, done, tmp_path):

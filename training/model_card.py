@@ -71,17 +71,20 @@ def read_run(folder: Path) -> RunRecord:
     try:
         if card.is_file():
             run.metadata = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        evaluated: dict[float, int] = {}  # the steps of checkpoints by their loss
         for path in states:
             progress = json.loads(path.read_text(encoding="utf-8"))
             if progress["step"] >= run.progress.get("step", 0):
                 run.progress = progress
+            if progress.get("eval_loss") is not None:
+                evaluated[progress["eval_loss"]] = progress["step"]
         path = output_dir / LOG
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         evaluations = [line for line in map(json.loads, lines) if "eval_loss" in line]
+        if step is None and evaluated and run.arguments.get("load_best_model_at_end"):
+            step = evaluated[min(evaluated)]
         if step is not None:
             evaluations = [line for line in evaluations if line["step"] == step]
-        elif run.arguments.get("load_best_model_at_end"):
-            evaluations.sort(key=lambda line: -line["eval_loss"])
         run.evaluation = evaluations[-1] if evaluations else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
