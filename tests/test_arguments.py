@@ -97,6 +97,7 @@ def test_what_makes_no_sense_is_said_in_a_line(capsys, argv, message):
         ("a: [1", "is not valid yaml"),
         ("max_steps: many", "invalid int value: 'many'"),
         ("bf16: maybe", "bf16"),
+        ("bf16: no\nseed: 1\nbf16: yes", "is not valid yaml: bf16 is given twice"),
     ],
 )
 def test_a_fault_in_the_file_is_named(tmp_path, capsys, text, message):

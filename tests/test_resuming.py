@@ -171,6 +171,17 @@ def test_a_stop_that_cannot_be_saved_is_no_success(trainer, tmp_path):
     assert process.exitcode == 1 and "which could not be saved" in said and "latest goes on" not in said
 
 
+def test_a_log_that_cannot_be_written_does_not_end_the_run(trainer, tmp_path):
+    process = trainer.start(tmp_path, file_size=5_000, max_steps=24, save_steps=0, **FEW)
+    process.join(60)
+    said = trainer.messages.read_text()  # of which there are no more than 5,000 bytes either
+    assert "step 24 is missing in" in said and "File too large" in said
+    assert "run.finish()" in said, "of the model, which cannot be written either"
+    steps = sorted(losses_of(tmp_path))
+    assert 2 < len(steps) < 24 and steps == list(range(1, len(steps) + 1))
+    assert (tmp_path / "log.jsonl").read_bytes().endswith(b"}\n")
+
+
 def test_a_card_is_written_without_a_log_too(tmp_path):
     log = RunLog(tmp_path, Accelerator(cpu=True))
     assert log.evaluation(3) == {}

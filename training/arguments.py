@@ -251,7 +251,7 @@ def _read_yaml(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"there is no configuration file {path}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}  # a safe loader
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -267,6 +267,17 @@ def _read_yaml(path: Path) -> list[str]:
         elif value is not None:
             options.append(f"--{key}={value}")
     return options
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Of a key that is given twice yaml takes the last one, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def _option_names() -> list[str]:

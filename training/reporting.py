@@ -1,6 +1,7 @@
 """What a run tells: lines for the user, a log for programs, numbers for trackers."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,19 @@ class RunLog:
             tqdm.write(line, file=sys.stderr)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append a line to the log, and tell the trackers the numbers in it."""
+        """
+        Append a line to the log, and tell the trackers the numbers in it. A line that cannot be written, for example
+        because the disk is full, is reported and left out whole: it is not worth a run.
+        """
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+            except OSError as error:
+                self.report(f"step {step} is missing in {self.path}, which could not be written: {error}")
+                if self.path.exists():
+                    os.truncate(self.path, size)
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=step)
 
