@@ -1,6 +1,7 @@
 """Going on from a checkpoint otherwise than the run went, and ends of a run that are none."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,10 +176,11 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(trainer, tmp_path):
     process = trainer.start(tmp_path, file_size=5_000, max_steps=24, save_steps=0, **FEW)
     process.join(60)
     said = trainer.messages.read_text()  # of which there are no more than 5,000 bytes either
-    assert "step 24 is missing in" in said and "File too large" in said
+    missing = {int(step) for step in re.findall(r"step (\d+) is missing in", said)}
+    assert missing and "File too large" in said
     assert "run.finish()" in said, "of the model, which cannot be written either"
-    steps = sorted(losses_of(tmp_path))
-    assert 2 < len(steps) < 24 and steps == list(range(1, len(steps) + 1))
+    steps = set(losses_of(tmp_path))
+    assert len(steps) > 2 and not steps & missing and steps | missing == set(range(1, 25))
     assert (tmp_path / "log.jsonl").read_bytes().endswith(b"}\n")
 
 
