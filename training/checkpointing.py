@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -206,16 +207,16 @@ class Checkpoints:
 
 class Interruption:
     """
-    While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once. So
-    does the end of `accelerate launch`, which dies of a SIGTERM without a word to the one process it has started.
+    While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once. The
+    end of `accelerate launch`, which dies of a SIGTERM without a word to the process it has started, counts as one.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self._first = 0.0
         self._before: dict[int, Any] = {}
-        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-        self._launcher = os.getppid() if is_launched else None
+        parent = os.getppid()
+        self._launcher = parent if _is_accelerate(parent) else None
 
     @property
     def asked(self) -> bool:
@@ -237,9 +238,19 @@ class Interruption:
             raise KeyboardInterrupt
 
 
+def _is_accelerate(process: int) -> bool:
+    try:
+        words = psutil.Process(process).cmdline()
+    except psutil.Error:
+        return False
+    return "accelerate.commands.launch" in words or any(Path(word).stem.startswith("accelerate") for word in words[:2])
+
+
 def find_defect(checkpoint: Path, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words; None if every file is as it was written, or as long at
-    least where its `contents` are not read."""
+    """
+    What is wrong with a checkpoint, in words; None if every file is as it was written or, where `contents` are not
+    read, as long.
+    """
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
