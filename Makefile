@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CONSTRAINTS ?= --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINTS)
 # every value is given, so that a configuration made for another machine changes nothing here
 # threads that wait spin shortly, then sleep: where other programs want the cores too, a step is five times faster so
 LAUNCH := GOMP_SPINCOUNT=10000 $(BIN)/python -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 
 .PHONY: help
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/ready-train ## train a small model on the CPU, then write 16 meshes and a picture to outputs/demo
@@ -30,6 +31,15 @@ app: $(VENV)/ready-app ## show a page that generates meshes (MODEL=folder choose
 test: $(VENV)/ready-test ## run the tests with two workers (PYTEST_ARGS="-k name" chooses)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+.PHONY: test-newest
+test-newest: ## run the tests in a fresh environment with the newest releases of everything but torch
+	rm -rf $(VENV)-newest
+	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS=
+
+.PHONY: check-newest
+check-newest: $(VENV)/ready-test ## load, generate, train, save with the newest release of transformers: minutes, not the whole suite
+	$(BIN)/python tests/versions.py --newest --python $(BIN)/python
+
 .PHONY: quality
 quality: $(VENV)/ready-quality ## check formatting and style without changing a file
 	$(BIN)/ruff format --check .
@@ -42,7 +52,7 @@ style: $(VENV)/ready-quality ## format the code and fix what ruff can fix
 
 .PHONY: clean
 clean: ## remove the virtual environment, outputs, builds and caches
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-newest outputs build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is made after its installation succeeded, and is older than the files that decide what is installed.
@@ -59,7 +69,7 @@ $(VENV)/ready-quality: $(VENV)/ready-python constraints.txt
 # torch first and by itself, so that a build already chosen for this machine (CPU or CUDA) is the one the others find
 $(VENV)/ready-torch: $(VENV)/ready-python constraints.txt
 	@echo "Installing PyTorch into $(VENV): a minute or more, once."
-	$(PIP) torch
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
 $(VENV)/ready-train $(VENV)/ready-test $(VENV)/ready-app: $(VENV)/ready-%: $(VENV)/ready-torch setup.cfg pyproject.toml constraints.txt
