@@ -181,6 +181,11 @@ def weld(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _drop_unused(levels, faces[np.sort(_distinct_faces(faces))])
 
 
+def has_equal_corners(corners: np.ndarray) -> np.ndarray:
+    """Which of separate triangles (F, 3 corners, 3) have two corners in one place: (F,) bool."""
+    return (corners == np.roll(corners, 1, axis=1)).all(axis=2).any(axis=1)
+
+
 def _merge_vertices(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = levels @ _VERTEX_KEY
     order = keys.argsort()
