@@ -207,7 +207,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
         return self._coordinates(levels), faces
 
     def _corners(self, ids: Any) -> np.ndarray:
-        """Levels (F, 3 corners, 3) int64 of the whole faces of a sequence of ids, y up and in the winding of meshes."""
+        """Levels (F, 3 corners, 3) int64 of the whole faces of a sequence of ids, y up, in the winding of meshes."""
         ids = _to_array(ids)
         if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
             raise ValueError(f"ids must be one sequence of whole numbers, got {ids.dtype} of the shape {ids.shape}")
