@@ -10,12 +10,14 @@ import os
 import re
 from contextlib import contextmanager
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
 MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off", ".dae")
 UP_AXES = ("y", "z")
-# The vertical axis of a file: of glTF by specification, of the others as Blender and slicers write and read them.
+# The vertical axis of a file that does not say: of glTF by specification, of dae by its default, of the others as
+# Blender and slicers write and read them. `up_axis_of` looks into the file too.
 FILE_UP_AXES = {".glb": "y", ".gltf": "y", ".obj": "y", ".off": "y", ".dae": "y", ".ply": "z", ".stl": "z"}
 
 # Vertices are ordered by y, then x, then z. A level needs 21 bits at most, three of them fit one int64.
@@ -108,6 +110,35 @@ def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
         return _checked(vertices, faces)
 
 
+def up_axis_of(path: str | os.PathLike) -> str:
+    """The vertical axis of a mesh file, "x", "y" or "z": what it declares itself, else the custom of its format."""
+    return declared_up_axis(path) or FILE_UP_AXES[os.path.splitext(os.fspath(path))[1].lower()]
+
+
+def declared_up_axis(path: str | os.PathLike) -> str | None:
+    """The vertical axis, "x", "y" or "z", that a mesh file says it has, or None. Of the formats that are read only dae
+    can say (`<up_axis>` of the document's `<asset>`); readers, trimesh among them, leave the vertices as they are.
+
+    Raises OSError for a file that cannot be opened.
+    """
+    if not os.fspath(path).lower().endswith(".dae"):
+        return None
+    depth = 0
+    try:
+        for event, element in ElementTree.iterparse(path, events=("start", "end")):
+            depth += event == "start"
+            if event == "end":
+                name = element.tag.rpartition("}")[2]
+                if name == "up_axis" and depth == 3:
+                    return {"X_UP": "x", "Y_UP": "y", "Z_UP": "z"}.get((element.text or "").strip())
+                if name == "asset" and depth == 2:
+                    return None
+                depth -= 1
+    except (ElementTree.ParseError, ValueError, LookupError):  # damaged, or of an unknown encoding
+        pass
+    return None
+
+
 def normalise(vertices: np.ndarray, bounds: Any = None) -> np.ndarray:
     """Centre the bounding box at 0 and scale its longest side to 1: (V, 3) in any unit -> (V, 3) in [-0.5, 0.5].
 
@@ -178,13 +209,22 @@ def dequantise(levels: np.ndarray, resolution: int = 128) -> np.ndarray:
 
 
 def to_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
-    """Turn vertices or levels (V, 3) whose up-axis is `up_axis` ("y" or "z") so that y is up; winding is kept."""
-    return np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1) if up_axis == "z" else vertices
+    """Turn vertices or levels (V, 3) whose up-axis is `up_axis` so that y is up; winding is kept. Right stays right,
+    where that is x in y-up and z-up axes, and -y in x-up ones (COLLADA 1.4, `<up_axis>`)."""
+    if up_axis == "z":
+        return np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1)
+    if up_axis == "x":
+        return np.stack([-vertices[:, 1], vertices[:, 0], vertices[:, 2]], axis=1)
+    return vertices
 
 
 def from_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
     """The inverse of `to_y_up`."""
-    return np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=1) if up_axis == "z" else vertices
+    if up_axis == "z":
+        return np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=1)
+    if up_axis == "x":
+        return np.stack([vertices[:, 1], -vertices[:, 0], vertices[:, 2]], axis=1)
+    return vertices
 
 
 def turn(vertices: np.ndarray, up_axis: str, to_up_axis: str) -> np.ndarray:
