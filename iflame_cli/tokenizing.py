@@ -10,7 +10,7 @@ import numpy as np
 
 from iflame_cli.command_line import CommandError
 from iflame_hf import IFlameTokenizer
-from iflame_hf.mesh_iflame import FILE_UP_AXES, bounding_box, import_trimesh, load_mesh, normalise, quantise, turn
+from iflame_hf.mesh_iflame import bounding_box, import_trimesh, load_mesh, normalise, quantise, turn, up_axis_of
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def measure(path: Path, tokenizer: IFlameTokenizer, up_axis: str | None = None) 
         ValueError: the file is no usable mesh, naming it.
     """
     vertices, faces = load_mesh(path)
-    up_axis = up_axis or FILE_UP_AXES[path.suffix.lower()]
+    up_axis = up_axis or up_axis_of(path)
     vertices = turn(vertices, up_axis, tokenizer.up_axis)
     ids = tokenizer.encode_mesh((vertices, faces))
     decoded = tokenizer.decode_mesh(ids)

@@ -13,7 +13,7 @@ import trimesh
 from trimesh.viewer import scene_to_html
 
 from iflame_cli.command_line import CommandError
-from iflame_hf.mesh_iflame import FILE_UP_AXES, MESH_SUFFIXES, load_mesh, normalise, turn
+from iflame_hf.mesh_iflame import MESH_SUFFIXES, load_mesh, normalise, turn, up_axis_of
 
 MARK = "<!-- written by iflame view -->"
 SPACING = 1.35  # between the middles of neighbours; a mesh is 1 long
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     for path in paths:
         try:
             vertices, faces = load_mesh(path)
-            meshes[path] = normalise(turn(vertices, FILE_UP_AXES[path.suffix.lower()], "y")), faces
+            meshes[path] = normalise(turn(vertices, up_axis_of(path), "y")), faces
         except (ValueError, OSError) as error:
             print(f"iflame: left out: {error}", file=sys.stderr)
     if not meshes:

@@ -13,8 +13,8 @@ from transformers import Pipeline
 from .configuration_iflame import TOKENS_PER_FACE
 from .export_iflame import export_mesh
 from .mesh_iflame import (
-    FILE_UP_AXES,
     UP_AXES,
+    MeshError,
     bounding_box,
     denormalise,
     errors_name,
@@ -22,6 +22,7 @@ from .mesh_iflame import (
     is_mesh,
     load_mesh,
     turn,
+    up_axis_of,
 )
 from .streaming_iflame import stream_faces
 
@@ -73,7 +74,8 @@ class MeshGenerationPipeline(Pipeline):
                 parts of generated meshes, and for no others.
             bounds: instead of `room_above`, the box that the whole mesh fills, as of the tokenizer's `encode_mesh`.
             prompt_up_axis: the vertical axis of the prompt and of `bounds`, "y" or "z". By default that of the
-                tokenizer, and for a file that of its format: z in ply and stl, else y.
+                tokenizer, and for a file the one that it declares (dae), or that of its format: z in ply and stl, else
+                y.
             kwargs: any other parameter of `generate()`.
 
         Returns:
@@ -88,6 +90,9 @@ class MeshGenerationPipeline(Pipeline):
         is_list = isinstance(prompt, list)
         rows = [self.preprocess(each, **preprocess) for each in (prompt if is_list else [prompt])]
         num_meshes, seed = forward.pop("num_meshes", 1), forward.pop("seed", None)
+        for each, row in zip(prompt if is_list else [prompt], rows, strict=True):
+            with errors_name(each):
+                self._check_room(row, forward.get("max_faces"))
         jobs = [row for row in rows for _ in range(num_meshes)]
         meshes = []
         with self._seeded(seed):
@@ -113,6 +118,8 @@ class MeshGenerationPipeline(Pipeline):
         if forward.pop("num_meshes", 1) != 1 or isinstance(prompt, list):
             raise ValueError("faces are streamed of one mesh at a time: leave out num_meshes and give one prompt")
         row, seed = self.preprocess(prompt, **preprocess), forward.pop("seed", None)
+        with errors_name(prompt):
+            self._check_room(row, forward.get("max_faces"))
         options = self._generate_options([row], **forward)
         faces = stream_faces(
             self.model, self.tokenizer, row["input_ids"], skip_prompt=skip_prompt, timeout=timeout, **options
@@ -169,7 +176,7 @@ class MeshGenerationPipeline(Pipeline):
             raise ValueError(f"prompt_up_axis must be one of {', '.join(UP_AXES)}, got {prompt_up_axis!r}")
         vertices, faces = load_mesh(prompt)
         up_axis, is_file = self.tokenizer.up_axis, isinstance(prompt, (str, os.PathLike))
-        given_up = prompt_up_axis or (FILE_UP_AXES[Path(prompt).suffix.lower()] if is_file else up_axis)
+        given_up = prompt_up_axis or (up_axis_of(prompt) if is_file else up_axis)
         vertices = turn(vertices, given_up, up_axis)
         with errors_name(prompt):
             if room_above is not None:
@@ -177,29 +184,33 @@ class MeshGenerationPipeline(Pipeline):
             elif bounds is not None:
                 bounds = np.sort(turn(np.asarray(bounds, dtype=np.float64), given_up, up_axis), axis=0)
             elif np.abs(vertices).max() > 0.5 + 0.5 / self.tokenizer.coordinate_resolution:
-                raise ValueError(
+                raise MeshError(
                     "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with room_above or "
-                    "bounds how large the whole mesh may become"
+                    "bounds how large the whole mesh may become",
+                    "out_of_bounds",
                 )
             ids = self.tokenizer.encode_mesh(
                 (vertices, faces), add_end=False, normalise=bounds is not None, bounds=bounds
             )
         return {"input_ids": ids, "bounds": bounds}
 
+    def _check_room(self, row: dict, max_faces: int | None) -> None:
+        """Raises MeshError for a prompt that leaves no room for another face."""
+        faces, most = _num_faces(row), self._most_faces(max_faces)
+        if faces >= most:
+            message = f"the prompt has {faces} faces already: max_faces must be more, not {most}"
+            raise MeshError(message, "too_many_faces")
+
+    def _most_faces(self, max_faces: int | None) -> int:
+        return max_faces or max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
+
     def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
-        prompt_faces = [len(row["input_ids"]) // TOKENS_PER_FACE - 1 for row in rows]
-        if max_faces is None:
-            max_faces = max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
-        if max(prompt_faces) >= max_faces:
-            raise ValueError(
-                f"the prompt has {max(prompt_faces)} faces already: max_faces must be more, not {max_faces}"
-            )
         own = self.model.generation_config.to_diff_dict()
         defaults = {name: own.get(name, value) for name, value in (("do_sample", True), ("top_k", 0))}
         if not {**defaults, **options}["do_sample"]:
             defaults.pop("top_k")
         # The last token may say that the mesh ends.
-        new_tokens = TOKENS_PER_FACE * (max_faces - min(prompt_faces)) + 1
+        new_tokens = TOKENS_PER_FACE * (self._most_faces(max_faces) - min(map(_num_faces, rows))) + 1
         return {**defaults, **options, "max_new_tokens": new_tokens}
 
     def _forward(self, inputs: dict[str, Any], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
@@ -237,6 +248,10 @@ class MeshGenerationPipeline(Pipeline):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
+
+
+def _num_faces(row: dict) -> int:
+    return len(row["input_ids"]) // TOKENS_PER_FACE - 1
 
 
 def _whole(name: str, value: Any) -> int:

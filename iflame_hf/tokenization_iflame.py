@@ -1,5 +1,6 @@
 """Meshes to token ids and back."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -8,15 +9,19 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from .mesh_iflame import (
     MAX_RESOLUTION,
     UP_AXES,
+    MeshError,
     canonicalise,
+    declared_up_axis,
     dequantise,
     errors_name,
     from_y_up,
+    has_equal_corners,
     import_trimesh,
     is_mesh,
     load_mesh,
     quantise,
     to_y_up,
+    turn,
     weld,
 )
 from .mesh_iflame import normalise as normalise_vertices
@@ -38,7 +43,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
 
     Args:
         coordinate_resolution: R, the number of steps along the longest side of a mesh.
-        up_axis: the vertical axis of the meshes given and returned, "y" or "z". Sequences run upwards along it.
+        up_axis: the vertical axis of the meshes given and returned, "y" or "z". Sequences run upwards along it. A dae
+            file that declares another one is turned; other files are taken to have this one.
         reversed_winding: the second and third vertex of every face stand swapped in the sequences, as in those of
             the original iFlame code. For checkpoints trained on such sequences; meshes are the same either way.
         kwargs: as of any transformers tokenizer.
@@ -145,18 +151,21 @@ class IFlameTokenizer(PreTrainedTokenizer):
                 units and axes; takes the place of the mesh's own bounding box. A model goes on upwards from a prompt
                 and cannot leave the box: a part normalised by itself leaves no room above it.
 
-        Raises ValueError, naming the file where there is one, for what is no usable mesh: unreadable, empty, flat to
-        a point, coordinates not finite, indices out of range, no face left after quantisation, too many faces;
-        FileNotFoundError for a missing file.
+        Raises MeshError, a ValueError with a `kind`, naming the file where there is one, for what is no usable mesh:
+        unreadable, empty, flat to a point, coordinates not finite, indices out of range, no face left after
+        quantisation, too many faces (with their number); ValueError for bounds that are none; FileNotFoundError for a
+        missing file.
         """
         vertices, faces = load_mesh(mesh)
+        declared = declared_up_axis(mesh) if isinstance(mesh, (str, os.PathLike)) else None
         with errors_name(mesh):
             if bounds is not None and not normalise:
                 raise ValueError("bounds are what a mesh is normalised by: leave out normalise=False, or bounds")
             if normalise:
                 vertices = normalise_vertices(vertices, bounds)
             elif np.abs(vertices).max() > 0.5 + 0.5 / self.coordinate_resolution:
-                raise ValueError("with normalise=False all coordinates must lie in [-0.5, 0.5]")
+                raise MeshError("with normalise=False all coordinates must lie in [-0.5, 0.5]", "out_of_bounds")
+            vertices = turn(vertices, declared or self.up_axis, self.up_axis)
             ids = self.encode_arrays(vertices, faces, add_start=add_start, add_end=add_end, max_faces=max_faces)
         return ids.tolist()
 
@@ -172,17 +181,19 @@ class IFlameTokenizer(PreTrainedTokenizer):
         """Token ids (T,) int64 of vertices (V, 3) that are already within [-0.5, 0.5] and faces (F, 3).
 
         What `encode_mesh` does after loading and normalising, for loaders that augment in between. The arrays are
-        taken as valid (`load_mesh` checks them); coordinates outside are clipped. Raises ValueError if no face is
+        taken as valid (`load_mesh` checks them); coordinates outside are clipped. Raises MeshError if no face is
         left after quantisation, or more than `max_faces`.
         """
         levels = quantise(to_y_up(vertices, self.up_axis), self.coordinate_resolution)
         levels, faces = canonicalise(levels, faces)
         if len(faces) == 0:
-            raise ValueError(f"no face is left after quantisation to {self.coordinate_resolution} steps")
+            message = f"no face is left after quantisation to {self.coordinate_resolution} steps"
+            raise MeshError(message, "no_face_left")
         if max_faces is not None and len(faces) > max_faces:
-            raise ValueError(
+            raise MeshError(
                 f"the mesh has {len(faces)} faces after quantisation, more than {max_faces}: "
-                "simplify it first or raise max_faces"
+                "simplify it first or raise max_faces",
+                "too_many_faces",
             )
         if self.reversed_winding:
             faces = faces[:, _SWAP]
@@ -202,6 +213,11 @@ class IFlameTokenizer(PreTrainedTokenizer):
         these, degenerate and repeated ones dropped. Equal vertices are merged; faces keep their order and winding.
         What has no face gives empty arrays. Raises ValueError for ids that are not whole numbers or not one sequence.
         """
+        levels, faces = weld(self._corners(ids))
+        return self._coordinates(levels), faces
+
+    def _corners(self, ids: Any) -> np.ndarray:
+        """Levels (F, 3 corners, 3) int64 of the whole faces of a sequence of ids, y up, in the winding of meshes."""
         ids = _to_array(ids)
         if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
             raise ValueError(f"ids must be one sequence of whole numbers, got {ids.dtype} of the shape {ids.shape}")
@@ -209,19 +225,29 @@ class IFlameTokenizer(PreTrainedTokenizer):
         ids = ids[_first(~in_front) :]
         ids = ids[: _first((ids < 0) | (ids > self.coordinate_resolution))]
         corners = ids[: len(ids) // FACE * FACE].astype(np.int64).reshape(-1, 3, 3)[:, :, _XYZ]
-        if self.reversed_winding:
-            corners = corners[:, _SWAP]
-        levels, faces = weld(corners)
-        return from_y_up(dequantise(levels, self.coordinate_resolution), self.up_axis), faces
+        return corners[:, _SWAP] if self.reversed_winding else corners
+
+    def _coordinates(self, levels: np.ndarray) -> np.ndarray:
+        """Levels (V, 3), y up, as coordinates (V, 3) in the axes of meshes."""
+        return from_y_up(dequantise(levels, self.coordinate_resolution), self.up_axis)
 
     def decode_mesh(self, ids: Any) -> "trimesh.Trimesh":  # noqa: F821
         """A welded `trimesh.Trimesh` within [-0.5, 0.5] of one sequence of ids: `decode_arrays` as a mesh.
 
+        Its `metadata["dropped_faces"]` counts the faces of the sequence that the mesh lacks, by reason:
+        {"degenerate": two equal corners, "repeated": the same three vertices as an earlier face, in any winding}.
+        With `len(mesh.faces)` they are all whole faces of the sequence.
+
         Without a whole face the mesh is empty. Raises ValueError for ids that are not whole numbers or not one
         sequence, ImportError where trimesh is missing.
         """
-        vertices, faces = self.decode_arrays(ids)
-        return import_trimesh().Trimesh(vertices=vertices, faces=faces, process=False)
+        corners = self._corners(ids)
+        levels, faces = weld(corners)
+        degenerate = int(has_equal_corners(corners).sum())
+        dropped = {"degenerate": degenerate, "repeated": len(corners) - degenerate - len(faces)}
+        return import_trimesh().Trimesh(
+            vertices=self._coordinates(levels), faces=faces, process=False, metadata={"dropped_faces": dropped}
+        )
 
     def batch_decode_mesh(self, ids: Any) -> "list[trimesh.Trimesh]":  # noqa: F821
         """`decode_mesh` of each row of ids: a list of sequences, or an array or tensor (B, T)."""
