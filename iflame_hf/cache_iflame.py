@@ -8,7 +8,51 @@ from transformers.cache_utils import Cache
 # B batch, H heads, D head size, C channels
 
 
-class KeyValueState:
+def _refuse_to_crop():
+    raise ValueError(
+        "an IFlameCache cannot be cropped: linear attention keeps one running state and no history. "
+        "Run the shorter sequence from the start face instead"
+    )
+
+
+class LayerState:
+    """What transformers may ask the state of any layer (`CacheLayerMixin`, whose shapes fit one level only)."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def get_seq_length(self) -> int:
+        """Items of the layer's own level that it holds; 0 for a recurrent state, which has no such dimension."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that so many new items see, and the place of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Every tensor becomes `function` of it, which maps rows to rows."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its tensors are mapped")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def crop(self, *args, **kwargs) -> None:
+        _refuse_to_crop()
+
+
+class KeyValueState(LayerState):
     """
     Keys and values of one full-attention layer, at that layer's own level: (B, H, length, D) each.
 
@@ -25,7 +69,10 @@ class KeyValueState:
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
-    def length(self) -> int:
+    def is_initialized(self) -> bool:
+        return self.keys is not None
+
+    def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +85,7 @@ class KeyValueState:
             self.values = torch.cat([self.values, values], dim=2)
             self._buffers = None
         else:
-            first, last = self.length, self.length + keys.shape[2]
+            first, last = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
             if self._buffers is None or self._buffers[0].shape[2] < last:
                 self._buffers = tuple(self._with_room(old, 2 * last) for old in (self.keys, self.values))
             for buffer, new in zip(self._buffers, (keys, values), strict=True):
@@ -52,12 +99,12 @@ class KeyValueState:
 
     @staticmethod
     def _with_room(old: torch.Tensor, room: int) -> torch.Tensor:
-        buffer = old.new_empty(*old.shape[:2], room, old.shape[3])
+        buffer = old.new_zeros(*old.shape[:2], room, old.shape[3])
         buffer[:, :, : old.shape[2]] = old
         return buffer
 
 
-class RecurrentState:
+class RecurrentState(LayerState):
     """The state of one linear-attention layer: a (B, H, D, D) matrix in float32, or None before the first item."""
 
     def __init__(self):
@@ -65,6 +112,10 @@ class RecurrentState:
 
     def reset(self) -> None:
         self.state: torch.Tensor | None = None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.state is not None:
@@ -156,10 +207,7 @@ class IFlameCache(Cache):
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def crop(self, *args, **kwargs) -> None:
-        raise ValueError(
-            "an IFlameCache cannot be cropped: linear attention keeps one running state and no history. "
-            "Run the shorter sequence from the start face instead"
-        )
+        _refuse_to_crop()
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:

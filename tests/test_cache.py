@@ -7,9 +7,11 @@ import torch
 from small_models import PAD, mesh_rows, relative_error, small_config, small_model
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import CacheLayerMixin
 
 from iflame_hf import IFlameCache
 from iflame_hf.cache_iflame import KeyValueState, RecurrentState
+from iflame_hf.configuration_iflame import LEVEL_STRIDES
 
 SIZES = [{}, {"heads": 6, "hidden_size": 48}]
 
@@ -108,7 +110,7 @@ def test_the_length_counts_tokens_and_keys_stand_at_their_own_level(stage_layers
         for layer, count in enumerate(items):
             state = cache.layers[layer]
             if model.config.layer_types[layer] == "full_attention":
-                assert isinstance(state, KeyValueState) and state.length == count
+                assert isinstance(state, KeyValueState) and state.get_seq_length() == count
                 assert count == 0 or state.keys.shape == state.values.shape == (2, 4, count, 8)
                 assert not cache.has_previous_state(layer)
             else:
@@ -281,3 +283,32 @@ def test_a_cache_of_too_many_tokens_is_refused_before_anything_is_written():
         model(torch.tensor([[5]]), past_key_values=cache)
     assert all(torch.equal(tensor, before[name]) for name, tensor in states(cache).items())
     assert cache.get_seq_length() == 27
+
+
+@torch.no_grad()
+def test_layers_answer_what_transformers_asks_of_layers(model):
+    cache = IFlameCache(model.config)
+    assert not any(layer.is_initialized for layer in cache.layers)
+    model(mesh_rows(2, faces=3), cache=cache)
+    asked = {name for name in vars(CacheLayerMixin) if not name.startswith("_")}
+    asked -= {"lazy_initialization", "offload", "prefetch", "supports_early_init", "update"}  # by IFlameCache alone
+    for layer, kind, level in zip(cache.layers, model.config.layer_types, model.config.layer_levels(), strict=True):
+        assert asked <= set(dir(layer)), asked - set(dir(layer))
+        items = 36 // LEVEL_STRIDES[level] if kind == "full_attention" else 0
+        assert layer.is_initialized and layer.get_seq_length() == items and layer.get_max_length() == -1
+        assert layer.get_mask_sizes(1) == (items + 1, 0)
+        with pytest.raises(ValueError, match="cannot be cropped"):
+            layer.crop(-1)
+        layer.batch_repeat_interleave(2)
+        layer.reorder_cache(torch.tensor([0, 2, 3]))
+        assert next(value for value in vars(layer).values() if value is not None).shape[0] == 3
+
+
+@torch.no_grad()
+def test_spare_room_holds_zeros_and_no_memory_of_others(model):
+    cache = IFlameCache(model.config)
+    for tokens in (mesh_rows(2, faces=3), mesh_rows(2, faces=1)):
+        model(tokens, cache=cache)
+    full = [layer for layer, linear in zip(cache.layers, cache.is_linear, strict=True) if not linear]
+    spare = [buffer[:, :, layer.get_seq_length() :] for layer in full for buffer in layer._buffers]
+    assert all(each.numel() > 0 and not each.any() for each in spare)
