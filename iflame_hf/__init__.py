@@ -3,9 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .attributes_iflame import lost_attributes
 from .cache_iflame import IFlameCache
 from .configuration_iflame import IFlameConfig
 from .export_iflame import export_mesh
+from .mesh_iflame import MeshError
 from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
 from .pipeline_iflame import TASK, MeshGenerationPipeline
 from .streaming_iflame import FaceStreamer, stream_faces
@@ -19,8 +21,10 @@ __all__ = [
     "IFlameModel",
     "IFlamePreTrainedModel",
     "IFlameTokenizer",
+    "MeshError",
     "MeshGenerationPipeline",
     "export_mesh",
+    "lost_attributes",
     "stream_faces",
 ]
 

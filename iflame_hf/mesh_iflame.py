@@ -23,6 +23,37 @@ MAX_RESOLUTION = 2**21 - 1
 _VERTEX_KEY = np.array([2**21, 2**42, 1], dtype=np.int64)
 _ROTATIONS = np.array([[0, 1, 2], [1, 2, 0], [2, 0, 1]])
 
+# Why something is no usable mesh: the kinds of `MeshError`. The words stay the same when messages change.
+MESH_ERROR_KINDS = {
+    "unknown_format": "the suffix is of no format that is read",
+    "missing_file": "a file that the mesh file refers to is not there",
+    "no_permission": "a file must not be read",
+    "not_a_file": "the path is of a folder or a device",
+    "empty_file": "the file has no content",
+    "lfs_pointer": "a pointer of Git LFS in place of the file",
+    "wrong_format": "the content is not of the format that the suffix says",
+    "compressed_geometry": "geometry that only a decoder which is not here can read",
+    "unreadable": "damaged, cut off, or with something in it that the reader does not know",
+    "bad_shape": "arrays or lists of another shape or type than vertices (V, 3) and faces (F, 3) have; no mesh at all",
+    "empty": "no vertices or no faces",
+    "not_finite": "a coordinate, or the extent, is NaN or infinite",
+    "bad_indices": "a face has a corner that no vertex is",
+    "flat": "all vertices lie in one point, or no face has an area",
+    "no_face_left": "no face is left after quantisation",
+    "too_many_faces": "more faces than asked for",
+    "out_of_bounds": "the mesh does not lie within the box that it has to be in",
+}
+NOT_A_MESH = "a mesh is a path, a Trimesh, a Scene or a tuple (vertices, faces), not {}"
+
+
+class MeshError(ValueError):
+    """What was given is no usable mesh; the message says why to people, and begins with the file's name where there
+    is one. `kind` says why to programs: one of `MESH_ERROR_KINDS`."""
+
+    def __init__(self, message: str, kind: str = "unreadable"):
+        super().__init__(message)
+        self.kind = kind
+
 
 def import_trimesh():
     """The trimesh package, imported when it is first needed; ImportError with advice when it is missing."""
@@ -39,9 +70,10 @@ def errors_name(source: Any):
     try:
         yield
     except ValueError as error:
-        if isinstance(source, (str, os.PathLike)):
-            raise ValueError(f"{os.fspath(source)}: {error}") from error
-        raise
+        if not isinstance(source, (str, os.PathLike)):
+            raise
+        message = f"{os.fspath(source)}: {error}"
+        raise (MeshError(message, error.kind) if isinstance(error, MeshError) else ValueError(message)) from error
 
 
 def is_mesh(item: Any) -> bool:
@@ -51,7 +83,7 @@ def is_mesh(item: Any) -> bool:
         return item.lower().endswith(MESH_SUFFIXES)
     if isinstance(item, tuple):
         return len(item) == 2 and all(isinstance(part, list) or hasattr(part, "__array__") for part in item)
-    return isinstance(item, os.PathLike) or _is_trimesh(item) or _is_scene(item)
+    return isinstance(item, os.PathLike) or is_trimesh(item) or is_scene(item)
 
 
 def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -61,20 +93,18 @@ def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
     nodes are placed by their transforms, mirrored ones keep their outside outside), or a tuple (vertices, faces).
     Polygons become fans of triangles. Vertices that no face uses are left out.
 
-    Raises FileNotFoundError for a missing file; ValueError, naming the file where there is one, for a file that cannot
+    Raises FileNotFoundError for a missing file; MeshError, naming the file where there is one, for a file that cannot
     be read and for a mesh without faces, with coordinates that are not finite, or with an index that no vertex has.
     """
     with errors_name(mesh):
         if isinstance(mesh, (str, os.PathLike)):
             vertices, faces = _read_file(os.fspath(mesh))
-        elif _is_trimesh(mesh) or _is_scene(mesh):
+        elif is_trimesh(mesh) or is_scene(mesh):
             vertices, faces = _flatten(mesh)
         elif isinstance(mesh, tuple) and len(mesh) == 2:
             vertices, faces = mesh
         else:
-            raise ValueError(
-                f"a mesh is a path, a Trimesh, a Scene or a tuple (vertices, faces), not {type(mesh).__name__}"
-            )
+            raise MeshError(NOT_A_MESH.format(type(mesh).__name__), "bad_shape")
         return _checked(vertices, faces)
 
 
@@ -84,8 +114,8 @@ def normalise(vertices: np.ndarray, bounds: Any = None) -> np.ndarray:
     `bounds` (2, 3), the lowest and the highest corner of a box around all vertices, takes the place of their own
     bounding box: for a part, that of the whole mesh.
 
-    Raises ValueError for vertices that lie in a single point, for an extent that is not a finite number, and for
-    bounds that are none or leave a vertex outside.
+    Raises MeshError for vertices that lie in a single point, for an extent that is not a finite number, and for
+    bounds that leave a vertex outside; ValueError for bounds that are none.
     """
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     if bounds is None:
@@ -94,7 +124,10 @@ def normalise(vertices: np.ndarray, bounds: Any = None) -> np.ndarray:
         lowest, highest = _checked_bounds(bounds)
         centre, size = _centre_and_size(lowest, highest)
         if (low < lowest - 1e-6 * size).any() or (high > highest + 1e-6 * size).any():
-            raise ValueError(f"the mesh, from {low.tolist()} to {high.tolist()}, does not lie within the bounds given")
+            raise MeshError(
+                f"the mesh, from {low.tolist()} to {high.tolist()}, does not lie within the bounds given",
+                "out_of_bounds",
+            )
     return (vertices - centre) / size
 
 
@@ -126,8 +159,10 @@ def _checked_bounds(bounds: Any) -> tuple[np.ndarray, np.ndarray]:
 def _centre_and_size(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, float]:
     with np.errstate(over="ignore"):
         size = (high - low).max()
-    if not 0 < size < np.inf:
-        raise ValueError("all vertices lie in one point" if size == 0 else "its extent is not a finite number")
+    if size == 0:
+        raise MeshError("all vertices lie in one point", "flat")
+    if not size < np.inf:
+        raise MeshError("its extent is not a finite number", "not_finite")
     return low / 2 + high / 2, size
 
 
@@ -181,6 +216,11 @@ def weld(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _drop_unused(levels, faces[np.sort(_distinct_faces(faces))])
 
 
+def has_equal_corners(corners: np.ndarray) -> np.ndarray:
+    """Which of separate triangles (F, 3 corners, 3) have two corners in one place: (F,) bool."""
+    return (corners == np.roll(corners, 1, axis=1)).all(axis=2).any(axis=1)
+
+
 def _merge_vertices(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = levels @ _VERTEX_KEY
     order = keys.argsort()
@@ -214,19 +254,23 @@ def _checked(vertices: Any, faces: Any) -> tuple[np.ndarray, np.ndarray]:
     try:
         vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"vertices must be an array of numbers and faces one of indices ({error})") from error
+        message = f"vertices must be an array of numbers and faces one of indices ({error})"
+        raise MeshError(message, "bad_shape") from error
     if vertices.size == 0 or faces.size == 0:
-        raise ValueError("the mesh has no vertices" if vertices.size == 0 else "the mesh has no faces")
+        raise MeshError("the mesh has no vertices" if vertices.size == 0 else "the mesh has no faces", "empty")
     if vertices.ndim != 2 or vertices.shape[1] != 3:
-        raise ValueError(f"vertices must have the shape (V, 3), not {vertices.shape}")
+        raise MeshError(f"vertices must have the shape (V, 3), not {vertices.shape}", "bad_shape")
     if faces.ndim != 2 or faces.shape[1] < 3 or faces.dtype.kind not in "iu":
-        raise ValueError(f"faces must be whole numbers of the shape (F, 3), not {faces.dtype} {faces.shape}")
+        raise MeshError(
+            f"faces must be whole numbers of the shape (F, 3), not {faces.dtype} {faces.shape}", "bad_shape"
+        )
     if not np.isfinite(vertices).all():
-        raise ValueError("a coordinate is NaN or infinite")
+        raise MeshError("a coordinate is NaN or infinite", "not_finite")
     if faces.min() < 0 or faces.max() >= len(vertices):
-        raise ValueError(
+        raise MeshError(
             f"face indices run from {faces.min()} to {faces.max()}, but the {len(vertices)} vertices from 0 to "
-            f"{len(vertices) - 1}"
+            f"{len(vertices) - 1}",
+            "bad_indices",
         )
     faces = faces.astype(np.int64, copy=False)
     if faces.shape[1] > 3:
@@ -236,23 +280,23 @@ def _checked(vertices: Any, faces: Any) -> tuple[np.ndarray, np.ndarray]:
     return _drop_unused(vertices, faces)
 
 
-def _is_trimesh(item: Any) -> bool:
+def is_trimesh(item: Any) -> bool:
     return hasattr(item, "vertices") and hasattr(item, "faces")
 
 
-def _is_scene(item: Any) -> bool:
+def is_scene(item: Any) -> bool:
     return hasattr(item, "geometry") and hasattr(item, "graph")
 
 
 def _flatten(loaded: Any) -> tuple[np.ndarray, np.ndarray]:
     """The triangles of a Trimesh or of all nodes of a Scene; points, lines and cameras are left out."""
-    if not _is_scene(loaded):
+    if not is_scene(loaded):
         return loaded.vertices, loaded.faces
     all_vertices, all_faces, offset = [np.zeros((0, 3))], [np.zeros((0, 3), dtype=np.int64)], 0
     for node in loaded.graph.nodes_geometry:
         transform, name = loaded.graph[node]
         geometry = loaded.geometry[name]
-        if not _is_trimesh(geometry) or len(geometry.faces) == 0:
+        if not is_trimesh(geometry) or len(geometry.faces) == 0:
             continue
         vertices, faces = np.asarray(geometry.vertices), np.asarray(geometry.faces)
         mirrored = np.linalg.det(transform[:3, :3]) < 0
@@ -263,24 +307,10 @@ def _flatten(loaded: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_file(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices and faces of a file, or ValueError with the reason (without the file's name)."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix not in MESH_SUFFIXES:
-        raise ValueError(f"unknown mesh format {suffix!r}; known are {', '.join(MESH_SUFFIXES)}")
-    if not os.path.isfile(path):
-        raise ValueError("not a file")
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if not head:
-        raise ValueError("the file is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError("a Git LFS pointer, not the mesh itself; fetch it with `git lfs pull`")
-    if suffix == ".glb" and not head.startswith(b"glTF"):
-        raise ValueError("not a binary glTF file: it does not begin with glTF")
+    """Vertices and faces of a file, or MeshError with the reason (without the file's name)."""
+    suffix = check_file(path)
     trimesh = import_trimesh()
-    try:
+    with errors_of_reader(path, suffix):
         if suffix == ".off":
             return _read_off(path)
         if suffix in (".glb", ".gltf"):
@@ -288,56 +318,107 @@ def _read_file(path: str) -> tuple[np.ndarray, np.ndarray]:
         if suffix == ".ply":
             _check_text_ply(path)
         return _flatten(trimesh.load_scene(path, process=False, skip_materials=True))
+
+
+def check_file(path: str) -> str:
+    """The suffix, in lower case, of a file that may be a mesh by its first bytes. Raises FileNotFoundError, and
+    MeshError with the reason (without the file's name)."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in MESH_SUFFIXES:
+        raise MeshError(f"unknown mesh format {suffix!r}; known are {', '.join(MESH_SUFFIXES)}", "unknown_format")
+    if not os.path.isfile(path):
+        raise MeshError("not a file", "not_a_file")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise MeshError("the file is empty", "empty_file")
+    if head.startswith(b"version https://git-lfs"):
+        raise MeshError("a Git LFS pointer, not the mesh itself; fetch it with `git lfs pull`", "lfs_pointer")
+    if suffix == ".glb" and not head.startswith(b"glTF"):
+        raise MeshError("not a binary glTF file: it does not begin with glTF", "wrong_format")
+    return suffix
+
+
+@contextmanager
+def errors_of_reader(path: str, suffix: str):
+    """Turn whatever a reader of mesh files raises into MeshError (without the file's name), but ImportError, with the
+    name, and MemoryError, which says nothing of the file."""
+    try:
+        yield
     except ImportError as error:
         raise ImportError(f"{path}: reading {suffix} files needs another package ({error})") from error
-    except MemoryError:  # which says nothing of the file
+    except MemoryError:
         raise
     except Exception as error:  # each of trimesh's readers raises what its parser happens to raise
+        kind = error.kind if isinstance(error, MeshError) else "unreadable"
+        if suffix == ".obj" and isinstance(error, IndexError):  # the reader looks vertices up as it goes
+            kind = "bad_indices"
+        elif isinstance(error, FileNotFoundError):
+            kind = "missing_file"
+        elif isinstance(error, PermissionError):
+            kind = "no_permission"
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"cannot be read as {suffix[1:]}: {reason}") from error
+        raise MeshError(f"cannot be read as {suffix[1:]}: {reason}", kind) from error
 
 
 def _check_text_ply(path: str) -> None:
-    """ValueError for a text file with fewer lines than its header promises, which trimesh takes for a smaller mesh."""
+    """MeshError for a text file with fewer lines than its header promises, which trimesh takes for a smaller mesh."""
     with open(path, "rb") as file:
         header, _, body = file.read().partition(b"end_header")
     if b"format ascii" in header:
         promised = sum(int(count) for count in re.findall(rb"^element \S+ (\d+)", header, re.MULTILINE))
         found = sum(bool(line.strip()) for line in body.splitlines())
         if found < promised:
-            raise ValueError(f"it is cut off: {found} lines of data where its header promises {promised}")
+            raise MeshError(f"it is cut off: {found} lines of data where its header promises {promised}")
+
+
+def read_gltf_tree(path: str) -> dict[str, Any]:
+    """The JSON of a glb or gltf file."""
+    with open(path, "rb") as file:
+        data = file.read(20)
+        if data.startswith(b"glTF"):  # 12 bytes of header, then the length and type of the JSON chunk
+            data = file.read(min(int.from_bytes(data[12:16], "little"), os.path.getsize(path)))
+        else:
+            data += file.read()
+    return json.loads(data)
 
 
 def _check_gltf(path: str) -> None:
-    """ValueError for what the glTF format has and trimesh would leave out, or misread, without a word."""
-    with open(path, "rb") as file:
-        data = file.read()
-    if data.startswith(b"glTF"):  # 12 bytes of header, then the length and type of the JSON chunk
-        data = data[20 : 20 + int.from_bytes(data[12:16], "little")]
-    tree = json.loads(data)
+    """MeshError for what the glTF format has and trimesh would leave out, or misread, without a word."""
+    tree = read_gltf_tree(path)
     for extension in tree.get("extensionsRequired", []):
         if "compression" in extension:
-            raise ValueError(f"its geometry is compressed ({extension}); save it without compression")
+            message = f"its geometry is compressed ({extension}); save it without compression"
+            raise MeshError(message, "compressed_geometry")
     for mesh in tree.get("meshes", []):
         for primitive in mesh["primitives"]:
             if primitive.get("mode") == 6:
-                raise ValueError("it has triangle fans; save it with separate triangles")
+                raise MeshError("it has triangle fans; save it with separate triangles")
             if tree["accessors"][primitive["attributes"]["POSITION"]].get("normalized"):
-                raise ValueError("its positions are normalised integers; save it with floating-point positions")
+                raise MeshError("its positions are normalised integers; save it with floating-point positions")
 
 
-def _read_off(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices and triangles of an OFF file. trimesh 5.2 fails where polygons of different sizes meet."""
+def read_off_rows(path: str) -> tuple[str, list[list[str]], list[list[str]]]:
+    """The header's word of an OFF file, such as "COFF", and the words of the rows of its vertices and of its faces."""
     with open(path, encoding="utf-8", errors="replace") as file:
         text = re.sub(r"#.*", "", file.read()).strip()
     header = re.match(r"(ST)?C?N?OFF", text)
     if header is None:
-        raise ValueError("it does not begin with OFF")
+        raise MeshError("it does not begin with OFF", "wrong_format")
     rows = [line.split() for line in text[header.end() :].splitlines() if line.strip()]
-    vertex_count, face_count = int(rows[0][0]), int(rows[0][1])
-    if len(rows) < 1 + vertex_count + face_count:
-        raise ValueError("it ends early")
-    vertices = np.array([row[:3] for row in rows[1 : 1 + vertex_count]], dtype=np.float64)
-    polygons = [row[1 : 1 + int(row[0])] for row in rows[1 + vertex_count : 1 + vertex_count + face_count]]
+    end_of_vertices = 1 + int(rows[0][0])
+    end = end_of_vertices + int(rows[0][1])
+    if len(rows) < end:
+        raise MeshError("it ends early")
+    return header[0], rows[1:end_of_vertices], rows[end_of_vertices:end]
+
+
+def _read_off(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices and triangles of an OFF file. trimesh 5.2 fails where polygons of different sizes meet."""
+    _, rows, polygons = read_off_rows(path)
+    vertices = np.array([row[:3] for row in rows], dtype=np.float64)
+    polygons = [row[1 : 1 + int(row[0])] for row in polygons]
     fans = [(corners[0], *corners[i : i + 2]) for corners in polygons for i in range(1, len(corners) - 1)]
     return vertices, np.array(fans, dtype=np.int64)

@@ -12,6 +12,7 @@ from .mesh_iflame import (
     dequantise,
     errors_name,
     from_y_up,
+    has_equal_corners,
     import_trimesh,
     is_mesh,
     load_mesh,
@@ -202,6 +203,11 @@ class IFlameTokenizer(PreTrainedTokenizer):
         these, degenerate and repeated ones dropped. Equal vertices are merged; faces keep their order and winding.
         What has no face gives empty arrays. Raises ValueError for ids that are not whole numbers or not one sequence.
         """
+        levels, faces = weld(self._corners(ids))
+        return self._coordinates(levels), faces
+
+    def _corners(self, ids: Any) -> np.ndarray:
+        """Levels (F, 3 corners, 3) int64 of the whole faces of a sequence of ids, y up, in the winding of meshes."""
         ids = _to_array(ids)
         if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
             raise ValueError(f"ids must be one sequence of whole numbers, got {ids.dtype} of the shape {ids.shape}")
@@ -209,19 +215,29 @@ class IFlameTokenizer(PreTrainedTokenizer):
         ids = ids[_first(~in_front) :]
         ids = ids[: _first((ids < 0) | (ids > self.coordinate_resolution))]
         corners = ids[: len(ids) // FACE * FACE].astype(np.int64).reshape(-1, 3, 3)[:, :, _XYZ]
-        if self.reversed_winding:
-            corners = corners[:, _SWAP]
-        levels, faces = weld(corners)
-        return from_y_up(dequantise(levels, self.coordinate_resolution), self.up_axis), faces
+        return corners[:, _SWAP] if self.reversed_winding else corners
+
+    def _coordinates(self, levels: np.ndarray) -> np.ndarray:
+        """Levels (V, 3), y up, as coordinates (V, 3) in the axes of meshes."""
+        return from_y_up(dequantise(levels, self.coordinate_resolution), self.up_axis)
 
     def decode_mesh(self, ids: Any) -> "trimesh.Trimesh":  # noqa: F821
         """A welded `trimesh.Trimesh` within [-0.5, 0.5] of one sequence of ids: `decode_arrays` as a mesh.
 
+        Its `metadata["dropped_faces"]` counts the faces of the sequence that the mesh lacks, by reason:
+        {"degenerate": two equal corners, "repeated": the same three vertices as an earlier face, in any winding}.
+        With `len(mesh.faces)` they are all whole faces of the sequence.
+
         Without a whole face the mesh is empty. Raises ValueError for ids that are not whole numbers or not one
         sequence, ImportError where trimesh is missing.
         """
-        vertices, faces = self.decode_arrays(ids)
-        return import_trimesh().Trimesh(vertices=vertices, faces=faces, process=False)
+        corners = self._corners(ids)
+        levels, faces = weld(corners)
+        degenerate = int(has_equal_corners(corners).sum())
+        dropped = {"degenerate": degenerate, "repeated": len(corners) - degenerate - len(faces)}
+        return import_trimesh().Trimesh(
+            vertices=self._coordinates(levels), faces=faces, process=False, metadata={"dropped_faces": dropped}
+        )
 
     def batch_decode_mesh(self, ids: Any) -> "list[trimesh.Trimesh]":  # noqa: F821
         """`decode_mesh` of each row of ids: a list of sequences, or an array or tensor (B, T)."""
