@@ -55,6 +55,26 @@ class MeshError(ValueError):
         self.kind = kind
 
 
+class OptionError(ValueError):
+    """An option that cannot be as given. The message names options as Python's parameters are named; `worded` names
+    them as the users of another program know them.
+
+    Args:
+        text: the message, with %s for each option (and %% for a percent sign).
+        options: names of parameters.
+        source: what the message begins with, as `errors_name` gives it.
+    """
+
+    def __init__(self, text: str, *options: str, source: str = ""):
+        self.text, self.options, self.source = text, options, source
+        super().__init__(self.worded())
+
+    def worded(self, name_of: Any = str) -> str:
+        """The message with `name_of(option)` for every option."""
+        # Without options the text is a message that is whole, as pickle gives it.
+        return self.source + (self.text % tuple(map(name_of, self.options)) if self.options else self.text)
+
+
 def import_trimesh():
     """The trimesh package, imported when it is first needed; ImportError with advice when it is missing."""
     try:
@@ -72,7 +92,10 @@ def errors_name(source: Any):
     except ValueError as error:
         if not isinstance(source, (str, os.PathLike)):
             raise
-        message = f"{os.fspath(source)}: {error}"
+        beginning = f"{os.fspath(source)}: "
+        if isinstance(error, OptionError):
+            raise OptionError(error.text, *error.options, source=beginning + error.source) from error
+        message = f"{beginning}{error}"
         raise (MeshError(message, error.kind) if isinstance(error, MeshError) else ValueError(message)) from error
 
 
@@ -327,7 +350,11 @@ def check_file(path: str) -> str:
         raise FileNotFoundError(f"{path}: no such file")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in MESH_SUFFIXES:
-        raise MeshError(f"unknown mesh format {suffix!r}; known are {', '.join(MESH_SUFFIXES)}", "unknown_format")
+        raise MeshError(
+            f"unknown mesh format {suffix!r}; known are {', '.join(MESH_SUFFIXES)}. Convert others, for example in "
+            "Blender: File > Export > glTF 2.0",
+            "unknown_format",
+        )
     if not os.path.isfile(path):
         raise MeshError("not a file", "not_a_file")
     with open(path, "rb") as file:

@@ -15,6 +15,7 @@ from .export_iflame import export_mesh
 from .mesh_iflame import (
     FILE_UP_AXES,
     UP_AXES,
+    OptionError,
     bounding_box,
     denormalise,
     errors_name,
@@ -72,6 +73,9 @@ class MeshGenerationPipeline(Pipeline):
                 high). By default the part keeps its place, which must be within [-0.5, 0.5] on every axis: right for
                 parts of generated meshes, and for no others.
             bounds: instead of `room_above`, the box that the whole mesh fills, as of the tokenizer's `encode_mesh`.
+            keep: of the prompt only its lowest faces: a share (float between 0 and 1) or a number (int) of them. The
+                box that it has to lie within, or that `room_above` adds to, is that of all faces; a prompt that is
+                not within [-0.5, 0.5] then needs neither `room_above` nor `bounds`: it fills its own box.
             prompt_up_axis: the vertical axis of the prompt and of `bounds`, "y" or "z". By default that of the
                 tokenizer, and for a file that of its format: z in ply and stl, else y.
             kwargs: any other parameter of `generate()`.
@@ -134,7 +138,9 @@ class MeshGenerationPipeline(Pipeline):
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
         given = {name: value for name, value in given.items() if value is not None}
-        preprocess = {name: given.pop(name) for name in ("room_above", "bounds", "prompt_up_axis") if name in given}
+        preprocess = {
+            name: given.pop(name) for name in ("room_above", "bounds", "keep", "prompt_up_axis") if name in given
+        }
         for name in ("num_meshes", "max_faces"):
             if name in given:
                 _whole(name, given[name])
@@ -150,21 +156,33 @@ class MeshGenerationPipeline(Pipeline):
         return preprocess, given, {}
 
     def preprocess(
-        self, prompt: Any, room_above: float | None = None, bounds: Any = None, prompt_up_axis: str | None = None
+        self,
+        prompt: Any,
+        room_above: float | None = None,
+        bounds: Any = None,
+        keep: float | int | None = None,
+        prompt_up_axis: str | None = None,
     ) -> dict[str, Any]:
         """Ids of what a mesh begins with, and the box that places it, or None."""
         if prompt is None:
-            if not (room_above is bounds is prompt_up_axis is None):
-                raise ValueError("room_above, bounds and prompt_up_axis are of a prompt, and there is none")
+            if not (room_above is bounds is keep is prompt_up_axis is None):
+                raise OptionError(
+                    "%s, %s, %s and %s are of a prompt, and there is none",
+                    *("room_above", "bounds", "keep", "prompt_up_axis"),
+                )
             return {"input_ids": [self.tokenizer.bos_token_id] * TOKENS_PER_FACE, "bounds": None}
         if not is_mesh(prompt):
             raise ValueError(
                 f"a prompt is the path of a mesh file, a Trimesh, a Scene or a tuple (vertices, faces), got {prompt!r}"
             )
         if room_above is not None and bounds is not None:
-            raise ValueError("give either room_above or bounds, and not both")
+            raise OptionError("give either %s or %s, and not both", "room_above", "bounds")
         if room_above is not None and room_above < 0:
-            raise ValueError(f"room_above must not be negative, got {room_above}")
+            raise OptionError(f"%s must not be negative, got {room_above}", "room_above")
+        if keep is not None and not (0 < keep < 1 if isinstance(keep, float) else _is_whole(keep)):
+            raise OptionError(
+                f"%s must be a share between 0.0 and 1.0, or a whole number of faces from 1 on, got {keep!r}", "keep"
+            )
         if prompt_up_axis not in (None, *UP_AXES):
             raise ValueError(f"prompt_up_axis must be one of {', '.join(UP_AXES)}, got {prompt_up_axis!r}")
         vertices, faces = load_mesh(prompt)
@@ -177,22 +195,33 @@ class MeshGenerationPipeline(Pipeline):
             elif bounds is not None:
                 bounds = np.sort(turn(np.asarray(bounds, dtype=np.float64), given_up, up_axis), axis=0)
             elif np.abs(vertices).max() > 0.5 + 0.5 / self.tokenizer.coordinate_resolution:
-                raise ValueError(
-                    "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with room_above or "
-                    "bounds how large the whole mesh may become"
-                )
+                if keep is None:
+                    raise OptionError(
+                        "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with %s or "
+                        "%s how large the whole mesh may become",
+                        *("room_above", "bounds"),
+                    )
+                bounds = bounding_box(vertices)
             ids = self.tokenizer.encode_mesh(
                 (vertices, faces), add_end=False, normalise=bounds is not None, bounds=bounds
             )
+        if keep is not None:
+            kept = max(1, round(keep * (len(ids) // TOKENS_PER_FACE - 1))) if isinstance(keep, float) else keep
+            ids = ids[: TOKENS_PER_FACE * (1 + kept)]
         return {"input_ids": ids, "bounds": bounds}
+
+    @property
+    def default_max_faces(self) -> int:
+        """Most faces of a mesh where a call does not give `max_faces`."""
+        return max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
 
     def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         prompt_faces = [len(row["input_ids"]) // TOKENS_PER_FACE - 1 for row in rows]
         if max_faces is None:
-            max_faces = max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
+            max_faces = self.default_max_faces
         if max(prompt_faces) >= max_faces:
-            raise ValueError(
-                f"the prompt has {max(prompt_faces)} faces already: max_faces must be more, not {max_faces}"
+            raise OptionError(
+                f"the prompt has {max(prompt_faces)} faces already: %s must be more, not {max_faces}", "max_faces"
             )
         own = self.model.generation_config.to_diff_dict()
         defaults = {name: own.get(name, value) for name, value in (("do_sample", True), ("top_k", 0))}
@@ -239,7 +268,11 @@ class MeshGenerationPipeline(Pipeline):
             yield
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_whole(value):
         raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
     return value

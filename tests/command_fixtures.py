@@ -57,3 +57,25 @@ def generate(model, out, *arguments, faces=5):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def in_a_fresh_process(*arguments, cwd):
+    """A finished process of main(), and which of the packages that take seconds to import it has imported."""
+    source = (
+        "import sys\n"
+        "from iflame_cli.command_line import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
+        "print('imported', *sorted({'torch', 'transformers', 'trimesh'} & set(sys.modules)))\n"
+        "sys.exit(code)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    *_, last = run.stdout.splitlines() or [""]
+    assert last.startswith("imported"), run.stderr
+    return run, set(last.split()[1:])

@@ -20,7 +20,7 @@ from small_models import BOS, EOS, small_model
 from tqdm import tqdm
 
 from hub_upload import lay_out_cache
-from iflame_cli.generating import Progress
+from iflame_cli.making import Progress
 from iflame_hf import IFlameTokenizer
 
 

@@ -45,8 +45,12 @@ def test_tokenize_counts_what_was_dropped_and_why_as_a_process(tmp_path):
 def test_the_counts_add_up_and_the_error_is_that_of_rounding(name, tmp_path):
     mesh = solids()[name]
     path = export_mesh(mesh, tmp_path / "mesh.glb")
+    found = measure(path, 32)
     tokenizer = IFlameTokenizer(coordinate_resolution=32)
-    found = measure(path, tokenizer)
+    ids = tokenizer.encode_mesh(path)
+    decoded = tokenizer.decode_mesh(ids)
+    assert (len(ids), len(decoded.vertices)) == (found["tokens"], found["kept_vertices"])
+    assert decoded.is_watertight == found["closed_after"]
     dropped = sum(found[k] for k in ("faces_with_equal_corners", "faces_flattened_by_rounding", "faces_repeated"))
     assert found["kept_faces"] == found["faces"] - dropped == (found["tokens"] - 18) // 9
     merged = found["vertices_welded"] + found["vertices_merged_by_rounding"]
@@ -59,9 +63,9 @@ def test_the_counts_add_up_and_the_error_is_that_of_rounding(name, tmp_path):
 
 def test_tokenize_minds_the_vertical_axis_of_a_format(tmp_path):
     mesh = trimesh.creation.cone(1, 4)
-    assert measure(export_mesh(mesh, tmp_path / "a.stl"), IFlameTokenizer())["up_axis"] == "z"
-    assert measure(export_mesh(mesh, tmp_path / "a.glb"), IFlameTokenizer())["up_axis"] == "y"
-    assert measure(tmp_path / "a.glb", IFlameTokenizer(), "z")["up_axis"] == "z"
+    assert measure(export_mesh(mesh, tmp_path / "a.stl"))["up_axis"] == "z"
+    assert measure(export_mesh(mesh, tmp_path / "a.glb"))["up_axis"] == "y"
+    assert measure(tmp_path / "a.glb", up_axis="z")["up_axis"] == "z"
 
 
 def test_tokenize_goes_on_after_a_bad_file_and_ends_with_1(tmp_path, capsys):
