@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .mesh_iflame import (
     load_mesh,
     turn,
 )
+from .sampling_iflame import row_seeds
 from .streaming_iflame import stream_faces
 
 TASK = "mesh-generation"
@@ -66,7 +67,9 @@ class MeshGenerationPipeline(Pipeline):
             batch_size: how many meshes are generated at once, 8 by default.
             num_meshes: how many, or how many for each prompt, 1 by default.
             max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes.
-            seed: the same seed gives the same meshes, for the same parameters, batch size and kind of device.
+            seed: a whole number, the seed of the first mesh; the others, of all prompts, have those that follow it. Or
+                a list of one for each mesh. A seed gives the same mesh again for the same prompt and parameters,
+                alone or in a batch; torch's own random numbers stay as they are. By default one is drawn of them.
             do_sample, temperature, top_p, top_k: as of `generate()`. By default it samples, from all tokens unless
                 the model's generation_config.json says otherwise.
             room_above: how much higher than the part the whole mesh may become, in heights of the part (1.0: twice as
@@ -82,7 +85,8 @@ class MeshGenerationPipeline(Pipeline):
 
         Returns:
             A list of `num_meshes` meshes, in the prompt's units; for a list of prompts a list of such lists. Their
-            `metadata["ended"]` says whether the mesh came to its end within `max_faces`. One may be without a face.
+            `metadata["ended"]` says whether the mesh came to its end within `max_faces`, `metadata["seed"]` is the
+            seed that makes it again (None for greedy search and beams). One may be without a face.
 
         Raises ValueError for parameters and prompts that cannot be, ImportError where trimesh is missing.
         """
@@ -91,12 +95,13 @@ class MeshGenerationPipeline(Pipeline):
         batch_size = _whole("batch_size", batch_size or self._batch_size or DEFAULT_BATCH_SIZE)
         is_list = isinstance(prompt, list)
         rows = [self.preprocess(each, **preprocess) for each in (prompt if is_list else [prompt])]
-        num_meshes, seed = forward.pop("num_meshes", 1), forward.pop("seed", None)
-        jobs = [row for row in rows for _ in range(num_meshes)]
+        num_meshes = forward.pop("num_meshes", 1)
+        seeds = self._seeds(len(rows) * num_meshes, **forward)
+        forward.pop("seed", None)
+        jobs = [{**row, "seed": seeds.pop(0)} for row in rows for _ in range(num_meshes)]
         meshes = []
-        with self._seeded(seed):
-            for start in range(0, len(jobs), batch_size):
-                meshes += self.postprocess(self.forward({"rows": jobs[start : start + batch_size]}, **forward))
+        for start in range(0, len(jobs), batch_size):
+            meshes += self.postprocess(self.forward({"rows": jobs[start : start + batch_size]}, **forward))
         if not is_list:
             return meshes
         return [meshes[start : start + num_meshes] for start in range(0, len(meshes), num_meshes)]
@@ -116,17 +121,13 @@ class MeshGenerationPipeline(Pipeline):
         preprocess, forward, _ = self._parameters(kwargs)
         if forward.pop("num_meshes", 1) != 1 or isinstance(prompt, list):
             raise ValueError("faces are streamed of one mesh at a time: leave out num_meshes and give one prompt")
-        row, seed = self.preprocess(prompt, **preprocess), forward.pop("seed", None)
+        row = self.preprocess(prompt, **preprocess)
+        (forward["seed"],) = self._seeds(1, **forward)
         options = self._generate_options([row], **forward)
         faces = stream_faces(
             self.model, self.tokenizer, row["input_ids"], skip_prompt=skip_prompt, timeout=timeout, **options
         )
-        return self._placed(faces, row["bounds"], seed)
-
-    def _placed(self, faces: Iterator[np.ndarray], bounds: Any, seed: int | None) -> Iterator[np.ndarray]:
-        with self._seeded(seed):
-            for face in faces:
-                yield face if bounds is None else denormalise(face, bounds)
+        return faces if row["bounds"] is None else _placed(faces, row["bounds"])
 
     def export(self, mesh: Any, path: str | os.PathLike, **options: Any) -> Path:
         """Writes a generated mesh as glb, obj, ply or stl, upright; `options` are those of `export_mesh`."""
@@ -223,13 +224,26 @@ class MeshGenerationPipeline(Pipeline):
             raise OptionError(
                 f"the prompt has {max(prompt_faces)} faces already: %s must be more, not {max_faces}", "max_faces"
             )
+        # The last token may say that the mesh ends.
+        new_tokens = TOKENS_PER_FACE * (max_faces - min(prompt_faces)) + 1
+        return {**self._sampling_options(**options), "max_new_tokens": new_tokens}
+
+    def _sampling_options(self, **options: Any) -> dict[str, Any]:
         own = self.model.generation_config.to_diff_dict()
         defaults = {name: own.get(name, value) for name, value in (("do_sample", True), ("top_k", 0))}
         if not {**defaults, **options}["do_sample"]:
             defaults.pop("top_k")
-        # The last token may say that the mesh ends.
-        new_tokens = TOKENS_PER_FACE * (max_faces - min(prompt_faces)) + 1
-        return {**defaults, **options, "max_new_tokens": new_tokens}
+        return {**defaults, **options}
+
+    def _seeds(self, number: int, seed: Any = None, **options: Any) -> list[int | None]:
+        """A seed for each mesh: as given, or drawn where meshes are sampled one by one, or None."""
+        if seed is not None:
+            return row_seeds(seed, number)
+        config = options.get("generation_config") or self.model.generation_config
+        beams = options.get("num_beams", config.num_beams) or 1
+        if beams > 1 or not self._sampling_options(**options)["do_sample"]:
+            return [None] * number
+        return row_seeds(int(torch.randint(2**31, ())), number)
 
     def _forward(self, inputs: dict[str, Any], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         rows = inputs["rows"]
@@ -237,7 +251,8 @@ class MeshGenerationPipeline(Pipeline):
         batch = self.tokenizer.pad(
             {"input_ids": [row["input_ids"] for row in rows]}, padding_side="left", return_tensors="pt"
         ).to(self.device)
-        sequences = self.model.generate(**batch, **options)
+        seeds = [row.get("seed") for row in rows]
+        sequences = self.model.generate(**batch, seed=None if None in seeds else seeds, **options)
         shortest = min(len(row["input_ids"]) for row in rows)
         longest_mesh = shortest + options["max_new_tokens"]
         padding = [batch["input_ids"].shape[1] - len(row["input_ids"]) for row in rows]
@@ -253,19 +268,16 @@ class MeshGenerationPipeline(Pipeline):
             mesh = self.tokenizer.decode_mesh(ids)
             if row["bounds"] is not None and len(mesh.faces):
                 mesh.vertices = denormalise(np.asarray(mesh.vertices), row["bounds"])
+            mesh.metadata["seed"] = row.get("seed")
             mesh.metadata["ended"] = bool((ids[len(row["input_ids"]) :] == self.tokenizer.eos_token_id).any())
             meshes.append(mesh)
         return meshes
 
-    @contextmanager
-    def _seeded(self, seed: int | None) -> Iterator[None]:
-        """torch's random numbers begin with `seed`, and are afterwards as they were; nothing for None."""
-        if seed is None:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
+
+def _placed(faces: Iterator[np.ndarray], bounds: Any) -> Iterator[np.ndarray]:
+    with closing(faces):
+        for face in faces:
+            yield denormalise(face, bounds)
 
 
 def _is_whole(value: Any) -> bool:

@@ -84,10 +84,8 @@ def test_a_seed_gives_the_same_meshes_and_leaves_the_random_numbers_of_others_al
 
 
 def test_the_meshes_are_those_of_generate(generator):
-    torch.manual_seed(3)
-    ids = generator.model.generate(
-        torch.full((4, 9), BOS), do_sample=True, top_k=0, temperature=0.8, top_p=0.9, max_new_tokens=9 * 5 + 1
-    )
+    options = {"do_sample": True, "top_k": 0, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 9 * 5 + 1}
+    ids = generator.model.generate(torch.full((4, 9), BOS), seed=3, **options)
     expected = triangles(generator.tokenizer.batch_decode_mesh(ids))
     meshes = generator(num_meshes=4, max_faces=5, seed=3, temperature=0.8, top_p=0.9)
     assert triangles(meshes) == expected
