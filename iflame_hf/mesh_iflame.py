@@ -244,6 +244,24 @@ def has_equal_corners(corners: np.ndarray) -> np.ndarray:
     return (corners == np.roll(corners, 1, axis=1)).all(axis=2).any(axis=1)
 
 
+def triangulate(corners: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Polygons as fans of triangles (F', 3) around their first corners, the winding kept: n corners, n - 2 triangles.
+
+    `sides` (F,) are the numbers of corners of the polygons, whose `corners` (sum of sides,) follow one another. Raises
+    MeshError where there is no polygon, or one of fewer than three corners.
+    """
+    if len(sides) == 0:
+        raise MeshError("the mesh has no faces", "empty")
+    if sides.min() < 3:
+        raise MeshError("a face has fewer than three corners", "bad_shape")
+    if sides.max() == 3:
+        return corners.reshape(-1, 3)
+    count = sides - 2
+    first = np.repeat(np.cumsum(sides) - sides, count)
+    second = first + 1 + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return corners[np.stack([first, second, second + 1], axis=1)]
+
+
 def _merge_vertices(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = levels @ _VERTEX_KEY
     order = keys.argsort()
@@ -296,11 +314,7 @@ def _checked(vertices: Any, faces: Any) -> tuple[np.ndarray, np.ndarray]:
             "bad_indices",
         )
     faces = faces.astype(np.int64, copy=False)
-    if faces.shape[1] > 3:
-        sides = faces.shape[1]
-        fan = np.array([[0, corner, corner + 1] for corner in range(1, sides - 1)])
-        faces = faces[:, fan].reshape(-1, 3)
-    return _drop_unused(vertices, faces)
+    return _drop_unused(vertices, triangulate(faces.ravel(), np.full(len(faces), faces.shape[1])))
 
 
 def is_trimesh(item: Any) -> bool:
@@ -447,5 +461,8 @@ def _read_off(path: str) -> tuple[np.ndarray, np.ndarray]:
     _, rows, polygons = read_off_rows(path)
     vertices = np.array([row[:3] for row in rows], dtype=np.float64)
     polygons = [row[1 : 1 + int(row[0])] for row in polygons]
-    fans = [(corners[0], *corners[i : i + 2]) for corners in polygons for i in range(1, len(corners) - 1)]
-    return vertices, np.array(fans, dtype=np.int64)
+    polygons = [corners for corners in polygons if len(corners) >= 3]  # others are points and lines
+    if not polygons:
+        return vertices, np.zeros((0, 3), dtype=np.int64)
+    corners = np.array([corner for corners in polygons for corner in corners], dtype=np.int64)
+    return vertices, triangulate(corners, np.array([len(corners) for corners in polygons], dtype=np.int64))

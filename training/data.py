@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import fsspec
 import numpy as np
-import pyarrow.compute
 import pyarrow.parquet
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
@@ -25,7 +24,7 @@ from training.arguments import Arguments
 from training.loader import Batch, Place, TrainingRows, batch_inputs, in_workers
 from training.packing import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_ids, pack_row, plan_rows
 from training.procedural import make_dataset
-from training.sequences import MeshEncoder, MeshTable
+from training.sequences import MeshEncoder, MeshTable, count_triangles
 from training.streaming import stream_rows
 
 # What a worker sends at once: so many rows cost little more than one.
@@ -39,7 +38,7 @@ VALIDATION_SEED = 1_000_003
 class Meshes(Protocol):
     """A collection of meshes, in memory or on disk."""
 
-    num_faces: np.ndarray  # (N,)
+    num_faces: np.ndarray  # (N,) triangles
     categories: np.ndarray  # (N,) indices into category_names
     category_names: list[str]
 
@@ -68,10 +67,11 @@ class ProceduralMeshes:
 class ParquetMeshes:
     """
     The meshes of parquet files, here or at hf:// addresses, memory-mapped by `datasets`: columns `vertices` and
-    `faces` (lists of three numbers), and `category` and `name` where there are such.
+    `faces` (lists of three numbers; of more corners, which become fans of triangles), and `category` and `name` where
+    there are such.
 
     Raises:
-        ValueError: no such file, a column is missing, or there is no mesh in them.
+        ValueError: no such file, a column is missing or of another type, or there is no mesh in them.
     """
 
     def __init__(self, files: Sequence[str], max_samples: int | None = None):
@@ -96,7 +96,7 @@ class ParquetMeshes:
         if max_samples is not None:
             self._data = self._data.take(min(max_samples, len(self._data)))
         table = self._data.with_format("arrow")
-        self.num_faces = pyarrow.compute.list_value_length(table["faces"][:]).to_numpy().astype(np.int64)
+        self.num_faces = count_triangles(table["faces"][:])
         categories = self._data["category"][:] if "category" in optional else ["all"] * len(self._data)
         self.category_names, self.categories = _number([str(category) for category in categories])
         self._rows = self._data.select_columns(["vertices", "faces"]).with_format("arrow")
@@ -212,7 +212,7 @@ def mesh_sizes(meshes: Meshes, row_length: int, long_meshes: str) -> tuple[np.nd
         longest = int(sizes.argmax())
         raise ValueError(
             f"{too_long.sum()} of {len(sizes)} meshes are longer than a row of {row_length} tokens; the longest, "
-            f"{meshes.describe(longest)}, has {meshes.num_faces[longest]} faces: give --row_length "
+            f"{meshes.describe(longest)}, has {meshes.num_faces[longest]} faces as triangles: give --row_length "
             f"{TOKENS_PER_FACE * sizes[longest]}, or --long_meshes crop or --long_meshes drop"
         )
     used = np.flatnonzero(~too_long) if long_meshes == "drop" else np.arange(len(sizes))

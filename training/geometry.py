@@ -23,5 +23,6 @@ def _load() -> ModuleType:
 
 _mesh = _load()
 MESH_SUFFIXES = _mesh.MESH_SUFFIXES
+MeshError = _mesh.MeshError
 load_mesh, normalise, quantise = _mesh.load_mesh, _mesh.normalise, _mesh.quantise
-canonicalise, to_y_up = _mesh.canonicalise, _mesh.to_y_up
+canonicalise, to_y_up, triangulate = _mesh.canonicalise, _mesh.to_y_up, _mesh.triangulate

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from iflame_hf.mesh_iflame import load_mesh, normalise
+from iflame_hf.mesh_iflame import MeshError, load_mesh, normalise, triangulate
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 
 # Ranges of the paper's code.
@@ -15,40 +15,73 @@ SHIFT_RANGE = np.array([0.1, 0.1, 0.075])
 
 
 class MeshTable:
-    """The meshes of an arrow table with the columns `vertices` and `faces`, lists of lists of numbers, in memory."""
+    """The meshes of an arrow table with the columns `vertices` and `faces`, lists of lists of numbers, in memory.
+    Faces may have any number of corners from three on: polygons become fans of triangles."""
 
     def __init__(self, table: pyarrow.Table):
-        self._vertices, self._faces = _Matrices(table["vertices"]), _Matrices(table["faces"])
+        self._vertices, self._faces = _Rows(table["vertices"]), _Rows(table["faces"])
+        self.num_faces = count_triangles(table["faces"])
 
     def __len__(self) -> int:
-        return len(self._faces.ends)
+        return len(self.num_faces)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vertices (V, 3) and faces (F, 3) of one mesh. Raises ValueError if its lists are not equally long."""
-        return self._vertices[index], self._faces[index]
+        """Vertices (V, 3) and triangles (F, 3) of one mesh, not checked any further than that they are such. Raises
+        MeshError if it has none, a value is missing, or rows of them are too short or of different lengths."""
+        numbers, lengths = self._vertices[index]
+        if len(lengths) == 0:
+            raise MeshError("the mesh has no vertices", "empty")
+        if (lengths != lengths[0]).any():
+            raise MeshError("its vertices have different numbers of coordinates", "bad_shape")
+        return numbers.reshape(len(lengths), -1), triangulate(*self._faces[index])
 
-    @property
-    def num_faces(self) -> np.ndarray:
-        return np.diff(self._faces.ends, prepend=0)
+
+def count_triangles(faces: pyarrow.ChunkedArray) -> np.ndarray:
+    """
+    Triangles (N,) int64 that `triangulate` makes of the faces of each mesh in a column of lists of lists of corners,
+    by the lengths of the lists alone. Of a mesh that it refuses the number means nothing; it is not negative.
+    """
+    counts = [np.zeros(0, dtype=np.int64)]
+    for lists in faces.chunks:
+        polygons, ends = _unnest(lists)
+        if pyarrow.types.is_fixed_size_list(polygons.type):
+            corners = polygons.type.list_size * ends
+        else:
+            offsets = polygons.offsets.to_numpy()  # where a mapped file lies, of which only these places are read
+            corners = offsets[ends].astype(np.int64) - offsets[0]
+        counts.append(np.maximum(np.diff(corners - 2 * ends, prepend=0), 0))
+    return np.concatenate(counts)
 
 
-class _Matrices:
-    """A column of lists of lists, as arrays (rows, numbers in a row)."""
+class _Rows:
+    """A column of lists of lists of numbers, as the numbers and the lengths of the inner lists of each."""
 
     def __init__(self, column: pyarrow.ChunkedArray):
-        lists = column.combine_chunks()
-        rows = lists.flatten()
-        self.ends = np.cumsum(_lengths(lists))
-        self._row_ends = np.concatenate([[0], np.cumsum(_lengths(rows))])
-        self._numbers = rows.flatten().to_numpy(zero_copy_only=False)
+        rows, self._ends = _unnest(column.combine_chunks())
+        numbers = rows.flatten()
+        self._row_lengths = _lengths(rows)
+        self._row_ends = np.concatenate([[0], np.cumsum(self._row_lengths)])
+        self._is_missing = None
+        if numbers.null_count:  # as NaN they would make floats of the corners of all meshes
+            self._is_missing = numbers.is_null().to_numpy(zero_copy_only=False)
+            numbers = numbers.fill_null(0)
+        self._numbers = numbers.to_numpy(zero_copy_only=False)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        start, end = self.ends[index - 1] if index else 0, self.ends[index]
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        start, end = self._ends[index - 1] if index else 0, self._ends[index]
         first, last = self._row_ends[start], self._row_ends[end]
-        count = end - start
-        if count == 0:
-            raise ValueError("the mesh has no vertices or no faces")
-        return self._numbers[first:last].reshape(count, -1)
+        if self._is_missing is not None and self._is_missing[first:last].any():
+            raise MeshError("a value is missing", "bad_shape")
+        return self._numbers[first:last], self._row_lengths[start:end]
+
+
+def _unnest(lists: pyarrow.Array) -> tuple[pyarrow.Array, np.ndarray]:
+    """The inner lists of lists of lists, and where in them each of the outer ones ends. Raises ValueError for arrays
+    of another type."""
+    lists = lists.storage if isinstance(lists, pyarrow.ExtensionArray) else lists  # such as Array2D of `datasets`
+    if not hasattr(lists.type, "value_type") or not hasattr(lists.type.value_type, "value_type"):
+        raise ValueError(f"the columns vertices and faces must be lists of lists of numbers, not {lists.type}")
+    return lists.flatten(), np.cumsum(_lengths(lists))
 
 
 def _lengths(lists: pyarrow.Array) -> np.ndarray:

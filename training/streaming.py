@@ -134,7 +134,7 @@ class StreamedRows(TrainingRows):
                 elif self.long_meshes == "error":
                     faces = int(meshes.num_faces[row])
                     raise ValueError(
-                        f"{_describe(table, shard, row)} has {faces} faces and is longer than a row of "
+                        f"{_describe(table, shard, row)} has {faces} faces as triangles and is longer than a row of "
                         f"{self.encode.row_length} tokens: give --row_length {TOKENS_PER_FACE * (faces + EXTRA_FACES)}"
                         ", or --long_meshes crop or --long_meshes drop"
                     )

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
+from training.geometry import triangulate
 from training.items import READ_SUFFIXES, Item, printable, suffix_of
 from training.rejection import Rejected
 from training.safe_pickle import safe_load
@@ -105,7 +106,7 @@ def _array_build(item: Item, vertices: Any, faces: Any) -> Build:
         corners = faces
         if not isinstance(faces, np.ndarray) or faces.ndim != 2:
             flat = np.array([index for face in faces for index in face])
-            corners = _triangles(flat, np.array([len(face) for face in faces]))
+            corners = triangulate(flat, np.array([len(face) for face in faces]))
         item.payload = (np.asarray(vertices), np.asarray(corners))
 
     return build
@@ -163,7 +164,7 @@ def _row_build(
             if len(set(lengths.tolist())) > 1:
                 raise Rejected("bad shape", "its vertices have different numbers of coordinates")
             flat, sides = _lists(batch.column("faces"), row)
-            item.payload = (vertices.reshape(len(lengths), -1), _triangles(flat, sides))
+            item.payload = (vertices.reshape(len(lengths), -1), triangulate(flat, sides))
             return
         value = batch.column(columns.files)[row].as_py()
         value = value if isinstance(value, dict) else {"bytes": value, "path": f"mesh.{columns.files}"}
@@ -195,19 +196,6 @@ def _lists(column: pyarrow.Array, row: int) -> tuple[np.ndarray, np.ndarray]:
         raise Rejected("bad shape", "a value is missing, or the lists are nested too deep")
     lengths = pyarrow.compute.list_value_length(inner)
     return flat.to_numpy(zero_copy_only=False), lengths.to_numpy(zero_copy_only=False)
-
-
-def _triangles(flat: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """Polygons of `sides` (F,) corners each, which follow each other in `flat`, as fans of triangles (F', 3)."""
-    if (sides == sides[0]).all():
-        return flat.reshape(len(sides), -1)
-    if sides.min() < 3:
-        raise Rejected("bad shape", "a face has fewer than three corners")
-    starts = np.cumsum(sides) - sides
-    count = sides - 2
-    first = np.repeat(starts, count)
-    step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return np.stack([flat[first], flat[first + step + 1], flat[first + step + 2]], axis=1)
 
 
 def _texts(column: pyarrow.Array, names: list[str] | None) -> list[str | None]:
