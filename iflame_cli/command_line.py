@@ -12,6 +12,7 @@ from typing import Any
 from iflame_cli.errors import CommandError
 
 FORMATS = ("glb", "obj", "ply", "stl")
+PIVOTS = ("ground", "centre")
 DEVICES = ("cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")  # as torch names them, beside the cpu
 MODEL_HELP = "name on the Hugging Face Hub, such as user/name, or a folder"
 
@@ -135,6 +136,7 @@ def _add_generate(commands) -> None:
         """
 iflame generate user/name --num 8 --out chairs
 iflame generate outputs/demo --num 4 --format obj --seed 7 --top-p 0.8 --max-faces 120
+iflame generate outputs/demo --num 4 --height 0.9 --pivot ground --thumbnails
 """,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -193,7 +195,10 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
     parser.add_argument("--format", choices=FORMATS, default="glb", help="of the files")
     parser.add_argument("--overwrite", action="store_true", help="write over files that are there")
     parser.add_argument(
-        "--seed", type=_whole(0), metavar="N", help="gives the same meshes again; printed if not given"
+        "--seed",
+        type=_whole(0),
+        metavar="N",
+        help="of the first mesh, the next one has N + 1: gives the same again; printed if not given",
     )
     parser.add_argument("--temperature", type=_number(0, above=True), metavar="T", help="below 1: more of the likely")
     parser.add_argument("--top-p", type=_number(0, 1, above=True), metavar="P", help="from the likeliest share P only")
@@ -210,6 +215,14 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="precision; by default as saved")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument(
+        "--height", type=_number(0, above=True), metavar="METRES", help="scale each mesh so that it is so high"
+    )
+    parser.add_argument(
+        "--pivot",
+        choices=PIVOTS,
+        help="put the origin under the centre of the mesh, on the ground, or at its centre; by default it stays",
+    )
     parser.add_argument("--normals", action="store_true", help="write smooth normals; without, faces look flat")
     parser.add_argument(
         "--winding",
@@ -218,6 +231,7 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
         help="turn closed pieces outwards, or keep what was generated",
     )
     parser.add_argument("--license", metavar="ID", help="licence to note in the files, such as cc-by-4.0")
+    parser.add_argument("--thumbnails", action="store_true", help="write a picture (png) beside each mesh")
     _add_json(parser)
 
 

@@ -5,17 +5,19 @@ import json
 import os
 import random
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
+from iflame_cli.geometry.mesh_iflame import FILE_UP_AXES, load_mesh, turn
 from iflame_cli.models import check_model
 from iflame_cli.reading import MeshFile, check_decimation, mesh_files, read_mesh
 
 RECORD = "meshes.json"
-RECORDED_OPTIONS = ("model", "revision", "batch_size", "temperature", "top_p", "top_k", "max_faces")
+RECORDED_OPTIONS = ("model", "revision", "batch_size", "temperature", "top_p", "top_k", "max_faces", "height", "pivot")
 
 
 class Job(NamedTuple):
@@ -29,15 +31,16 @@ def run(options: argparse.Namespace) -> None:
     """Makes and writes the meshes; prints a line for each. Raises CommandError where none came of it."""
     part_paths = mesh_files(options.parts) if options.command == "complete" else []
     out_paths = _out_paths(options, part_paths)
-    _refuse_to_overwrite([*out_paths, options.out / RECORD], options.overwrite)
+    pictures = [_thumbnail(path) for path in out_paths] if options.thumbnails else []
+    _refuse_to_overwrite([*out_paths, *pictures, options.out / RECORD], options.overwrite)
+    if options.thumbnails and find_spec("PIL") is None:
+        raise CommandError("--thumbnails needs the package pillow: pip install pillow")
     check_model(options.model)
     parts = _read_parts(part_paths, options) if part_paths else []
     jobs = [
         Job(path, part)
         for path, part in zip(out_paths, [part for part in parts or [None] for _ in range(options.num)], strict=True)
     ]
-
-    import torch
 
     from iflame_cli.making import check_parts, load_generator, make_meshes
 
@@ -47,10 +50,9 @@ def run(options: argparse.Namespace) -> None:
 
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     record = {name: getattr(options, name) for name in RECORDED_OPTIONS} | {"seed": seed, "meshes": []}
-    torch.manual_seed(seed)
     try:
         with tqdm(total=len(jobs), unit="mesh", disable=None) as bar:
-            meshes = make_meshes(generator, [job.part for job in jobs], options, bar)
+            meshes = make_meshes(generator, [job.part for job in jobs], seed, options, bar)
             for job, mesh in zip(jobs, meshes, strict=True):
                 entry = _write(generator, job, mesh, options, record)
                 record["meshes"].append(entry)
@@ -99,17 +101,37 @@ def _write(generator: Any, job: Job, mesh: Any, options: argparse.Namespace, rec
     if job.part is not None:
         entry["part"] = str(job.part.path)
     if entry["faces"] == 0:
-        job.path.unlink(missing_ok=True)  # of an earlier run, which was to be overwritten
+        for path in (job.path, _thumbnail(job.path)):  # of an earlier run, which was to be overwritten
+            path.unlink(missing_ok=True)
         return entry
     generator.export(
         mesh,
         job.path,
         winding=options.winding,
+        height=options.height,
+        pivot=options.pivot,
         normals=options.normals,
         license=options.license,
-        extras={"model": record["model"], "seed": record["seed"]},
+        extras={"model": record["model"], "seed": entry["seed"]},
     )
-    return entry | {"file": job.path.name, "closed": bool(mesh.is_watertight)}
+    entry |= {"file": job.path.name, "closed": bool(mesh.is_watertight)}
+    if options.thumbnails:
+        entry["thumbnail"] = _draw(job.path).name
+    return entry
+
+
+def _thumbnail(path: Path) -> Path:
+    return path.with_suffix(".png")
+
+
+def _draw(path: Path) -> Path:
+    """Writes the picture of a mesh file beside it; returns its path."""
+    from iflame_cli.render import render_meshes
+
+    vertices, faces = load_mesh(path)
+    picture = _thumbnail(path)
+    render_meshes([(turn(vertices, FILE_UP_AXES[path.suffix], "y"), faces)], picture)
+    return picture
 
 
 def _tell(job: Job, entry: dict[str, Any], as_json: bool) -> None:
@@ -119,16 +141,15 @@ def _tell(job: Job, entry: dict[str, Any], as_json: bool) -> None:
     elif entry["file"] is None:
         return
     else:
-        text = f"{job.path}  {entry['faces']} faces{_dropped(entry['dropped_faces'])}"
-        text += "" if entry["ended"] else ", not ended: cut off at --max-faces"
+        dropped = entry["dropped_faces"]
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        text = f"{job.path}  {entry['faces']} faces" + (
+            f", {sum(dropped.values())} more dropped ({why})" if why else ""
+        )
+        if not entry["ended"]:
+            text += f"; not ended: cut off at {entry['faces'] + sum(dropped.values())} faces (--max-faces)"
     tqdm.write(text)
     sys.stdout.flush()
-
-
-def _dropped(counts: dict[str, int]) -> str:
-    """How many faces that were generated are not in the mesh, and why; nothing if all are."""
-    why = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-    return f" and {sum(counts.values())} dropped ({why})" if why else ""
 
 
 def _write_record(path: Path, record: dict) -> None:

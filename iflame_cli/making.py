@@ -99,9 +99,14 @@ class Progress(StoppingCriteria):
 
 
 def make_meshes(
-    generator: MeshGenerationPipeline, parts: list[MeshFile | None], options: argparse.Namespace, bar: tqdm
+    generator: MeshGenerationPipeline,
+    parts: list[MeshFile | None],
+    seed: int,
+    options: argparse.Namespace,
+    bar: tqdm,
 ) -> Iterator[Any]:
-    """A mesh for each part, or from nothing for None, in their order, as soon as its batch is done."""
+    """A mesh for each part, or from nothing for None, in their order, as soon as its batch is done; the first has
+    the seed given, each other one that of the mesh before it plus 1."""
     sampling = {name: getattr(options, name) for name in SAMPLING}
     done = 0
     for up_axis, group in groupby(parts, key=lambda part: part and part.up_axis):
@@ -109,7 +114,7 @@ def make_meshes(
         for start in range(0, len(same), options.batch_size):
             batch = same[start : start + options.batch_size]
             progress = Progress(bar, generator.tokenizer.eos_token_id)
-            shared = {**sampling, "stopping_criteria": [progress], "batch_size": len(batch)}
+            shared = {**sampling, "seed": seed + done, "stopping_criteria": [progress], "batch_size": len(batch)}
             if up_axis is None:
                 meshes = generator(num_meshes=len(batch), **shared)
             else:

@@ -15,13 +15,16 @@ import pytest
 import torch
 import trimesh
 from command_fixtures import ROOT, command, files_of, generate, model_folder, process  # noqa: F401
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_models import BOS, EOS, small_model
+from small_models import BOS, EOS, PAD, small_model
 from tqdm import tqdm
 
 from hub_upload import lay_out_cache
+from iflame_cli.command_line import main
 from iflame_cli.making import Progress
 from iflame_hf import IFlameTokenizer
+from iflame_hf.mesh_iflame import read_gltf_tree
 
 
 def drop_a_weight(path):
@@ -69,7 +72,7 @@ def test_a_seed_gives_the_same_meshes_and_an_unsaid_one_is_told(model, tmp_path,
     assert meshes["a"] == meshes["b"] and meshes["a"] != meshes["c"]
     capsys.readouterr()
     assert generate(model, tmp_path / "d", "--num", "3") == 0
-    seed = re.search(r"--seed (\d+) for the same meshes", capsys.readouterr().out)[1]
+    seed = re.search(r"--seed (\d+) for the same meshes", capsys.readouterr().err)[1]
     assert generate(model, tmp_path / "e", "--num", "3", "--seed", seed) == 0
     assert files_of(tmp_path / "d") == files_of(tmp_path / "e")
 
@@ -192,3 +195,90 @@ def test_ctrl_c_keeps_what_is_written_and_ends_with_130(model, tmp_path):
     found = {path.name for path in (tmp_path / "out").iterdir()} - {"meshes.json"}
     assert named and named <= found and len(found - named) <= 1
     assert not [name for name in found if "partial" in name]
+
+
+def test_json_gives_a_line_a_mesh_on_the_output_and_says_all_else_as_errors(model, tmp_path):
+    arguments = ("generate", model, "--num", 4, "--max-faces", 5, "--device", "cpu", "--json")
+    run = process(*arguments, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    told = [json.loads(line) for line in run.stdout.splitlines()]
+    recorded = json.loads((tmp_path / "meshes" / "meshes.json").read_text())["meshes"]
+    assert [{name: value for name, value in each.items() if name != "path"} for each in told] == recorded
+    assert len(told) == 4 and any(each["path"] for each in told)
+    for each in told:
+        assert each["path"] is None if each["file"] is None else (tmp_path / each["path"]).is_file()
+    assert re.search(r"--seed \d+ for the same meshes", run.stderr)
+
+
+def save_with_likely_tokens(folder, **bias):
+    """A model's folder, with more of some tokens than of others."""
+    likely = small_model()
+    with torch.no_grad():
+        likely.lm_head.bias[[PAD, BOS, EOS]] -= 30
+        for token, more in bias.items():
+            likely.lm_head.bias[int(token.removeprefix("token_"))] += more
+    likely.save_pretrained(folder)
+    IFlameTokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_faces_that_were_dropped_are_counted_and_told(tmp_path, capsys):
+    model = save_with_likely_tokens(tmp_path / "model", token_5=9, token_6=9, token_7=9)
+    assert generate(model, tmp_path / "out", "--num", "2", "--seed", "1", faces=60) == 0
+    told = capsys.readouterr().out
+    for entry in json.loads((tmp_path / "out" / "meshes.json").read_text())["meshes"]:
+        dropped = entry["dropped_faces"]
+        assert 0 < entry["faces"] == 60 - sum(dropped.values()) and not entry["ended"]
+        assert dropped["degenerate"] > 0
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        line = f"{entry['file']}  {entry['faces']} faces, {sum(dropped.values())} more dropped ({why}); "
+        assert line + "not ended: cut off at 60 faces (--max-faces)\n" in told
+
+
+def test_a_mesh_is_made_again_alone_by_its_own_seed(model, tmp_path):
+    assert generate(model, tmp_path / "all", "--num", "5", "--seed", "10", "--batch-size", "3") == 0
+    entries = json.loads((tmp_path / "all" / "meshes.json").read_text())["meshes"]
+    assert [entry["seed"] for entry in entries] == [10, 11, 12, 13, 14]
+    named = [entry for entry in entries if entry["file"]]
+    assert len(named) > 2
+    for entry in named:
+        out = tmp_path / str(entry["seed"])
+        assert generate(model, out, "--seed", str(entry["seed"]), "--num", "1") == 0
+        meshes = [trimesh.load_scene(path) for path in (tmp_path / "all" / entry["file"], out / "mesh-00.glb")]
+        assert np.array_equal(*(scene.to_geometry().triangles for scene in meshes))
+        for path in (tmp_path / "all" / entry["file"], out / "mesh-00.glb"):
+            assert read_gltf_tree(str(path))["asset"]["extras"]["seed"] == entry["seed"]
+
+
+def test_meshes_get_a_height_a_pivot_and_a_thumbnail(model, tmp_path):
+    arguments = ["--num", "3", "--seed", "1", "--height", "1.8", "--pivot", "ground", "--thumbnails"]
+    assert generate(model, tmp_path, *arguments) == 0
+    entries = [entry for entry in json.loads((tmp_path / "meshes.json").read_text())["meshes"] if entry["file"]]
+    assert entries
+    for entry in entries:
+        (low, high) = trimesh.load_mesh(tmp_path / entry["file"]).bounds
+        assert low[1] == pytest.approx(0, abs=1e-6) and high[1] == pytest.approx(1.8, rel=1e-6)
+        assert low[[0, 2]] == pytest.approx(-high[[0, 2]], abs=1e-6)
+        picture = np.asarray(Image.open(tmp_path / entry["thumbnail"]))
+        assert entry["thumbnail"] == Path(entry["file"]).stem + ".png" and (picture != 255).any()
+    assert len(list(tmp_path.iterdir())) == 2 * len(entries) + 1
+    (tmp_path / "mesh-00.glb").unlink(missing_ok=True)
+    assert generate(model, tmp_path, "--thumbnails") == 1, "a picture is not written over either"
+
+
+def test_a_missing_package_for_thumbnails_is_told_at_once(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert generate(model, tmp_path / "out", "--thumbnails") == 1
+    assert "--thumbnails needs the package pillow: pip install pillow" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "xpu:1"])
+def test_a_device_that_is_not_there_is_told_before_weights_are_loaded(model, device, tmp_path, monkeypatch, capsys):
+    if torch.accelerator.is_available() and device.split(":")[0] == torch.accelerator.current_accelerator().type:
+        pytest.skip("there may be such a device")
+    monkeypatch.setattr("iflame_cli.making.IFlameForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["generate", model, "--out", str(tmp_path / "out"), "--device", device]) == 1
+    error = capsys.readouterr().err
+    assert f"--device {device}: " in error and "sees no such device here, only cpu" in error
+    assert len(error.splitlines()) == 1

@@ -1,15 +1,17 @@
 """`iflame tokenize`, as a process and by its main()."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import trimesh
 from command_fixtures import process
 from mesh_fixtures import solids
+from PIL import Image
 
 from iflame_cli.command_line import main
-from iflame_cli.tokenizing import measure
+from iflame_cli.tokenizing import describe, measure
 from iflame_hf import IFlameTokenizer, export_mesh
 
 
@@ -75,3 +77,39 @@ def test_tokenize_goes_on_after_a_bad_file_and_ends_with_1(tmp_path, capsys):
     output = capsys.readouterr()
     assert "good.glb" in output.out and "12 faces" in output.out
     assert "bad.obj" in output.err and "none.ply: no such file" in output.err and "2 of 3" in output.err
+
+
+def test_a_folder_is_tokenized_with_a_table_in_the_end(tmp_path, capsys):
+    for name, mesh in solids().items():
+        export_mesh(mesh, tmp_path / f"{name}.glb")
+    assert main(["tokenize", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    *_, table = output.split("\n\n")
+    head, *rows, total = table.strip().splitlines()
+    assert head.split()[:4] == ["faces", "kept", "dropped", "tokens"]
+    assert [row.split()[-1] for row in rows] == [str(tmp_path / f"{name}.glb") for name in sorted(solids())]
+    counts = [int(row.split()[0].replace(",", "")) for row in rows]
+    assert sum(counts) == int(total.split()[0].replace(",", "")) == sum(len(m.faces) for m in solids().values())
+    assert "all 4 meshes" in total
+    assert main(["tokenize", str(tmp_path), "--json"]) == 0
+    assert [json.loads(line)["faces"] for line in capsys.readouterr().out.splitlines()] == counts
+
+
+def test_what_tokens_do_not_keep_of_a_textured_mesh_is_named(tmp_path, capsys):
+    box = trimesh.creation.box()
+    box.visual = trimesh.visual.TextureVisuals(uv=np.zeros((8, 2)), image=Image.new("RGB", (2, 2)))
+    box.export(tmp_path / "crate.glb")
+    assert main(["tokenize", str(tmp_path / "crate.glb")]) == 0
+    assert re.search(r"besides  materials, textures, UVs(, normals)?: not kept", capsys.readouterr().out)
+    assert {"materials", "textures", "UVs"} <= set(measure(tmp_path / "crate.glb")["lost_attributes"])
+    assert "besides" not in describe(measure(export_mesh(trimesh.creation.box(), tmp_path / "plain.stl")))
+
+
+def test_a_simplified_mesh_says_what_it_was_simplified_from(tmp_path, capsys):
+    path = export_mesh(trimesh.creation.icosphere(subdivisions=4), tmp_path / "ball.glb")
+    found = measure(path, decimate=200)
+    assert found["faces_in_file"] == 5120 and 100 < found["faces"] <= 200
+    assert main(["tokenize", str(path), "--decimate", "200"]) == 0
+    assert f"{found['faces']} faces, simplified from 5,120, closed" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="ball.glb: its 5,120 faces cannot be simplified to 1"):
+        measure(path, decimate=1)
