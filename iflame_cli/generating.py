@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
-from iflame_cli.geometry.mesh_iflame import FILE_UP_AXES, load_mesh, turn
+from iflame_cli.geometry.mesh_iflame import load_mesh, turn, up_axis_of
 from iflame_cli.models import check_model
 from iflame_cli.reading import MeshFile, check_decimation, mesh_files, read_mesh
 
@@ -130,7 +130,7 @@ def _draw(path: Path) -> Path:
 
     vertices, faces = load_mesh(path)
     picture = _thumbnail(path)
-    render_meshes([(turn(vertices, FILE_UP_AXES[path.suffix], "y"), faces)], picture)
+    render_meshes([(turn(vertices, up_axis_of(path), "y"), faces)], picture)
     return picture
 
 

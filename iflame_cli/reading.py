@@ -8,7 +8,7 @@ import numpy as np
 
 from iflame_cli.errors import CommandError
 from iflame_cli.geometry.attributes_iflame import lost_attributes
-from iflame_cli.geometry.mesh_iflame import FILE_UP_AXES, MESH_SUFFIXES, import_trimesh, load_mesh
+from iflame_cli.geometry.mesh_iflame import MESH_SUFFIXES, import_trimesh, load_mesh, up_axis_of
 
 
 class MeshFile(NamedTuple):
@@ -46,7 +46,7 @@ def mesh_files(sources: list[Path]) -> list[Path]:
 def read_mesh(path: Path, up_axis: str | None = None, decimate: int | None = None) -> MeshFile:
     """
     Args:
-        up_axis: the vertical axis of the file, by default that of its format.
+        up_axis: the vertical axis of the file, by default the one it declares, or that of its format.
         decimate: most faces; a mesh with more is simplified.
 
     Raises:
@@ -57,11 +57,11 @@ def read_mesh(path: Path, up_axis: str | None = None, decimate: int | None = Non
     count = len(faces)
     if decimate is not None and count > decimate:
         vertices, faces = simplify(vertices, faces, decimate)
-        if len(faces) > decimate:
+        if not 0 < len(faces) <= decimate:
             raise ValueError(
                 f"{path}: its {count:,} faces cannot be simplified to {decimate:,}: {len(faces):,} are left"
             )
-    return MeshFile(path, vertices, faces, up_axis or FILE_UP_AXES[path.suffix.lower()], count, lost_attributes(path))
+    return MeshFile(path, vertices, faces, up_axis or up_axis_of(path), count, lost_attributes(path))
 
 
 def simplify(vertices: np.ndarray, faces: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

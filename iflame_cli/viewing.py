@@ -13,7 +13,7 @@ import trimesh
 from trimesh.viewer import scene_to_html
 
 from iflame_cli.errors import CommandError
-from iflame_cli.geometry.mesh_iflame import FILE_UP_AXES, load_mesh, normalise, turn
+from iflame_cli.geometry.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 from iflame_cli.reading import mesh_files
 
 MARK = "<!-- written by iflame view -->"
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     for path in paths:
         try:
             vertices, faces = load_mesh(path)
-            meshes[path] = normalise(turn(vertices, FILE_UP_AXES[path.suffix.lower()], "y")), faces
+            meshes[path] = normalise(turn(vertices, up_axis_of(path), "y")), faces
         except (ValueError, OSError) as error:
             print(f"iflame: left out: {error}", file=sys.stderr)
     if not meshes:

@@ -5,17 +5,20 @@ vertices in the same order; `faces` (F, 3) int64 rows of vertex indices, counter
 from `to_y_up` to `from_y_up`. No function changes its arguments.
 """
 
+import copy
 import json
 import os
 import re
 from contextlib import contextmanager
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
 MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off", ".dae")
 UP_AXES = ("y", "z")
-# The vertical axis of a file: of glTF by specification, of the others as Blender and slicers write and read them.
+# The vertical axis of a file that does not say: of glTF by specification, of dae by its default, of the others as
+# Blender and slicers write and read them. `up_axis_of` looks into the file too.
 FILE_UP_AXES = {".glb": "y", ".gltf": "y", ".obj": "y", ".off": "y", ".dae": "y", ".ply": "z", ".stl": "z"}
 
 # Vertices are ordered by y, then x, then z. A level needs 21 bits at most, three of them fit one int64.
@@ -46,33 +49,42 @@ MESH_ERROR_KINDS = {
 NOT_A_MESH = "a mesh is a path, a Trimesh, a Scene or a tuple (vertices, faces), not {}"
 
 
-class MeshError(ValueError):
-    """What was given is no usable mesh; the message says why to people, and begins with the file's name where there
-    is one. `kind` says why to programs: one of `MESH_ERROR_KINDS`."""
-
-    def __init__(self, message: str, kind: str = "unreadable"):
-        super().__init__(message)
-        self.kind = kind
-
-
-class OptionError(ValueError):
-    """An option that cannot be as given. The message names options as Python's parameters are named; `worded` names
-    them as the users of another program know them.
+class _NamesOptions(ValueError):
+    """An error whose message names options as Python's parameters are named; `worded` names them as the users of
+    another program know them.
 
     Args:
-        text: the message, with %s for each option (and %% for a percent sign).
-        options: names of parameters.
-        source: what the message begins with, as `errors_name` gives it.
+        text: the message, with %s for each option.
+        options: names of parameters; without any the text is taken as it is, whatever is in it.
     """
 
-    def __init__(self, text: str, *options: str, source: str = ""):
-        self.text, self.options, self.source = text, options, source
-        super().__init__(self.worded())
+    def __init__(self, text: str, *options: str):
+        self.text, self.options, self.source = text, options, ""
+        super().__init__(text % options if options else text)
 
     def worded(self, name_of: Any = str) -> str:
         """The message with `name_of(option)` for every option."""
-        # Without options the text is a message that is whole, as pickle gives it.
         return self.source + (self.text % tuple(map(name_of, self.options)) if self.options else self.text)
+
+    def after(self, source: str) -> "_NamesOptions":
+        """The same error with a message that begins with `source`."""
+        error = copy.copy(self)
+        error.source = source + self.source
+        error.args = (error.worded(),)
+        return error
+
+
+class OptionError(_NamesOptions):
+    """An option that cannot be as given."""
+
+
+class MeshError(_NamesOptions):
+    """What was given is no usable mesh; the message says why to people, and begins with the file's name where there
+    is one. `kind` says why to programs: one of `MESH_ERROR_KINDS`."""
+
+    def __init__(self, message: str, kind: str = "unreadable", options: tuple[str, ...] = ()):
+        super().__init__(message, *options)
+        self.kind = kind
 
 
 def import_trimesh():
@@ -93,10 +105,9 @@ def errors_name(source: Any):
         if not isinstance(source, (str, os.PathLike)):
             raise
         beginning = f"{os.fspath(source)}: "
-        if isinstance(error, OptionError):
-            raise OptionError(error.text, *error.options, source=beginning + error.source) from error
-        message = f"{beginning}{error}"
-        raise (MeshError(message, error.kind) if isinstance(error, MeshError) else ValueError(message)) from error
+        if isinstance(error, _NamesOptions):
+            raise error.after(beginning) from error
+        raise ValueError(f"{beginning}{error}") from error
 
 
 def is_mesh(item: Any) -> bool:
@@ -129,6 +140,35 @@ def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
         else:
             raise MeshError(NOT_A_MESH.format(type(mesh).__name__), "bad_shape")
         return _checked(vertices, faces)
+
+
+def up_axis_of(path: str | os.PathLike) -> str:
+    """The vertical axis of a mesh file, "x", "y" or "z": what it declares itself, else the custom of its format."""
+    return declared_up_axis(path) or FILE_UP_AXES[os.path.splitext(os.fspath(path))[1].lower()]
+
+
+def declared_up_axis(path: str | os.PathLike) -> str | None:
+    """The vertical axis, "x", "y" or "z", that a mesh file says it has, or None. Of the formats that are read only dae
+    can say (`<up_axis>` of the document's `<asset>`); readers, trimesh among them, leave the vertices as they are.
+
+    Raises OSError for a file that cannot be opened.
+    """
+    if not os.fspath(path).lower().endswith(".dae"):
+        return None
+    depth = 0
+    try:
+        for event, element in ElementTree.iterparse(path, events=("start", "end")):
+            depth += event == "start"
+            if event == "end":
+                name = element.tag.rpartition("}")[2]
+                if name == "up_axis" and depth == 3:
+                    return {"X_UP": "x", "Y_UP": "y", "Z_UP": "z"}.get((element.text or "").strip())
+                if name == "asset" and depth == 2:
+                    return None
+                depth -= 1
+    except (ElementTree.ParseError, ValueError, LookupError):  # damaged, or of an unknown encoding
+        pass
+    return None
 
 
 def normalise(vertices: np.ndarray, bounds: Any = None) -> np.ndarray:
@@ -201,13 +241,22 @@ def dequantise(levels: np.ndarray, resolution: int = 128) -> np.ndarray:
 
 
 def to_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
-    """Turn vertices or levels (V, 3) whose up-axis is `up_axis` ("y" or "z") so that y is up; winding is kept."""
-    return np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1) if up_axis == "z" else vertices
+    """Turn vertices or levels (V, 3) whose up-axis is `up_axis` so that y is up; winding is kept. Right stays right,
+    where that is x in y-up and z-up axes, and -y in x-up ones (COLLADA 1.4, `<up_axis>`)."""
+    if up_axis == "z":
+        return np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1)
+    if up_axis == "x":
+        return np.stack([-vertices[:, 1], vertices[:, 0], vertices[:, 2]], axis=1)
+    return vertices
 
 
 def from_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
     """The inverse of `to_y_up`."""
-    return np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=1) if up_axis == "z" else vertices
+    if up_axis == "z":
+        return np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=1)
+    if up_axis == "x":
+        return np.stack([vertices[:, 1], -vertices[:, 0], vertices[:, 2]], axis=1)
+    return vertices
 
 
 def turn(vertices: np.ndarray, up_axis: str, to_up_axis: str) -> np.ndarray:

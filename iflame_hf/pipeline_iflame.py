@@ -13,8 +13,8 @@ from transformers import Pipeline
 from .configuration_iflame import TOKENS_PER_FACE
 from .export_iflame import export_mesh
 from .mesh_iflame import (
-    FILE_UP_AXES,
     UP_AXES,
+    MeshError,
     OptionError,
     bounding_box,
     denormalise,
@@ -23,6 +23,7 @@ from .mesh_iflame import (
     is_mesh,
     load_mesh,
     turn,
+    up_axis_of,
 )
 from .sampling_iflame import row_seeds
 from .streaming_iflame import stream_faces
@@ -80,7 +81,8 @@ class MeshGenerationPipeline(Pipeline):
                 box that it has to lie within, or that `room_above` adds to, is that of all faces; a prompt that is
                 not within [-0.5, 0.5] then needs neither `room_above` nor `bounds`: it fills its own box.
             prompt_up_axis: the vertical axis of the prompt and of `bounds`, "y" or "z". By default that of the
-                tokenizer, and for a file that of its format: z in ply and stl, else y.
+                tokenizer, and for a file the one that it declares (dae), or that of its format: z in ply and stl, else
+                y.
             kwargs: any other parameter of `generate()`.
 
         Returns:
@@ -95,6 +97,9 @@ class MeshGenerationPipeline(Pipeline):
         batch_size = _whole("batch_size", batch_size or self._batch_size or DEFAULT_BATCH_SIZE)
         is_list = isinstance(prompt, list)
         rows = [self.preprocess(each, **preprocess) for each in (prompt if is_list else [prompt])]
+        for each, row in zip(prompt if is_list else [prompt], rows, strict=True):
+            with errors_name(each):
+                self._check_room(row, forward.get("max_faces"))
         num_meshes = forward.pop("num_meshes", 1)
         seeds = self._seeds(len(rows) * num_meshes, **forward)
         forward.pop("seed", None)
@@ -122,6 +127,8 @@ class MeshGenerationPipeline(Pipeline):
         if forward.pop("num_meshes", 1) != 1 or isinstance(prompt, list):
             raise ValueError("faces are streamed of one mesh at a time: leave out num_meshes and give one prompt")
         row = self.preprocess(prompt, **preprocess)
+        with errors_name(prompt):
+            self._check_room(row, forward.get("max_faces"))
         (forward["seed"],) = self._seeds(1, **forward)
         options = self._generate_options([row], **forward)
         faces = stream_faces(
@@ -188,7 +195,7 @@ class MeshGenerationPipeline(Pipeline):
             raise ValueError(f"prompt_up_axis must be one of {', '.join(UP_AXES)}, got {prompt_up_axis!r}")
         vertices, faces = load_mesh(prompt)
         up_axis, is_file = self.tokenizer.up_axis, isinstance(prompt, (str, os.PathLike))
-        given_up = prompt_up_axis or (FILE_UP_AXES[Path(prompt).suffix.lower()] if is_file else up_axis)
+        given_up = prompt_up_axis or (up_axis_of(prompt) if is_file else up_axis)
         vertices = turn(vertices, given_up, up_axis)
         with errors_name(prompt):
             if room_above is not None:
@@ -197,10 +204,11 @@ class MeshGenerationPipeline(Pipeline):
                 bounds = np.sort(turn(np.asarray(bounds, dtype=np.float64), given_up, up_axis), axis=0)
             elif np.abs(vertices).max() > 0.5 + 0.5 / self.tokenizer.coordinate_resolution:
                 if keep is None:
-                    raise OptionError(
-                        "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with %s or "
-                        "%s how large the whole mesh may become",
-                        *("room_above", "bounds"),
+                    raise MeshError(
+                        "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with %s or %s "
+                        "how large the whole mesh may become",
+                        "out_of_bounds",
+                        options=("room_above", "bounds"),
                     )
                 bounds = bounding_box(vertices)
             ids = self.tokenizer.encode_mesh(
@@ -216,16 +224,17 @@ class MeshGenerationPipeline(Pipeline):
         """Most faces of a mesh where a call does not give `max_faces`."""
         return max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
 
+    def _check_room(self, row: dict, max_faces: int | None) -> None:
+        """Raises MeshError for a prompt that leaves no room for another face."""
+        faces, most = _num_faces(row), max_faces or self.default_max_faces
+        if faces >= most:
+            message = f"the prompt has {faces} faces already: %s must be more, not {most}"
+            raise MeshError(message, "too_many_faces", options=("max_faces",))
+
     def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
-        prompt_faces = [len(row["input_ids"]) // TOKENS_PER_FACE - 1 for row in rows]
-        if max_faces is None:
-            max_faces = self.default_max_faces
-        if max(prompt_faces) >= max_faces:
-            raise OptionError(
-                f"the prompt has {max(prompt_faces)} faces already: %s must be more, not {max_faces}", "max_faces"
-            )
+        most = max_faces or self.default_max_faces
         # The last token may say that the mesh ends.
-        new_tokens = TOKENS_PER_FACE * (max_faces - min(prompt_faces)) + 1
+        new_tokens = TOKENS_PER_FACE * (most - min(map(_num_faces, rows))) + 1
         return {**self._sampling_options(**options), "max_new_tokens": new_tokens}
 
     def _sampling_options(self, **options: Any) -> dict[str, Any]:
@@ -282,6 +291,10 @@ def _placed(faces: Iterator[np.ndarray], bounds: Any) -> Iterator[np.ndarray]:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _num_faces(row: dict) -> int:
+    return len(row["input_ids"]) // TOKENS_PER_FACE - 1
 
 
 def _whole(name: str, value: Any) -> int:

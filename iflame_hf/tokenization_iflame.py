@@ -1,5 +1,6 @@
 """Meshes to token ids and back."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,9 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 from .mesh_iflame import (
     MAX_RESOLUTION,
     UP_AXES,
+    MeshError,
     canonicalise,
+    declared_up_axis,
     dequantise,
     errors_name,
     from_y_up,
@@ -18,6 +21,7 @@ from .mesh_iflame import (
     load_mesh,
     quantise,
     to_y_up,
+    turn,
     weld,
 )
 from .mesh_iflame import normalise as normalise_vertices
@@ -39,7 +43,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
 
     Args:
         coordinate_resolution: R, the number of steps along the longest side of a mesh.
-        up_axis: the vertical axis of the meshes given and returned, "y" or "z". Sequences run upwards along it.
+        up_axis: the vertical axis of the meshes given and returned, "y" or "z". Sequences run upwards along it. A dae
+            file that declares another one is turned; other files are taken to have this one.
         reversed_winding: the second and third vertex of every face stand swapped in the sequences, as in those of
             the original iFlame code. For checkpoints trained on such sequences; meshes are the same either way.
         kwargs: as of any transformers tokenizer.
@@ -146,18 +151,21 @@ class IFlameTokenizer(PreTrainedTokenizer):
                 units and axes; takes the place of the mesh's own bounding box. A model goes on upwards from a prompt
                 and cannot leave the box: a part normalised by itself leaves no room above it.
 
-        Raises ValueError, naming the file where there is one, for what is no usable mesh: unreadable, empty, flat to
-        a point, coordinates not finite, indices out of range, no face left after quantisation, too many faces;
-        FileNotFoundError for a missing file.
+        Raises MeshError, a ValueError with a `kind`, naming the file where there is one, for what is no usable mesh:
+        unreadable, empty, flat to a point, coordinates not finite, indices out of range, no face left after
+        quantisation, too many faces (with their number); ValueError for bounds that are none; FileNotFoundError for a
+        missing file.
         """
         vertices, faces = load_mesh(mesh)
+        declared = declared_up_axis(mesh) if isinstance(mesh, (str, os.PathLike)) else None
         with errors_name(mesh):
             if bounds is not None and not normalise:
                 raise ValueError("bounds are what a mesh is normalised by: leave out normalise=False, or bounds")
             if normalise:
                 vertices = normalise_vertices(vertices, bounds)
             elif np.abs(vertices).max() > 0.5 + 0.5 / self.coordinate_resolution:
-                raise ValueError("with normalise=False all coordinates must lie in [-0.5, 0.5]")
+                raise MeshError("with normalise=False all coordinates must lie in [-0.5, 0.5]", "out_of_bounds")
+            vertices = turn(vertices, declared or self.up_axis, self.up_axis)
             ids = self.encode_arrays(vertices, faces, add_start=add_start, add_end=add_end, max_faces=max_faces)
         return ids.tolist()
 
@@ -173,17 +181,19 @@ class IFlameTokenizer(PreTrainedTokenizer):
         """Token ids (T,) int64 of vertices (V, 3) that are already within [-0.5, 0.5] and faces (F, 3).
 
         What `encode_mesh` does after loading and normalising, for loaders that augment in between. The arrays are
-        taken as valid (`load_mesh` checks them); coordinates outside are clipped. Raises ValueError if no face is
+        taken as valid (`load_mesh` checks them); coordinates outside are clipped. Raises MeshError if no face is
         left after quantisation, or more than `max_faces`.
         """
         levels = quantise(to_y_up(vertices, self.up_axis), self.coordinate_resolution)
         levels, faces = canonicalise(levels, faces)
         if len(faces) == 0:
-            raise ValueError(f"no face is left after quantisation to {self.coordinate_resolution} steps")
+            message = f"no face is left after quantisation to {self.coordinate_resolution} steps"
+            raise MeshError(message, "no_face_left")
         if max_faces is not None and len(faces) > max_faces:
-            raise ValueError(
+            raise MeshError(
                 f"the mesh has {len(faces)} faces after quantisation, more than {max_faces}: "
-                "simplify it first or raise max_faces"
+                "simplify it first or raise max_faces",
+                "too_many_faces",
             )
         if self.reversed_winding:
             faces = faces[:, _SWAP]

@@ -247,23 +247,23 @@ if sys.platform == "linux":
 file("else/empty.obj", "empty file", lambda: b"")
 file("else/web page.glb", "wrong format", lambda: "<!DOCTYPE html><html><body>404</body></html>")
 file("else/zeros.glb", "wrong format", lambda: b"\0" * 4096)
-file("else/pointer.stl", "Git LFS pointer", lambda: LFS_POINTER)
-file("else/pointer.zip", "Git LFS pointer", lambda: LFS_POINTER)
+file("else/pointer.stl", "lfs pointer", lambda: LFS_POINTER)
+file("else/pointer.zip", "lfs pointer", lambda: LFS_POINTER)
 file("else/picture.ply", "unreadable", lambda: b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8)
 file("else/scene.fbx", "unknown format", lambda: b"Kaydara FBX Binary  \0")
-file("else/prose.obj", "no faces", lambda: "these are not the lines you are looking for\n" * 50)
-file("else/noise.obj", "no faces", lambda: RANDOM.bytes(5000))
-file("else/an stl.obj", "no faces", lambda: stl(20))
-file("else/an obj.stl", "no faces", lambda: box(1.8))
+file("else/prose.obj", "empty", lambda: "these are not the lines you are looking for\n" * 50)
+file("else/noise.obj", "empty", lambda: RANDOM.bytes(5000))
+file("else/an stl.obj", "empty", lambda: stl(20))
+file("else/an obj.stl", "empty", lambda: box(1.8))
 
 # Geometry.
-file("shape/points.obj", "no faces", lambda: "v 0 0 0\nv 1 0 0\nv 0 1 0\n")
-file("shape/points.ply", "no faces", lambda: ply(3, 0, "0 0 0\n1 0 0\n0 1 0\n"))
+file("shape/points.obj", "empty", lambda: "v 0 0 0\nv 1 0 0\nv 0 1 0\n")
+file("shape/points.ply", "empty", lambda: ply(3, 0, "0 0 0\n1 0 0\n0 1 0\n"))
 file("shape/one face.obj", "too few faces", lambda: "v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
-file("shape/one point.obj", "no area", lambda: "v 2 2 2\n" * 4 + "f 1 2 3\nf 1 2 4\nf 1 3 4\nf 2 3 4\n")
+file("shape/one point.obj", "flat", lambda: "v 2 2 2\n" * 4 + "f 1 2 3\nf 1 2 4\nf 1 3 4\nf 2 3 4\n")
 file(
     "shape/line.obj",
-    "no area",
+    "flat",
     lambda: "".join(f"v {i} 0 0\nf {i + 1} {i + 2} {i + 3}\n" for i in range(6)) + "v 6 0 0\nv 7 0 0\n",
 )
 file("shape/twice.obj", "duplicate", lambda: "# again\n" + box(1.1, scale=2))
@@ -280,12 +280,12 @@ file("shape/million.stl", "too many faces", lambda: stl(1_000_000))
 file("damaged/cut.glb", "unreadable", lambda: box_glb(2.1)[:400])
 file("damaged/cut header.glb", "unreadable", lambda: box_glb(2.1)[:10])
 file("damaged/lying chunk.glb", "unreadable", lambda: glb()[:12] + b"\xff\xff\xff\x7f" + glb()[16:])
-file("damaged/cut.stl", "no faces", lambda: stl(20)[:-70])
-file("damaged/lying count.stl", "no faces", lambda: stl(20, 2**32 - 1))
+file("damaged/cut.stl", "empty", lambda: stl(20)[:-70])
+file("damaged/lying count.stl", "empty", lambda: stl(20, 2**32 - 1))
 file("damaged/lying count.ply", "unreadable", lambda: ply(2**31, 2**31, b"\0" * 400, "binary_little_endian"))
 file("damaged/lying text.ply", "unreadable", lambda: ply(10**9, 10**9, TETRAHEDRON))
 file("damaged/cut.ply", "unreadable", lambda: ply(4, 4, TETRAHEDRON)[:-12])
-file("damaged/negative count.off", "no faces", lambda: "OFF\n-4 -4 0\n" + TETRAHEDRON)
+file("damaged/negative count.off", "empty", lambda: "OFF\n-4 -4 0\n" + TETRAHEDRON)
 file("damaged/lying count.off", "unreadable", lambda: "OFF\n4 999999999 0\n" + TETRAHEDRON)
 file("damaged/words.off", "unreadable", lambda: "OFF\nfour faces\n")
 file("damaged/cut.dae", "unreadable", lambda: COLLADA + "<asset>")
@@ -297,7 +297,7 @@ file("damaged/no collada.zae", "unreadable", lambda: zipped(("a.dae", "nothing")
 file("gltf/half.gltf", "unreadable", lambda: gltf()[:-200])
 file("gltf/list.gltf", "unreadable", lambda: "[1, 2, 3]")
 file("gltf/deep json.gltf", "unreadable", lambda: "[" * 100_000)
-file("gltf/no nodes.gltf", "no faces", lambda: gltf(change=lambda tree: tree.update(nodes=[], scenes=[{"nodes": []}])))
+file("gltf/no nodes.gltf", "empty", lambda: gltf(change=lambda tree: tree.update(nodes=[], scenes=[{"nodes": []}])))
 file("gltf/no such node.gltf", "unreadable", lambda: gltf(change=lambda tree: tree.update(scenes=[{"nodes": [7]}])))
 file("gltf/no buffer.gltf", "missing file", lambda: gltf(change=lambda tree: tree["buffers"][0].update(uri="a.bin")))
 file("gltf/outside.gltf", "unsafe name", lambda: gltf(change=lambda tree: tree["buffers"][0].update(uri="../a.bin")))
@@ -344,7 +344,7 @@ file(
     "archive/several.zip",
     {
         "/chairs/one.obj": GOOD,
-        "/chairs/prose.obj": "no faces",
+        "/chairs/prose.obj": "empty",
         "/../../out.obj": "unsafe name",
         "//absolute.obj": "unsafe name",
         "/C:/windows.obj": "unsafe name",
@@ -402,14 +402,14 @@ file(
         "#1": "not finite",
         "#2": "bad indices",
         "#3": "bad shape",
-        "#4": "no faces",
-        "#5": "no faces",
+        "#4": "empty",
+        "#5": "empty",
         "#6": "duplicate",
         "#7": GOOD,
     },
     odd_rows,
 )
-file("table/files.parquet", {"#0": GOOD, "#1": "no faces", "#2": "unknown format"}, rows_of_files)
+file("table/files.parquet", {"#0": GOOD, "#1": "empty", "#2": "unknown format"}, rows_of_files)
 file("table/planted.pkl", "unsafe pickle", lambda: pickle.dumps({"name_train": Planted()}))
 file("table/no pickle.pkl", "unreadable", lambda: b"nothing")
 file("table/cut.pkl", "unreadable", lambda: pickle.dumps(list(range(1000)))[:-20])

@@ -66,3 +66,12 @@ def gltf_square(mode: int = 4, **changes) -> tuple[dict, bytes]:
         "buffers": [{"byteLength": len(blob)}],
     }
     return tree | changes, blob
+
+
+def write_dae(path: Path, vertices: np.ndarray, faces: np.ndarray, up_axis: str | None) -> Path:
+    """A COLLADA file that declares `up_axis`, or no axis. (trimesh itself writes Y_UP always.)"""
+    data = trimesh.exchange.dae.export_collada(trimesh.Trimesh(vertices, faces, process=False))
+    assert data.count(b"<up_axis>Y_UP</up_axis>") == 1
+    declared = f"<up_axis>{up_axis.upper()}_UP</up_axis>" if up_axis else ""
+    path.write_bytes(data.replace(b"<up_axis>Y_UP</up_axis>", declared.encode()))
+    return path

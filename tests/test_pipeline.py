@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from mesh_fixtures import solids
+from mesh_fixtures import solids, write_dae
 from small_models import BOS, EOS, PAD, small_model
 from transformers import pipeline
 from transformers.dynamic_module_utils import get_relative_imports
@@ -18,7 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 import iflame_hf
 from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline, export_mesh
-from iflame_hf.mesh_iflame import OptionError, denormalise, errors_name
+from iflame_hf.mesh_iflame import MeshError, OptionError, denormalise, errors_name, turn
 
 IMPLEMENTATION = {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
 
@@ -216,11 +216,15 @@ def test_of_a_prompt_only_the_lowest_faces_can_be_kept(generator, keep, faces):
 
 
 def test_an_error_names_options_as_its_reader_knows_them(generator):
-    with pytest.raises(OptionError, match="say with room_above or bounds how large") as caught:
+    with pytest.raises(OptionError, match="^room_above must not be negative") as caught:
+        generator.preprocess(trimesh.creation.box(), room_above=-1)
+    assert caught.value.worded(str.upper) == "ROOM_ABOVE must not be negative, got -1"
+    with pytest.raises(MeshError, match="say with room_above or bounds how large") as caught:
         generator.preprocess(trimesh.creation.box((2, 2, 2)))
     assert "say with --room_above or --bounds how large" in caught.value.worded(lambda name: f"--{name}")
-    with pytest.raises(OptionError) as named, errors_name("100%s {box}.glb"), errors_name("part 1"):
+    with pytest.raises(MeshError) as named, errors_name("100%s {box}.glb"), errors_name("part 1"):
         raise caught.value
+    assert named.value.kind == "out_of_bounds"
     assert str(named.value) == f"100%s {{box}}.glb: part 1: {caught.value}"
     assert named.value.worded(str.upper) == f"100%s {{box}}.glb: part 1: {caught.value.worded(str.upper)}"
     assert str(pickle.loads(pickle.dumps(named.value))) == str(named.value)
@@ -240,6 +244,32 @@ def test_a_file_is_read_with_the_vertical_axis_of_its_format(up_axis, suffix, tm
     box = [[-0.5, -0.5, -0.5], [0.5, 0.5, 0.5]]
     assert generator.preprocess(path, prompt_up_axis=turned)["input_ids"] != ids
     assert generator.preprocess(path, bounds=box)["input_ids"] == ids
+
+
+def test_a_part_with_as_many_faces_as_a_mesh_may_have_is_named_with_their_number(generator, tmp_path):
+    path, other = tmp_path / "part.obj", tmp_path / "other.obj"
+    trimesh.creation.box().export(path)
+    other.write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    for call in (
+        lambda: generator([other, path], room_above=1.0, max_faces=12),
+        lambda: generator.stream(path, room_above=1.0, max_faces=12),
+    ):
+        with pytest.raises(
+            MeshError, match="part.obj: the prompt has 12 faces already: max_faces.* more, not 12"
+        ) as caught:
+            call()
+        assert caught.value.kind == "too_many_faces"
+
+
+def test_a_dae_is_read_with_the_vertical_axis_that_it_declares(generator, tmp_path):
+    ids = generator.tokenizer.encode_mesh(solids()["annulus"])[: 9 * 21]
+    part = generator.tokenizer.decode_mesh(ids)
+    for up_axis in ("y", "z"):
+        path = write_dae(
+            tmp_path / f"{up_axis}.dae", turn(np.asarray(part.vertices), "y", up_axis), part.faces, up_axis
+        )
+        assert generator.preprocess(path)["input_ids"] == ids
+    assert generator.preprocess(path, prompt_up_axis="y")["input_ids"] != ids
 
 
 def test_a_list_of_prompts_gives_a_list_of_lists_each_as_by_itself(generator):

@@ -379,6 +379,6 @@ def test_a_source_without_meshes_is_an_error_that_names_the_reasons(tmp_path, ca
     (tmp_path / "in" / "a.obj").write_text("nothing")
     assert prepare(tmp_path / "in", "--out", tmp_path / "out") == 1
     message = capsys.readouterr().out
-    assert "1 no faces" in message and "held out" not in message
+    assert "1 empty" in message and "held out" not in message
     assert prepare(tmp_path / "in", "--out", tmp_path / "out") == 1, "as the run that made the set"
     assert "finished already (0 meshes" in capsys.readouterr().out

@@ -70,7 +70,7 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
         "## How it was made",
         "",
         f"- Sources: {', '.join(_code(_shown(source)) for source in settings['sources'])}; their vertical axis was "
-        f"{settings['up_axis']}.",
+        f"{settings['up_axis']}, or what a dae file declared.",
         "- Scenes were flattened with their transforms, polygons cut into triangles, equal vertices merged; faces "
         "with repeated corners, or on the same three vertices as an earlier face, were dropped.",
         *_how(settings),

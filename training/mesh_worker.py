@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import numpy as np
 import trimesh
 
-from training.geometry import MESH_SUFFIXES, canonicalise, load_mesh, normalise, quantise, to_y_up
+from training.geometry import MESH_SUFFIXES, canonicalise, declared_up_axis, load_mesh, normalise, quantise, to_y_up
 from training.items import printable
 from training.rejection import Rejected, as_rejected
 
@@ -63,14 +63,15 @@ def prepare(payload: str | tuple[Any, Any], recipe: Recipe) -> Prepared:
 
     Raises [`Rejected`], whose reason does not name the file, or MemoryError.
     """
-    license = None
+    license, up_axis = None, recipe.up_axis
     try:
         if isinstance(payload, str):
             _check_file(payload)
             if payload.lower().endswith((".glb", ".gltf")):
                 license = _check_gltf(payload)
+            up_axis = declared_up_axis(payload) or up_axis
         vertices, faces = _load(payload)
-        vertices = normalise(to_y_up(vertices, recipe.up_axis)).astype(np.float32)
+        vertices = normalise(to_y_up(vertices, up_axis)).astype(np.float32)
     except (MemoryError, Rejected):
         raise
     except Exception as error:
@@ -87,7 +88,7 @@ def prepare(payload: str | tuple[Any, Any], recipe: Recipe) -> Prepared:
         raise Rejected("too few faces", f"quantisation leaves {len(corners)} faces of {len(faces)}")
     sides = levels[corners[:, 1:]] - levels[corners[:, :1]]
     if not np.cross(sides[:, 0], sides[:, 1]).any():
-        raise Rejected("no area", "its faces have no area")
+        raise Rejected("flat", "its faces have no area")
     digest = hashlib.blake2b(digest_size=16)
     for array in (levels, corners):
         digest.update(np.array(array.shape, dtype="<i8").tobytes() + array.astype("<i4").tobytes())

@@ -198,7 +198,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="hash",
         help="source: keep the splits of sources that have some, and hash the rest (default hash)",
     )
-    add("--up_axis", choices=("y", "z"), default="y", help="vertical axis of the sources; written is y (default y)")
+    add(
+        "--up_axis",
+        choices=("y", "z"),
+        default="y",
+        help="vertical axis of the sources, but of dae files that declare theirs; written is y (default y)",
+    )
     add("--license", metavar="NAME", help="licence of meshes whose source does not tell theirs")
     add("--num_workers", type=int, default=cores, help="processes that read meshes (default: as many as cores)")
     add("--time_limit", type=float, default=60.0, help="seconds that reading one mesh may take (default 60)")

@@ -1,31 +1,18 @@
 """Why a mesh is not taken: one exception, and the kinds of reasons that a summary counts."""
 
 import os
-import re
+
+from training.geometry import MeshError
 
 NOT_CHOSEN = "not chosen"
 DUPLICATE = "duplicate"
 TIME_LIMIT = "time limit"
 MEMORY_LIMIT = "memory limit"
 CRASH = "reader crashed"
-UNREADABLE = "unreadable"
 SOURCE_LOST = "source lost"  # not the fault of a file: the run cannot go on
-
-# What the messages of iflame_hf.mesh_iflame, trimesh and the operating system say, and the kind it belongs to.
-_KINDS = [
-    (r"no such file|FileNotFoundError|No such file", "missing file"),
-    (r"the file is empty", "empty file"),
-    (r"Git LFS pointer", "Git LFS pointer"),
-    (r"is compressed \(", "compressed geometry"),
-    (r"not a binary glTF file", "wrong format"),
-    (r"is not read; convert", "unknown format"),
-    (r"NaN or infinite|extent is not a finite", "not finite"),
-    (r"face indices run|index \S+ is out of bounds", "bad indices"),
-    (r"has no (faces|vertices)", "no faces"),
-    (r"lie in one point|have no area", "no area"),
-    (r"needs another package", "missing package"),
-    (r"Permission denied|PermissionError", "no permission"),
-]
+UNREADABLE = "unreadable"
+# Of errors without a kind of their own; whatever else a reader raises is UNREADABLE.
+_KINDS = {FileNotFoundError: "missing file", PermissionError: "no permission", ImportError: "missing package"}
 
 
 class Rejected(Exception):
@@ -42,7 +29,8 @@ class Rejected(Exception):
 
 
 def as_rejected(error: BaseException, path: str = "") -> Rejected:
-    """The rejection that an exception of a reader amounts to. `path` is that of the file, of which the reason says
+    """The rejection that an exception of a reader amounts to: that of a MeshError is of the same kind, the underscores
+    left out; of others the type tells the kind. `path` is that of the file, of which the reason says
     nothing: the record names it anyway, and without the folders of this machine."""
     if isinstance(error, Rejected):
         return error
@@ -53,7 +41,10 @@ def as_rejected(error: BaseException, path: str = "") -> Rejected:
     if os.path.dirname(path):
         message = message.replace(os.path.dirname(path) + os.sep, "")
     message = message if len(message) <= 500 else message[:497] + "..."
-    kind = next((kind for pattern, kind in _KINDS if re.search(pattern, message)), UNREADABLE)
+    if isinstance(error, MeshError):
+        kind = error.kind.replace("_", " ")
+    else:
+        kind = next((kind for type_, kind in _KINDS.items() if isinstance(error, type_)), UNREADABLE)
     return Rejected(kind, message or type(error).__name__)
 
 

@@ -247,5 +247,5 @@ def _file_problem(path: str) -> Rejected | None:
         except OSError as error:
             return as_rejected(error, path)
         if is_pointer:
-            return Rejected("Git LFS pointer", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+            return Rejected("lfs pointer", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     return None

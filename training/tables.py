@@ -102,7 +102,7 @@ def pickle_items(path: str, label: str, prefix: str) -> Iterator[tuple[Item, Bui
 def _array_build(item: Item, vertices: Any, faces: Any) -> Build:
     def build() -> None:
         if len(vertices) == 0 or len(faces) == 0:
-            raise Rejected("no faces", "the mesh has no faces")
+            raise Rejected("empty", "the mesh has no faces")
         corners = faces
         if not isinstance(faces, np.ndarray) or faces.ndim != 2:
             flat = np.array([index for face in faces for index in face])
@@ -190,7 +190,7 @@ def _lists(column: pyarrow.Array, row: int) -> tuple[np.ndarray, np.ndarray]:
         raise Rejected("bad shape", f"vertices and faces must be lists of lists of numbers, not {value.type}")
     inner = value.values
     if inner is None or len(inner) == 0:
-        raise Rejected("no faces", "the mesh has no vertices or no faces")
+        raise Rejected("empty", "the mesh has no vertices or no faces")
     flat = inner.flatten()
     if inner.null_count or flat.null_count or pyarrow.types.is_nested(flat.type):
         raise Rejected("bad shape", "a value is missing, or the lists are nested too deep")
