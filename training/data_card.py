@@ -2,16 +2,24 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
+
+from huggingface_hub import DatasetCardData
 
 from training.containers import HUB
 from training.prepared_set import FACE_BINS, SPLITS
 
 _LARGEST_TABLE = 60
-# SPDX names that the Hub knows in lower case.
+# Of the Hub's identifiers of licences (huggingface.co/docs/hub/repositories-licenses) those that data sets have.
 _HUB_LICENSES = {
-    *("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "CC-BY-3.0", "CC-BY-SA-3.0"),
-    *("MIT", "Apache-2.0", "BSD-3-Clause", "ODC-By", "ODbL"),
+    *("cc0-1.0", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
+    *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"),
+    *("cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "odc-by", "odbl", "pddl", "c-uda", "etalab-2.0"),
+    *("cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "gfdl", "ofl-1.1", "artistic-2.0"),
+    *("mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "bsl-1.0", "unlicense", "wtfpl"),
+    *("gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "eupl-1.1", "eupl-1.2"),
+    *("unknown", "other"),
 }
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
 
@@ -34,15 +42,19 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
     licenses = counts.get("license", Counter())
     splits = [split for split in SPLITS if summary["meshes"][split]]
     size = next((name for power, name in enumerate(_SIZES) if total < 10 ** (power + 3)), _SIZES[-1])
-    lines = ["---", "pretty_name: " + _quoted(name), f"size_categories: [{_quoted(size)}]"]
-    if set(licenses) <= _HUB_LICENSES:
-        lines.append(f"license: [{', '.join(sorted(name.lower() for name in licenses))}]")
-    elif "" not in licenses:
-        lines.append("license: other")
-    lines += ["tags: [3d, mesh, iflame]", "configs:", "- config_name: default", "  data_files:"]
-    for split in splits:
-        lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
-    lines += ["---", "", f"# {name}", ""]
+    data = DatasetCardData(
+        pretty_name=name,
+        size_categories=size,
+        license=_hub_licenses(licenses),
+        tags=["3d", "mesh", "iflame"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
+            }
+        ],
+    )
+    lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
     lines += [
         f"{total:,} triangle meshes of {settings['min_faces']} to {settings['max_faces']} faces, "
         f"{summary['faces']:,} faces in all, "
@@ -82,6 +94,15 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
     lines += _table("Licences", "license", licenses)
     lines += _table("Left out", "reason", Counter(summary["rejected"]))
     return "\n".join(lines)
+
+
+def _hub_licenses(licenses: Iterable[str]) -> str | list[str] | None:
+    """The Hub's words for licences, None where that of a mesh is not known."""
+    if "" in licenses:
+        return None
+    lowered = {name.lower() for name in licenses}
+    found = sorted({name if name in _HUB_LICENSES else "other" for name in lowered})
+    return found[0] if len(found) == 1 else found or None
 
 
 def _how(settings: dict[str, Any]) -> list[str]:
@@ -132,7 +153,3 @@ def _shown(source: str) -> str:
 
 def _code(text: str) -> str:
     return f"`{text.replace('`', ' ')}`"
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
