@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
-from iflame_cli.geometry.mesh_iflame import load_mesh, turn, up_axis_of
+from iflame_cli.light.mesh_iflame import load_mesh, turn, up_axis_of
 from iflame_cli.models import check_model
 from iflame_cli.reading import MeshFile, check_decimation, mesh_files, read_mesh
 

@@ -4,23 +4,18 @@ import json
 from pathlib import Path
 
 from iflame_cli.errors import CommandError
+from iflame_cli.light.names_iflame import model_folder
 
 
 def check_model(name: str) -> None:
-    """Raises CommandError for a folder that is not there or holds no iFlame model. The Hub is not asked."""
-    folder = Path(name)
-    if folder.is_dir():
+    """Raises OSError or CommandError for a folder that is not there or holds no iFlame model. The Hub is not asked."""
+    folder = model_folder(name)
+    if folder is not None:
         _check_settings(folder)
-    elif folder.exists():
-        raise CommandError(f"{name} is a file: a model is a folder, or has a name on the Hub")
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or folder.parent != Path() and folder.parent.is_dir():
-        raise CommandError(f"there is no folder {name}")
 
 
 def _check_settings(folder: Path) -> None:
     path = folder / "config.json"
-    if not path.is_file():
-        raise CommandError(f"{folder} holds no model: there is no config.json in it")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

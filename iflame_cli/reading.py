@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from iflame_cli.errors import CommandError
-from iflame_cli.geometry.attributes_iflame import lost_attributes
-from iflame_cli.geometry.mesh_iflame import MESH_SUFFIXES, import_trimesh, load_mesh, up_axis_of
+from iflame_cli.light.attributes_iflame import lost_attributes
+from iflame_cli.light.export_iflame import GENERATOR
+from iflame_cli.light.mesh_iflame import MESH_SUFFIXES, import_trimesh, load_mesh, read_gltf_tree, up_axis_of
 
 
 class MeshFile(NamedTuple):
@@ -61,7 +62,15 @@ def read_mesh(path: Path, up_axis: str | None = None, decimate: int | None = Non
             raise ValueError(
                 f"{path}: its {count:,} faces cannot be simplified to {decimate:,}: {len(faces):,} are left"
             )
-    return MeshFile(path, vertices, faces, up_axis or up_axis_of(path), count, lost_attributes(path))
+    return MeshFile(path, vertices, faces, up_axis or up_axis_of(path), count, _lost(path))
+
+
+def _lost(path: Path) -> list[str]:
+    """`lost_attributes`, without the material that every glb of this project has, since a result gets it again."""
+    lost = lost_attributes(path)
+    if path.suffix.lower() == ".glb" and read_gltf_tree(str(path))["asset"].get("generator") == GENERATOR:
+        return [name for name in lost if name != "materials"]
+    return lost
 
 
 def simplify(vertices: np.ndarray, faces: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

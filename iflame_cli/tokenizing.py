@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
-from iflame_cli.geometry.mesh_iflame import (
+from iflame_cli.light.mesh_iflame import (
     MAX_RESOLUTION,
     bounding_box,
     canonicalise,

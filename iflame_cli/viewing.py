@@ -13,7 +13,7 @@ import trimesh
 from trimesh.viewer import scene_to_html
 
 from iflame_cli.errors import CommandError
-from iflame_cli.geometry.mesh_iflame import load_mesh, normalise, turn, up_axis_of
+from iflame_cli.light.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 from iflame_cli.reading import mesh_files
 
 MARK = "<!-- written by iflame view -->"

@@ -36,7 +36,7 @@ def test_help_and_version_come_without_loading_torch(tmp_path):
 
 def write_files(folder):
     """What the wrong commands below find: a finished mesh, models of another kind or none, a file that is no mesh."""
-    for name in ("out", "bare", "other", "torn", "outputs"):
+    for name in ("out", "bare", "other", "torn", "outputs", "outputs/demo"):
         (folder / name).mkdir()
     (folder / "out" / "mesh-00.glb").write_bytes(b"")
     (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
@@ -50,6 +50,7 @@ def write_files(folder):
     ("arguments", "reason"),
     [
         ("generate outputs/nope", "there is no folder outputs/nope"),
+        ("generate outputs/dmeo", "there is no folder outputs/dmeo (did you mean outputs/demo?)"),
         ("generate ./nope", "there is no folder ./nope"),
         ("generate bare", "bare holds no model: there is no config.json in it"),
         ("generate bad.obj", "bad.obj is a file"),
