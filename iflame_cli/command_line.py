@@ -3,17 +3,18 @@
 import argparse
 import math
 import os
-import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from iflame_cli.errors import CommandError
 
 FORMATS = ("glb", "obj", "ply", "stl")
+PIVOTS = ("ground", "centre")
+DEVICES = ("cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")  # as torch names them, beside the cpu
 MODEL_HELP = "name on the Hugging Face Hub, such as user/name, or a folder"
-
-
-class CommandError(Exception):
-    """Why a command could not do what it was asked for, in words for its user."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -21,6 +22,26 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Version(argparse.Action):
+    """Looks the versions up only when they are asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        def find(name: str) -> str:
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                return "not installed"
+
+        others = ", ".join(f"{name} {find(name)}" for name in ("torch", "transformers", "trimesh"))
+        print(f"iflame {find('iflame-hf')} ({others}, Python {sys.version.split()[0]})")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to flush it
         return 1
-    except (CommandError, ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"iflame: {_in_plain_words(error)}", file=sys.stderr)
+    except (CommandError, ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"iflame: {_in_words(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -50,11 +73,13 @@ def _run(options: argparse.Namespace) -> None:
     run(options)
 
 
-def _in_plain_words(error: BaseException) -> str:
-    if "out of memory" in str(error).lower():
+def _in_words(error: BaseException) -> str:
+    torch = sys.modules.get("torch")  # where it has not been imported, the error is none of its own
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return "the memory of the device does not suffice: try a smaller --batch-size, or --device cpu"
-    words = re.sub(r"\b(room_above|max_faces)\b", lambda name: "--" + name[0].replace("_", "-"), str(error))
-    return re.sub(r"\bor bounds\b", "or --bounds", words) or type(error).__name__
+    if hasattr(error, "worded"):  # an OptionError
+        return error.worded(lambda option: "--" + option.replace("_", "-"))
+    return str(error) or type(error).__name__
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generates, completes, measures and shows triangle meshes.",
         epilog="`iflame COMMAND --help` shows the options of a command, with examples.",
     )
+    parser.add_argument("--version", action=_Version, help="show the versions of this and of what it needs, and exit")
+    _add_debug(parser, default=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_complete(commands)
@@ -73,12 +100,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_command(commands, name: str, summary: str, details: str, examples: str) -> argparse.ArgumentParser:
     lines = "\n".join(f"  {line}" for line in examples.strip().splitlines())
-    return commands.add_parser(
+    parser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}. {details}".strip(),
         epilog=f"examples:\n{lines}",
         formatter_class=_Help,
+    )
+    _add_debug(parser, default=argparse.SUPPRESS)  # what was given before the command holds
+    return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=default, help="show with an error where in the code it came from"
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one line of JSON a mesh, and all else as errors")
+
+
+def _add_decimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decimate", type=_whole(4), metavar="N", help="simplify a mesh with more than N faces to N beforehand"
     )
 
 
@@ -91,6 +136,7 @@ def _add_generate(commands) -> None:
         """
 iflame generate user/name --num 8 --out chairs
 iflame generate outputs/demo --num 4 --format obj --seed 7 --top-p 0.8 --max-faces 120
+iflame generate outputs/demo --num 4 --height 0.9 --pivot ground --thumbnails
 """,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -104,15 +150,27 @@ def _add_complete(commands) -> None:
         "complete parts of meshes",
         "A mesh is generated from its lowest vertex upwards: what is added lies above the part, or beside it. The "
         "result stands where the part stands, in its units. A part of a generated mesh lies within [-0.5, 0.5] and "
-        "keeps its place; for any other say with --room-above or --bounds how large the whole may become.",
+        "keeps its place; for any other say with --room-above or --bounds how large the whole may become. --keep "
+        "takes the lowest faces of a mesh as the part.",
         """
 iflame complete user/name half-a-chair.glb --num 4 --out chairs
 iflame complete user/name legs.obj --room-above 1.0
 iflame complete user/name corner.ply --bounds 0 0 0 10 8 10
+iflame complete user/name chair.glb --keep 0.4 --num 4
+iflame complete user/name scans --decimate 300 --keep 100
 """,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("parts", metavar="PART", nargs="+", type=Path, help="mesh file with a part of a mesh")
+    parser.add_argument(
+        "parts", metavar="PART", nargs="+", type=Path, help="mesh file with a part of a mesh, or folder of such files"
+    )
+    parser.add_argument(
+        "--keep",
+        type=_share_or_count,
+        metavar="SHARE|N",
+        help="complete only the lowest faces: a share of them, such as 0.5, or a number, such as 40",
+    )
+    _add_decimate(parser)
     room = parser.add_mutually_exclusive_group()
     room.add_argument(
         "--room-above",
@@ -137,7 +195,10 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
     parser.add_argument("--format", choices=FORMATS, default="glb", help="of the files")
     parser.add_argument("--overwrite", action="store_true", help="write over files that are there")
     parser.add_argument(
-        "--seed", type=_whole(0), metavar="N", help="gives the same meshes again; printed if not given"
+        "--seed",
+        type=_whole(0),
+        metavar="N",
+        help="of the first mesh, the next one has N + 1: gives the same again; printed if not given",
     )
     parser.add_argument("--temperature", type=_number(0, above=True), metavar="T", help="below 1: more of the likely")
     parser.add_argument("--top-p", type=_number(0, 1, above=True), metavar="P", help="from the likeliest share P only")
@@ -147,10 +208,21 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
     )
     parser.add_argument("--batch-size", type=_whole(1), default=8, metavar="N", help="meshes made at once")
     parser.add_argument(
-        "--device", metavar="NAME", help="such as cpu, cuda, cuda:1, mps; by default a GPU if there is one"
+        "--device",
+        type=_device,
+        metavar="NAME",
+        help="such as cpu, cuda, cuda:1, mps; by default a GPU if there is one",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="precision; by default as saved")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument(
+        "--height", type=_number(0, above=True), metavar="METRES", help="scale each mesh so that it is so high"
+    )
+    parser.add_argument(
+        "--pivot",
+        choices=PIVOTS,
+        help="put the origin under the centre of the mesh, on the ground, or at its centre; by default it stays",
+    )
     parser.add_argument("--normals", action="store_true", help="write smooth normals; without, faces look flat")
     parser.add_argument(
         "--winding",
@@ -159,6 +231,8 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
         help="turn closed pieces outwards, or keep what was generated",
     )
     parser.add_argument("--license", metavar="ID", help="licence to note in the files, such as cc-by-4.0")
+    parser.add_argument("--thumbnails", action="store_true", help="write a picture (png) beside each mesh")
+    _add_json(parser)
 
 
 def _add_tokenize(commands) -> None:
@@ -170,15 +244,17 @@ def _add_tokenize(commands) -> None:
         "back moves vertices.",
         """
 iflame tokenize chair.glb
+iflame tokenize models --decimate 800
 iflame tokenize models/*.obj --resolution 256 --json
 """,
     )
-    parser.add_argument("meshes", metavar="MESH", nargs="+", type=Path, help="mesh file")
+    parser.add_argument("meshes", metavar="DIR|MESH", nargs="+", type=Path, help="mesh file, or folder of mesh files")
     parser.add_argument(
         "--resolution", type=_whole(1), default=128, metavar="R", help="steps along the longest side of a mesh"
     )
+    _add_decimate(parser)
     _add_up_axis(parser)
-    parser.add_argument("--json", action="store_true", help="print one line of JSON a mesh")
+    _add_json(parser)
 
 
 def _add_view(commands) -> None:
@@ -224,3 +300,24 @@ def _number(low: float, high: float = math.inf, above: bool = False) -> Callable
         return value
 
     return number
+
+
+def _share_or_count(text: str) -> float | int:
+    try:
+        value = float(text) if "." in text else int(text)
+    except ValueError:
+        value = 0
+    if not (0 < value < 1 or isinstance(value, int) and value >= 1):
+        raise argparse.ArgumentTypeError(
+            f"must be a share between 0 and 1, such as 0.5, or a number of faces, such as 40, got {text}"
+        )
+    return value
+
+
+def _device(text: str) -> str:
+    kind, _, number = text.partition(":")
+    if text != "cpu" and not (kind in DEVICES and (number.isdecimal() or text == kind)):
+        raise argparse.ArgumentTypeError(
+            f"must be cpu, or a kind of GPU ({', '.join(DEVICES)}), as in cuda or cuda:1, got {text}"
+        )
+    return text

@@ -1,116 +1,81 @@
-"""`iflame generate` and `iflame complete`."""
+"""`iflame generate` and `iflame complete`: all that needs no model, so that errors come before torch is imported."""
 
 import argparse
 import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import StoppingCriteria, pipeline
-from transformers.utils import logging
 
-from iflame_cli.command_line import CommandError
-from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline
-from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_cli.errors import CommandError
+from iflame_cli.light.mesh_iflame import load_mesh, turn, up_axis_of
+from iflame_cli.models import check_model
+from iflame_cli.reading import MeshFile, check_decimation, mesh_files, read_mesh
 
 RECORD = "meshes.json"
-SAMPLING = ("temperature", "top_p", "top_k", "max_faces")
+RECORDED_OPTIONS = ("model", "revision", "batch_size", "temperature", "top_p", "top_k", "max_faces", "height", "pivot")
 
 
 class Job(NamedTuple):
     """A mesh to make."""
 
     path: Path
-    part: Path | None
+    part: MeshFile | None
 
 
 def run(options: argparse.Namespace) -> None:
     """Makes and writes the meshes; prints a line for each. Raises CommandError where none came of it."""
-    jobs = _jobs(options)
-    _refuse_to_overwrite([*(job.path for job in jobs), options.out / RECORD], options.overwrite)
-    for part in {job.part: None for job in jobs if job.part is not None}:
-        if not part.is_file():
-            raise CommandError(f"{part}: no such file")
+    part_paths = mesh_files(options.parts) if options.command == "complete" else []
+    out_paths = _out_paths(options, part_paths)
+    pictures = [_thumbnail(path) for path in out_paths] if options.thumbnails else []
+    _refuse_to_overwrite([*out_paths, *pictures, options.out / RECORD], options.overwrite)
+    if options.thumbnails and find_spec("PIL") is None:
+        raise CommandError("--thumbnails needs the package pillow: pip install pillow")
+    check_model(options.model)
+    parts = _read_parts(part_paths, options) if part_paths else []
+    jobs = [
+        Job(path, part)
+        for path, part in zip(out_paths, [part for part in parts or [None] for _ in range(options.num)], strict=True)
+    ]
+
+    from iflame_cli.making import check_parts, load_generator, make_meshes
+
     generator = load_generator(options.model, options.revision, options.device, options.dtype)
-    placing = _placing(options)
-    for part in {job.part: None for job in jobs if job.part is not None}:
-        generator.preprocess(part, **placing)  # all are looked at before the first is completed
+    check_parts(generator, parts, options)
     options.out.mkdir(parents=True, exist_ok=True)
 
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
-    record = {"model": options.model, "revision": options.revision, "seed": seed, "batch_size": options.batch_size}
-    record |= {name: getattr(options, name) for name in SAMPLING} | {"meshes": []}
-    torch.manual_seed(seed)
+    record = {name: getattr(options, name) for name in RECORDED_OPTIONS} | {"seed": seed, "meshes": []}
     try:
         with tqdm(total=len(jobs), unit="mesh", disable=None) as bar:
-            for job, mesh in _make(generator, jobs, options, bar):
+            meshes = make_meshes(generator, [job.part for job in jobs], seed, options, bar)
+            for job, mesh in zip(jobs, meshes, strict=True):
                 entry = _write(generator, job, mesh, options, record)
                 record["meshes"].append(entry)
-                if entry["file"] is not None:
-                    ended = "" if entry["ended"] else ", not ended: cut off at --max-faces"
-                    tqdm.write(f"{job.path}  {entry['faces']} faces{ended}")
+                _tell(job, entry, options.json)
     finally:
         if record["meshes"]:
             _write_record(options.out / RECORD, record)
     written = sum(entry["file"] is not None for entry in record["meshes"])
     if options.seed is None:
-        print(f"seed {seed}: give --seed {seed} for the same meshes")
+        print(f"seed {seed}: give --seed {seed} for the same meshes", file=sys.stderr)
     if written < len(jobs):
         print(f"iflame: {len(jobs) - written} of {len(jobs)} have no face and no file", file=sys.stderr)
     if written == 0:
         raise CommandError("nothing was written: try another --seed, or a model that has been trained for longer")
 
 
-def load_generator(
-    model: str, revision: str | None = None, device: str | None = None, dtype: str | None = None
-) -> MeshGenerationPipeline:
-    """
-    The pipeline of a model, from a folder or the Hub.
-
-    Raises:
-        CommandError: there is none, or it is no iFlame model, in one line.
-    """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of weights that go into a model; downloads show theirs
-    is_folder = Path(model).is_dir()
-    if not is_folder and (Path(model).exists() or model.count("/") > 1 or model.startswith((".", "/", "~"))):
-        raise CommandError(f"there is no folder {model}")
-    if is_folder and not (Path(model) / "config.json").is_file():
-        raise CommandError(f"{model} holds no model: there is no config.json in it")
-    try:
-        settings, _ = IFlameConfig.get_config_dict(model, revision=revision)
-        if settings.get("model_type") != "iflame":
-            raise CommandError(f"{model} is no iFlame model: its model_type is {settings.get('model_type')!r}")
-        options = {"revision": revision} | ({"dtype": dtype} if dtype else {})
-        weights, loading = IFlameForCausalLM.from_pretrained(model, output_loading_info=True, **options)
-        tokenizer = IFlameTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CommandError(f"the model {model} cannot be loaded: {reason}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise CommandError(f"the model {model} cannot be used: its weights lack {', '.join(missing[:3])}")
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Threads that wait for one another spin: on a core that something else needs, steps take many times as long.
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    return pipeline("mesh-generation", model=weights.eval(), tokenizer=tokenizer, device=device)
-
-
-def _jobs(options: argparse.Namespace) -> list[Job]:
+def _out_paths(options: argparse.Namespace, parts: list[Path]) -> list[Path]:
     width = max(2, len(str(options.num - 1)))
-    parts = options.parts if options.command == "complete" else [None]
-    if len({part.stem for part in parts if part}) < len([part for part in parts if part]):
+    stems = [f"{part.stem}-completed" for part in parts] or ["mesh"]
+    if len(set(stems)) < len(stems):
         raise CommandError("two parts have the same name: complete them into different folders (--out)")
-    stems = ["mesh" if part is None else f"{part.stem}-completed" for part in parts]
     return [
-        Job(options.out / f"{stem}-{number:0{width}d}.{options.format}", part)
-        for stem, part in zip(stems, parts, strict=True)
-        for number in range(options.num)
+        options.out / f"{stem}-{number:0{width}d}.{options.format}" for stem in stems for number in range(options.num)
     ]
 
 
@@ -121,64 +86,70 @@ def _refuse_to_overwrite(paths: list[Path], overwrite: bool) -> None:
         raise CommandError(f"{there[0]}{others} exists already: choose another --out, or give --overwrite")
 
 
-def _placing(options: argparse.Namespace) -> dict[str, Any]:
-    if options.command == "generate":
-        return {}
-    bounds = options.bounds and [options.bounds[:3], options.bounds[3:]]
-    return {"room_above": options.room_above, "bounds": bounds, "prompt_up_axis": options.up_axis}
+def _read_parts(paths: list[Path], options: argparse.Namespace) -> list[MeshFile]:
+    check_decimation(options.decimate)
+    parts = [read_mesh(path, options.up_axis, options.decimate) for path in paths]
+    for part in parts:
+        # Normals say how the part is shaded, which --normals decides for the result.
+        if lost := [name for name in part.lost if name != "normals"]:
+            print(f"iflame: {part.path}: not in what is completed: {', '.join(lost)}", file=sys.stderr)
+    return parts
 
 
-class Progress(StoppingCriteria):
-    """Moves a bar as the rows of a batch come to their ends; stops nothing."""
-
-    def __init__(self, bar: tqdm, eos_token_id: int):
-        self.bar, self.eos_token_id = bar, eos_token_id
-        self.before = bar.n
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.shape[1] % TOKENS_PER_FACE == 0 and not self.bar.disable:
-            self.bar.set_postfix(faces=input_ids.shape[1] // TOKENS_PER_FACE - 1, refresh=False)
-            self.bar.n = self.before + int((input_ids == self.eos_token_id).any(dim=1).sum())
-            self.bar.refresh()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _make(
-    generator: MeshGenerationPipeline, jobs: list[Job], options: argparse.Namespace, bar: tqdm
-) -> Iterator[tuple[Job, Any]]:
-    """Each job with its mesh, as soon as its batch is done."""
-    sampling, placing = {name: getattr(options, name) for name in SAMPLING}, _placing(options)
-    for start in range(0, len(jobs), options.batch_size):
-        batch = jobs[start : start + options.batch_size]
-        progress = Progress(bar, generator.tokenizer.eos_token_id)
-        shared = {**sampling, "stopping_criteria": [progress], "batch_size": len(batch)}
-        if options.command == "complete":
-            meshes = [each[0] for each in generator([job.part for job in batch], **placing, **shared)]
-        else:
-            meshes = generator(num_meshes=len(batch), **shared)
-        bar.n = start + len(batch)
-        bar.refresh()
-        yield from zip(batch, meshes, strict=True)
-
-
-def _write(
-    generator: MeshGenerationPipeline, job: Job, mesh: Any, options: argparse.Namespace, record: dict
-) -> dict[str, Any]:
+def _write(generator: Any, job: Job, mesh: Any, options: argparse.Namespace, record: dict) -> dict[str, Any]:
     entry = {"file": None, "faces": len(mesh.faces), "vertices": len(mesh.vertices), **mesh.metadata}
     if job.part is not None:
-        entry["part"] = str(job.part)
+        entry["part"] = str(job.part.path)
     if entry["faces"] == 0:
-        job.path.unlink(missing_ok=True)  # of an earlier run, which was to be overwritten
+        for path in (job.path, _thumbnail(job.path)):  # of an earlier run, which was to be overwritten
+            path.unlink(missing_ok=True)
         return entry
     generator.export(
         mesh,
         job.path,
         winding=options.winding,
+        height=options.height,
+        pivot=options.pivot,
         normals=options.normals,
         license=options.license,
-        extras={"model": record["model"], "seed": record["seed"]},
+        extras={"model": record["model"], "seed": entry["seed"]},
     )
-    return entry | {"file": job.path.name, "closed": bool(mesh.is_watertight)}
+    entry |= {"file": job.path.name, "closed": bool(mesh.is_watertight)}
+    if options.thumbnails:
+        entry["thumbnail"] = _draw(job.path).name
+    return entry
+
+
+def _thumbnail(path: Path) -> Path:
+    return path.with_suffix(".png")
+
+
+def _draw(path: Path) -> Path:
+    """Writes the picture of a mesh file beside it; returns its path."""
+    from iflame_cli.render import render_meshes
+
+    vertices, faces = load_mesh(path)
+    picture = _thumbnail(path)
+    render_meshes([(turn(vertices, up_axis_of(path), "y"), faces)], picture)
+    return picture
+
+
+def _tell(job: Job, entry: dict[str, Any], as_json: bool) -> None:
+    """A line on the output: of JSON, with the path as `path`, or, where there is a file, for people."""
+    if as_json:
+        text = json.dumps({"path": None if entry["file"] is None else str(job.path), **entry})
+    elif entry["file"] is None:
+        return
+    else:
+        dropped = entry["dropped_faces"]
+        why = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+        text = f"{job.path}  {entry['faces']} faces" + (
+            f", {sum(dropped.values())} more dropped ({why})" if why else ""
+        )
+        if not entry["ended"]:
+            text += f"; not ended: cut off at {entry['faces'] + sum(dropped.values())} faces (--max-faces)"
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def _write_record(path: Path, record: dict) -> None:

@@ -7,110 +7,171 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from iflame_cli.command_line import CommandError
-from iflame_hf import IFlameTokenizer
-from iflame_hf.mesh_iflame import bounding_box, import_trimesh, load_mesh, normalise, quantise, turn, up_axis_of
+from iflame_cli.errors import CommandError
+from iflame_cli.light.mesh_iflame import (
+    MAX_RESOLUTION,
+    bounding_box,
+    canonicalise,
+    dequantise,
+    errors_name,
+    has_equal_corners,
+    import_trimesh,
+    normalise,
+    quantise,
+    turn,
+)
+from iflame_cli.reading import check_decimation, mesh_files, read_mesh
+
+TOKENS_PER_FACE = 9
+DROPPED = {
+    "faces_with_equal_corners": "had two equal corners",
+    "faces_flattened_by_rounding": "became a line or a point when rounded",
+    "faces_repeated": "lay on the vertices of another",
+}
+MERGED = {
+    "vertices_welded": "were at the place of another",
+    "vertices_merged_by_rounding": "fell together with another when rounded",
+}
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints what becomes of each mesh. Raises CommandError if one could not be read, after the others."""
-    tokenizer = IFlameTokenizer(coordinate_resolution=options.resolution)
-    failed = 0
-    for path in options.meshes:
+    """
+    Prints what becomes of each mesh, and for several a table in the end. Raises CommandError if one could not be read,
+    after the others.
+    """
+    if options.resolution > MAX_RESOLUTION:
+        raise CommandError(f"--resolution must be at most {MAX_RESOLUTION}, got {options.resolution}")
+    check_decimation(options.decimate)
+    paths, measured, missing = [], [], 0
+    for source in options.meshes:
         try:
-            found = measure(path, tokenizer, options.up_axis)
-        except (ValueError, OSError) as error:
+            paths += mesh_files([source])
+        except CommandError as error:
             print(f"iflame: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        print(json.dumps(found) if options.json else describe(found))
+            missing += 1
+    paths, failed = list(dict.fromkeys(paths)), missing
+    with tqdm(paths, unit="mesh", disable=None if len(paths) > 1 else True) as bar:
+        for path in bar:
+            try:
+                found = measure(path, options.resolution, options.up_axis, options.decimate)
+            except (ValueError, OSError) as error:
+                tqdm.write(f"iflame: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            tqdm.write(json.dumps(found) if options.json else describe(found))
+            sys.stdout.flush()
+            measured.append(found)
+    if len(measured) > 1 and not options.json:
+        print("\n" + table(measured))
     if failed:
-        raise CommandError(f"{failed} of {len(options.meshes)} could not be tokenized")
+        raise CommandError(f"{failed} of {len(paths) + missing} could not be tokenized")
 
 
-def measure(path: Path, tokenizer: IFlameTokenizer, up_axis: str | None = None) -> dict[str, Any]:
+def measure(
+    path: Path, resolution: int = 128, up_axis: str | None = None, decimate: int | None = None
+) -> dict[str, Any]:
     """
     Counts of a mesh file before and after tokenization, what was dropped by reason, and the errors of the round trip
     in the units of the file: distances (Euclidean) between the vertices and what their tokens stand for.
 
+    Args:
+        resolution: steps along the longest side.
+        up_axis: the vertical axis of the file, by default that of its format.
+        decimate: a mesh of more faces is simplified to so many beforehand; all counts but `faces_in_file` are then of
+            the simplified mesh.
+
     Raises:
         ValueError: the file is no usable mesh, naming it.
     """
-    vertices, faces = load_mesh(path)
-    up_axis = up_axis or up_axis_of(path)
-    vertices = turn(vertices, up_axis, tokenizer.up_axis)
-    ids = tokenizer.encode_mesh((vertices, faces))
-    decoded = tokenizer.decode_mesh(ids)
+    mesh = read_mesh(path, up_axis, decimate)
+    vertices, faces = turn(mesh.vertices, mesh.up_axis, "y"), mesh.faces
+    size = float(np.ptp(bounding_box(vertices), axis=0).max())
+    with errors_name(path):
+        normalised = normalise(vertices)
+        levels = quantise(normalised, resolution)
+        kept_levels, kept_faces = canonicalise(levels, faces)
+        if len(kept_faces) == 0:
+            raise ValueError(f"no face is left after rounding to {resolution} steps")
 
-    resolution, size = tokenizer.coordinate_resolution, float(np.ptp(bounding_box(vertices), axis=0).max())
     exact = np.unique(vertices, axis=0, return_inverse=True)[1].reshape(-1)
-    levels = quantise(normalise(vertices), resolution)
     merged = np.unique(levels, axis=0, return_inverse=True)[1].reshape(-1)
-    was_flat, is_flat = _has_equal_corners(exact[faces]), _has_equal_corners(merged[faces])
-    distances = np.linalg.norm(normalise(vertices) - (levels / resolution - 0.5), axis=1) * size
-    original = import_trimesh().Trimesh(vertices, exact_faces(vertices, faces), process=False)
+    was_flat, is_flat = has_equal_corners(vertices[faces]), has_equal_corners(levels[faces])
+    distances = np.linalg.norm(normalised - dequantise(levels, resolution), axis=1) * size
     return {
         "file": str(path),
-        "up_axis": up_axis,
+        "up_axis": mesh.up_axis,
         "longest_side": size,
         "step": size / resolution,
+        "faces_in_file": mesh.faces_in_file,
         "vertices": len(vertices),
         "faces": len(faces),
-        "kept_vertices": len(decoded.vertices),
-        "kept_faces": len(decoded.faces),
-        "tokens": len(ids),
+        "kept_vertices": len(kept_levels),
+        "kept_faces": len(kept_faces),
+        "tokens": TOKENS_PER_FACE * (1 + len(kept_faces) + 1),  # a start face before, an end face after
         "vertices_welded": len(vertices) - int(exact.max()) - 1,
         "vertices_merged_by_rounding": int(exact.max()) - int(merged.max()),
         "faces_with_equal_corners": int(was_flat.sum()),
         "faces_flattened_by_rounding": int((is_flat & ~was_flat).sum()),
-        "faces_repeated": int((~is_flat).sum()) - len(decoded.faces),
+        "faces_repeated": int((~is_flat).sum()) - len(kept_faces),
+        "lost_attributes": mesh.lost,
         "largest_error": float(distances.max()),
         "mean_error": float(distances.mean()),
-        "closed_before": bool(original.is_watertight),
-        "closed_after": bool(decoded.is_watertight),
+        "closed_before": _is_closed(exact[faces]),
+        "closed_after": _is_closed(kept_faces),
     }
 
 
-def exact_faces(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Faces (F, 3) whose vertices of equal position are one."""
-    _, first, which = np.unique(vertices, axis=0, return_index=True, return_inverse=True)
-    return first[which.reshape(-1)][faces]
-
-
-def _has_equal_corners(faces: np.ndarray) -> np.ndarray:
-    return (faces == np.roll(faces, 1, axis=1)).any(axis=1)
+def _is_closed(faces: np.ndarray) -> bool:
+    return bool(import_trimesh().Trimesh(np.zeros((faces.max() + 1, 3)), faces, process=False).is_watertight)
 
 
 def describe(found: dict[str, Any]) -> str:
     """What `measure` found, for people."""
-    dropped = [
-        f"{found[name]:,} {why}"
-        for name, why in (
-            ("faces_with_equal_corners", "had two equal corners"),
-            ("faces_flattened_by_rounding", "became a line or a point when rounded"),
-            ("faces_repeated", "lay on the vertices of another"),
-        )
-        if found[name]
-    ]
-    merged = [
-        f"{found[name]:,} {why}"
-        for name, why in (
-            ("vertices_welded", "were at the place of another"),
-            ("vertices_merged_by_rounding", "fell together with another when rounded"),
-        )
-        if found[name]
-    ]
+    dropped = [f"{found[name]:,} {why}" for name, why in DROPPED.items() if found[name]]
+    merged = [f"{found[name]:,} {why}" for name, why in MERGED.items() if found[name]]
+    simplified = f", simplified from {found['faces_in_file']:,}" if found["faces_in_file"] > found["faces"] else ""
     closed = {True: "closed", False: "open"}
     lines = [
         found["file"],
-        f"  read     {found['vertices']:,} vertices, {found['faces']:,} faces, {closed[found['closed_before']]}; "
-        f"longest side {found['longest_side']:.6g}, {found['up_axis']} up",
+        f"  read     {found['vertices']:,} vertices, {found['faces']:,} faces{simplified}, "
+        f"{closed[found['closed_before']]}; longest side {found['longest_side']:.6g}, {found['up_axis']} up",
         f"  kept     {found['kept_vertices']:,} vertices, {found['kept_faces']:,} faces, "
         f"{closed[found['closed_after']]}; {found['tokens']:,} tokens",
         f"  faces    {'; '.join(dropped) + ': dropped' if dropped else 'none dropped'}",
         f"  vertices {'; '.join(merged) + ': merged' if merged else 'none merged'}",
+        f"  besides  {', '.join(found['lost_attributes'])}: not kept" if found["lost_attributes"] else None,
         f"  error    at most {found['largest_error']:.3g}, {found['mean_error']:.3g} on average; "
         f"one step is {found['step']:.3g}",
     ]
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line is not None)
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """A line of figures for each mesh, and one of all."""
+    heads = ("faces", "kept", "dropped", "tokens", "error/step", "closed", "not kept", "file")
+    rows = [
+        (
+            f"{found['faces']:,}",
+            f"{found['kept_faces']:,}",
+            f"{found['faces'] - found['kept_faces']:,}",
+            f"{found['tokens']:,}",
+            f"{found['largest_error'] / found['step']:.2f}",
+            "yes" if found["closed_after"] else "no",
+            f"{len(found['lost_attributes'])} kinds" if found["lost_attributes"] else "-",
+            found["file"],
+        )
+        for found in measured
+    ]
+    faces, kept = (sum(found[name] for found in measured) for name in ("faces", "kept_faces"))
+    closed = sum(found["closed_after"] for found in measured)
+    worst = max(found["largest_error"] / found["step"] for found in measured)
+    tokens = sum(found["tokens"] for found in measured)
+    whole = f"all {len(measured)} meshes"
+    total = (f"{faces:,}", f"{kept:,}", f"{faces - kept:,}", f"{tokens:,}", f"{worst:.2f}", f"{closed}", "", whole)
+    rows = [heads, *rows, total]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    )

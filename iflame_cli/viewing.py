@@ -12,8 +12,9 @@ import numpy as np
 import trimesh
 from trimesh.viewer import scene_to_html
 
-from iflame_cli.command_line import CommandError
-from iflame_hf.mesh_iflame import MESH_SUFFIXES, load_mesh, normalise, turn, up_axis_of
+from iflame_cli.errors import CommandError
+from iflame_cli.light.mesh_iflame import load_mesh, normalise, turn, up_axis_of
+from iflame_cli.reading import mesh_files
 
 MARK = "<!-- written by iflame view -->"
 SPACING = 1.35  # between the middles of neighbours; a mesh is 1 long
@@ -35,7 +36,7 @@ document.addEventListener("keydown", function (event) {{
 
 def run(options: argparse.Namespace) -> None:
     """Writes the page, prints its path, opens it. Raises CommandError where there is nothing to see."""
-    paths = _mesh_files(options.sources)
+    paths = mesh_files(options.sources)
     first = options.sources[0]
     page = options.page or (first if first.is_dir() else first.parent) / "view.html"
     if page.exists() and not options.overwrite and MARK not in page.read_text(encoding="utf-8", errors="replace"):
@@ -56,21 +57,6 @@ def run(options: argparse.Namespace) -> None:
     print(page)
     if not options.no_browser and not webbrowser.open(page.resolve().as_uri()):
         print("iflame: no browser could be opened: open the page yourself", file=sys.stderr)
-
-
-def _mesh_files(sources: list[Path]) -> list[Path]:
-    found = []
-    for source in sources:
-        if source.is_dir():
-            inside = sorted(path for path in source.iterdir() if path.suffix.lower() in MESH_SUFFIXES)
-            if not inside:
-                raise CommandError(f"{source} holds no mesh files ({', '.join(MESH_SUFFIXES)})")
-            found += inside
-        elif source.exists():
-            found.append(source)
-        else:
-            raise CommandError(f"{source}: no such file or folder")
-    return list(dict.fromkeys(found))
 
 
 def build_page(meshes: dict[Path, tuple[np.ndarray, np.ndarray]], title: str) -> str:

@@ -11,6 +11,7 @@ from .mesh_iflame import FILE_UP_AXES, UP_AXES, import_trimesh, load_mesh, turn
 
 EXPORT_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 WINDINGS = ("outward", "kept")
+PIVOTS = ("ground", "centre")
 GENERATOR = "iFlame"
 # glTF's own default is bare metal, which is black without surroundings to mirror, and hides what is seen from behind.
 _MATERIAL = {
@@ -26,6 +27,8 @@ def export_mesh(
     *,
     up_axis: str = "y",
     winding: str = "outward",
+    height: float | None = None,
+    pivot: str | None = None,
     normals: bool = False,
     name: str | None = None,
     license: str | None = None,
@@ -42,14 +45,18 @@ def export_mesh(
         up_axis: the vertical axis of `mesh`, "y" or "z": that of the tokenizer it comes from.
         winding: "outward" turns each piece of the mesh the right way round, see `wind_outward`; "kept" leaves all
             faces as they are.
+        height: the mesh is scaled, about the origin, so that it is so high: metres, in glb by its specification, in
+            the other formats where a unit is taken for one. By default it keeps its size.
+        pivot: where the origin is put, about which programs turn and place the mesh: "ground" under the centre of the
+            mesh's bounding box, at its lowest level; "centre" at the centre of that box. By default it stays.
         normals: write smooth normals of the vertices. Without them programs shade each face flat, which suits meshes
             of few faces. (stl always has the normals of its faces.)
         name: of the object; by default the file's name without its suffix.
         license: noted in the file, for example "cc-by-4.0"; stl has no place for it.
         extras: names and values, as JSON has them, for the glb's `asset.extras`; no other format has a place for them.
 
-    Raises ValueError for a mesh that `load_mesh` refuses, and for an unknown format, axis or winding; OSError where
-    the file cannot be written.
+    Raises ValueError for a mesh that `load_mesh` refuses or that has no height to scale, and for an unknown format,
+    axis, winding, height or pivot; OSError where the file cannot be written.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -59,6 +66,10 @@ def export_mesh(
         raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
     if winding not in WINDINGS:
         raise ValueError(f"winding must be one of {', '.join(WINDINGS)}, got {winding!r}")
+    if height is not None and not 0 < height < float("inf"):
+        raise ValueError(f"height must be a positive number of metres, got {height}")
+    if pivot not in (None, *PIVOTS):
+        raise ValueError(f"pivot must be one of {', '.join(PIVOTS)}, got {pivot!r}")
     vertices, faces = load_mesh(mesh)
     welded, which = np.unique(vertices, axis=0, return_inverse=True)
     faces = which.reshape(-1)[faces]
@@ -67,13 +78,29 @@ def export_mesh(
         raise ValueError("every face of the mesh has two equal corners")
     if winding == "outward":
         faces = wind_outward(welded, faces)
-    vertices = turn(welded, up_axis, FILE_UP_AXES[suffix])
+    vertices = _placed(turn(welded, up_axis, FILE_UP_AXES[suffix]), "xyz".index(FILE_UP_AXES[suffix]), height, pivot)
     piece = import_trimesh().Trimesh(vertices=vertices, faces=faces, process=False)
     name = _one_line(name or path.stem)
     notes = [GENERATOR, name] + ([f"licence: {_one_line(license)}"] if license else [])
     write = {".glb": _glb, ".obj": _obj, ".ply": _ply, ".stl": _stl}[suffix]
     _write_whole(path, write(piece, name, notes, normals, license, extras))
     return path
+
+
+def _placed(vertices: np.ndarray, up: int, height: float | None, pivot: str | None) -> np.ndarray:
+    """Vertices (V, 3) of a mesh with its height and its origin as `export_mesh` says, `up` the vertical column."""
+    if height is not None:
+        own = np.ptp(vertices[:, up])
+        if own == 0:
+            raise ValueError(f"the mesh lies flat: it cannot be scaled to a height of {height}")
+        vertices = vertices * (height / own)
+    if pivot is not None:
+        low, high = vertices.min(axis=0), vertices.max(axis=0)
+        origin = low / 2 + high / 2
+        if pivot == "ground":
+            origin[up] = low[up]
+        vertices = vertices - origin
+    return vertices
 
 
 def wind_outward(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -1,17 +1,27 @@
-"""What generate() must know of meshes: the start face, and the cache."""
+"""What generate() must know of meshes: the start face, seeds, and the cache."""
 
+import copy
 import functools
+from typing import Any
 
-from transformers import GenerationMixin
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode
 
 from .cache_iflame import IFlameCache
 from .configuration_iflame import DEFAULT_MAX_LENGTH, TOKENS_PER_FACE
+from .sampling_iflame import SeededSampling, row_seeds
 from .versions_iflame import CACHE_NAME, with_own_cache_name
 
 
 class IFlameGenerationMixin(GenerationMixin):
-    """transformers' generate() for meshes: without a prompt it begins with the start face of nine bos tokens."""
+    """transformers' generate() for meshes.
+
+    Without a prompt it begins with the start face of nine bos tokens. `generate(do_sample=True, seed=...)` gives each
+    mesh random numbers of its own: a whole number, which counts up row by row, or a list of one for each row. The same
+    seed gives the same mesh, alone or in a batch, and torch's own random numbers are neither used nor changed. Without
+    a seed they decide, as elsewhere in transformers. Greedy search needs no seed; sampled beams take none.
+    """
 
     _supported_generation_modes = [
         GenerationMode.GREEDY_SEARCH,
@@ -36,6 +46,40 @@ class IFlameGenerationMixin(GenerationMixin):
                 "running state of linear attention cannot be rolled back: leave these options out"
             )
         super()._validate_generation_mode(generation_mode, *args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "seed"})
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        seed: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if seed is None or not generation_config.do_sample:
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        asked_for_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+        sampling = SeededSampling(row_seeds(seed, len(input_ids)), input_ids.shape[1], keep_scores=asked_for_scores)
+        # The choice has to come after temperature, top_k and the like, which transformers puts after processors that
+        # are given to generate(). As it leaves one token, the likeliest is the chosen one.
+        generation_config = copy.copy(generation_config)
+        generation_config.do_sample = False
+        processors = LogitsProcessorList([*logits_processor, sampling])
+        output = super()._sample(input_ids, processors, stopping_criteria, generation_config, **kwargs)
+        if asked_for_scores:
+            output.scores = tuple(sampling.scores)
+        return output
+
+    def _beam_search(self, *args: Any, seed: Any = None, **kwargs: Any) -> Any:
+        if seed is not None and kwargs["generation_config"].do_sample:
+            raise ValueError(
+                "a seed is of one mesh, and beams are drawn together: leave out num_beams, or leave out seed and call "
+                "torch.manual_seed() before"
+            )
+        return super()._beam_search(*args, **kwargs)
 
     def _set_generation_defaults(self) -> None:
         """20 tokens, transformers' default, are not a mesh."""

@@ -5,6 +5,7 @@ vertices in the same order; `faces` (F, 3) int64 rows of vertex indices, counter
 from `to_y_up` to `from_y_up`. No function changes its arguments.
 """
 
+import copy
 import json
 import os
 import re
@@ -48,12 +49,41 @@ MESH_ERROR_KINDS = {
 NOT_A_MESH = "a mesh is a path, a Trimesh, a Scene or a tuple (vertices, faces), not {}"
 
 
-class MeshError(ValueError):
+class _NamesOptions(ValueError):
+    """An error whose message names options as Python's parameters are named; `worded` names them as the users of
+    another program know them.
+
+    Args:
+        text: the message, with %s for each option.
+        options: names of parameters; without any the text is taken as it is, whatever is in it.
+    """
+
+    def __init__(self, text: str, *options: str):
+        self.text, self.options, self.source = text, options, ""
+        super().__init__(text % options if options else text)
+
+    def worded(self, name_of: Any = str) -> str:
+        """The message with `name_of(option)` for every option."""
+        return self.source + (self.text % tuple(map(name_of, self.options)) if self.options else self.text)
+
+    def after(self, source: str) -> "_NamesOptions":
+        """The same error with a message that begins with `source`."""
+        error = copy.copy(self)
+        error.source = source + self.source
+        error.args = (error.worded(),)
+        return error
+
+
+class OptionError(_NamesOptions):
+    """An option that cannot be as given."""
+
+
+class MeshError(_NamesOptions):
     """What was given is no usable mesh; the message says why to people, and begins with the file's name where there
     is one. `kind` says why to programs: one of `MESH_ERROR_KINDS`."""
 
-    def __init__(self, message: str, kind: str = "unreadable"):
-        super().__init__(message)
+    def __init__(self, message: str, kind: str = "unreadable", options: tuple[str, ...] = ()):
+        super().__init__(message, *options)
         self.kind = kind
 
 
@@ -74,8 +104,10 @@ def errors_name(source: Any):
     except ValueError as error:
         if not isinstance(source, (str, os.PathLike)):
             raise
-        message = f"{os.fspath(source)}: {error}"
-        raise (MeshError(message, error.kind) if isinstance(error, MeshError) else ValueError(message)) from error
+        beginning = f"{os.fspath(source)}: "
+        if isinstance(error, _NamesOptions):
+            raise error.after(beginning) from error
+        raise ValueError(f"{beginning}{error}") from error
 
 
 def is_mesh(item: Any) -> bool:
@@ -381,7 +413,11 @@ def check_file(path: str) -> str:
         raise FileNotFoundError(f"{path}: no such file")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in MESH_SUFFIXES:
-        raise MeshError(f"unknown mesh format {suffix!r}; known are {', '.join(MESH_SUFFIXES)}", "unknown_format")
+        raise MeshError(
+            f"unknown mesh format {suffix!r}; known are {', '.join(MESH_SUFFIXES)}. Convert others, for example in "
+            "Blender: File > Export > glTF 2.0",
+            "unknown_format",
+        )
     if not os.path.isfile(path):
         raise MeshError("not a file", "not_a_file")
     with open(path, "rb") as file:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .export_iflame import export_mesh
 from .mesh_iflame import (
     UP_AXES,
     MeshError,
+    OptionError,
     bounding_box,
     denormalise,
     errors_name,
@@ -24,6 +25,7 @@ from .mesh_iflame import (
     turn,
     up_axis_of,
 )
+from .sampling_iflame import row_seeds
 from .streaming_iflame import stream_faces
 
 TASK = "mesh-generation"
@@ -66,13 +68,18 @@ class MeshGenerationPipeline(Pipeline):
             batch_size: how many meshes are generated at once, 8 by default.
             num_meshes: how many, or how many for each prompt, 1 by default.
             max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes.
-            seed: the same seed gives the same meshes, for the same parameters, batch size and kind of device.
+            seed: a whole number, the seed of the first mesh; the others, of all prompts, have those that follow it. Or
+                a list of one for each mesh. A seed gives the same mesh again for the same prompt and parameters,
+                alone or in a batch; torch's own random numbers stay as they are. By default one is drawn of them.
             do_sample, temperature, top_p, top_k: as of `generate()`. By default it samples, from all tokens unless
                 the model's generation_config.json says otherwise.
             room_above: how much higher than the part the whole mesh may become, in heights of the part (1.0: twice as
                 high). By default the part keeps its place, which must be within [-0.5, 0.5] on every axis: right for
                 parts of generated meshes, and for no others.
             bounds: instead of `room_above`, the box that the whole mesh fills, as of the tokenizer's `encode_mesh`.
+            keep: of the prompt only its lowest faces: a share (float between 0 and 1) or a number (int) of them. The
+                box that it has to lie within, or that `room_above` adds to, is that of all faces; a prompt that is
+                not within [-0.5, 0.5] then needs neither `room_above` nor `bounds`: it fills its own box.
             prompt_up_axis: the vertical axis of the prompt and of `bounds`, "y" or "z". By default that of the
                 tokenizer, and for a file the one that it declares (dae), or that of its format: z in ply and stl, else
                 y.
@@ -80,7 +87,8 @@ class MeshGenerationPipeline(Pipeline):
 
         Returns:
             A list of `num_meshes` meshes, in the prompt's units; for a list of prompts a list of such lists. Their
-            `metadata["ended"]` says whether the mesh came to its end within `max_faces`. One may be without a face.
+            `metadata["ended"]` says whether the mesh came to its end within `max_faces`, `metadata["seed"]` is the
+            seed that makes it again (None for greedy search and beams). One may be without a face.
 
         Raises ValueError for parameters and prompts that cannot be, ImportError where trimesh is missing.
         """
@@ -89,15 +97,16 @@ class MeshGenerationPipeline(Pipeline):
         batch_size = _whole("batch_size", batch_size or self._batch_size or DEFAULT_BATCH_SIZE)
         is_list = isinstance(prompt, list)
         rows = [self.preprocess(each, **preprocess) for each in (prompt if is_list else [prompt])]
-        num_meshes, seed = forward.pop("num_meshes", 1), forward.pop("seed", None)
         for each, row in zip(prompt if is_list else [prompt], rows, strict=True):
             with errors_name(each):
                 self._check_room(row, forward.get("max_faces"))
-        jobs = [row for row in rows for _ in range(num_meshes)]
+        num_meshes = forward.pop("num_meshes", 1)
+        seeds = self._seeds(len(rows) * num_meshes, **forward)
+        forward.pop("seed", None)
+        jobs = [{**row, "seed": seeds.pop(0)} for row in rows for _ in range(num_meshes)]
         meshes = []
-        with self._seeded(seed):
-            for start in range(0, len(jobs), batch_size):
-                meshes += self.postprocess(self.forward({"rows": jobs[start : start + batch_size]}, **forward))
+        for start in range(0, len(jobs), batch_size):
+            meshes += self.postprocess(self.forward({"rows": jobs[start : start + batch_size]}, **forward))
         if not is_list:
             return meshes
         return [meshes[start : start + num_meshes] for start in range(0, len(meshes), num_meshes)]
@@ -117,19 +126,15 @@ class MeshGenerationPipeline(Pipeline):
         preprocess, forward, _ = self._parameters(kwargs)
         if forward.pop("num_meshes", 1) != 1 or isinstance(prompt, list):
             raise ValueError("faces are streamed of one mesh at a time: leave out num_meshes and give one prompt")
-        row, seed = self.preprocess(prompt, **preprocess), forward.pop("seed", None)
+        row = self.preprocess(prompt, **preprocess)
         with errors_name(prompt):
             self._check_room(row, forward.get("max_faces"))
+        (forward["seed"],) = self._seeds(1, **forward)
         options = self._generate_options([row], **forward)
         faces = stream_faces(
             self.model, self.tokenizer, row["input_ids"], skip_prompt=skip_prompt, timeout=timeout, **options
         )
-        return self._placed(faces, row["bounds"], seed)
-
-    def _placed(self, faces: Iterator[np.ndarray], bounds: Any, seed: int | None) -> Iterator[np.ndarray]:
-        with self._seeded(seed):
-            for face in faces:
-                yield face if bounds is None else denormalise(face, bounds)
+        return faces if row["bounds"] is None else _placed(faces, row["bounds"])
 
     def export(self, mesh: Any, path: str | os.PathLike, **options: Any) -> Path:
         """Writes a generated mesh as glb, obj, ply or stl, upright; `options` are those of `export_mesh`."""
@@ -141,7 +146,9 @@ class MeshGenerationPipeline(Pipeline):
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
         given = {name: value for name, value in given.items() if value is not None}
-        preprocess = {name: given.pop(name) for name in ("room_above", "bounds", "prompt_up_axis") if name in given}
+        preprocess = {
+            name: given.pop(name) for name in ("room_above", "bounds", "keep", "prompt_up_axis") if name in given
+        }
         for name in ("num_meshes", "max_faces"):
             if name in given:
                 _whole(name, given[name])
@@ -157,21 +164,33 @@ class MeshGenerationPipeline(Pipeline):
         return preprocess, given, {}
 
     def preprocess(
-        self, prompt: Any, room_above: float | None = None, bounds: Any = None, prompt_up_axis: str | None = None
+        self,
+        prompt: Any,
+        room_above: float | None = None,
+        bounds: Any = None,
+        keep: float | int | None = None,
+        prompt_up_axis: str | None = None,
     ) -> dict[str, Any]:
         """Ids of what a mesh begins with, and the box that places it, or None."""
         if prompt is None:
-            if not (room_above is bounds is prompt_up_axis is None):
-                raise ValueError("room_above, bounds and prompt_up_axis are of a prompt, and there is none")
+            if not (room_above is bounds is keep is prompt_up_axis is None):
+                raise OptionError(
+                    "%s, %s, %s and %s are of a prompt, and there is none",
+                    *("room_above", "bounds", "keep", "prompt_up_axis"),
+                )
             return {"input_ids": [self.tokenizer.bos_token_id] * TOKENS_PER_FACE, "bounds": None}
         if not is_mesh(prompt):
             raise ValueError(
                 f"a prompt is the path of a mesh file, a Trimesh, a Scene or a tuple (vertices, faces), got {prompt!r}"
             )
         if room_above is not None and bounds is not None:
-            raise ValueError("give either room_above or bounds, and not both")
+            raise OptionError("give either %s or %s, and not both", "room_above", "bounds")
         if room_above is not None and room_above < 0:
-            raise ValueError(f"room_above must not be negative, got {room_above}")
+            raise OptionError(f"%s must not be negative, got {room_above}", "room_above")
+        if keep is not None and not (0 < keep < 1 if isinstance(keep, float) else _is_whole(keep)):
+            raise OptionError(
+                f"%s must be a share between 0.0 and 1.0, or a whole number of faces from 1 on, got {keep!r}", "keep"
+            )
         if prompt_up_axis not in (None, *UP_AXES):
             raise ValueError(f"prompt_up_axis must be one of {', '.join(UP_AXES)}, got {prompt_up_axis!r}")
         vertices, faces = load_mesh(prompt)
@@ -184,34 +203,56 @@ class MeshGenerationPipeline(Pipeline):
             elif bounds is not None:
                 bounds = np.sort(turn(np.asarray(bounds, dtype=np.float64), given_up, up_axis), axis=0)
             elif np.abs(vertices).max() > 0.5 + 0.5 / self.tokenizer.coordinate_resolution:
-                raise MeshError(
-                    "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with room_above or "
-                    "bounds how large the whole mesh may become",
-                    "out_of_bounds",
-                )
+                if keep is None:
+                    raise MeshError(
+                        "the part does not lie within [-0.5, 0.5] as parts of generated meshes do: say with %s or %s "
+                        "how large the whole mesh may become",
+                        "out_of_bounds",
+                        options=("room_above", "bounds"),
+                    )
+                bounds = bounding_box(vertices)
             ids = self.tokenizer.encode_mesh(
                 (vertices, faces), add_end=False, normalise=bounds is not None, bounds=bounds
             )
+        if keep is not None:
+            kept = max(1, round(keep * (len(ids) // TOKENS_PER_FACE - 1))) if isinstance(keep, float) else keep
+            ids = ids[: TOKENS_PER_FACE * (1 + kept)]
         return {"input_ids": ids, "bounds": bounds}
+
+    @property
+    def default_max_faces(self) -> int:
+        """Most faces of a mesh where a call does not give `max_faces`."""
+        return max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
 
     def _check_room(self, row: dict, max_faces: int | None) -> None:
         """Raises MeshError for a prompt that leaves no room for another face."""
-        faces, most = _num_faces(row), self._most_faces(max_faces)
+        faces, most = _num_faces(row), max_faces or self.default_max_faces
         if faces >= most:
-            message = f"the prompt has {faces} faces already: max_faces must be more, not {most}"
-            raise MeshError(message, "too_many_faces")
-
-    def _most_faces(self, max_faces: int | None) -> int:
-        return max_faces or max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
+            message = f"the prompt has {faces} faces already: %s must be more, not {most}"
+            raise MeshError(message, "too_many_faces", options=("max_faces",))
 
     def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
+        most = max_faces or self.default_max_faces
+        # The last token may say that the mesh ends.
+        new_tokens = TOKENS_PER_FACE * (most - min(map(_num_faces, rows))) + 1
+        return {**self._sampling_options(**options), "max_new_tokens": new_tokens}
+
+    def _sampling_options(self, **options: Any) -> dict[str, Any]:
         own = self.model.generation_config.to_diff_dict()
         defaults = {name: own.get(name, value) for name, value in (("do_sample", True), ("top_k", 0))}
         if not {**defaults, **options}["do_sample"]:
             defaults.pop("top_k")
-        # The last token may say that the mesh ends.
-        new_tokens = TOKENS_PER_FACE * (self._most_faces(max_faces) - min(map(_num_faces, rows))) + 1
-        return {**defaults, **options, "max_new_tokens": new_tokens}
+        return {**defaults, **options}
+
+    def _seeds(self, number: int, seed: Any = None, **options: Any) -> list[int | None]:
+        """A seed for each mesh: as given, or drawn where meshes are sampled one by one, or None."""
+        if seed is not None:
+            return row_seeds(seed, number)
+        config = options.get("generation_config") or self.model.generation_config
+        beams = options.get("num_beams", config.num_beams) or 1
+        if beams > 1 or not self._sampling_options(**options)["do_sample"]:
+            return [None] * number
+        return row_seeds(int(torch.randint(2**31, ())), number)
 
     def _forward(self, inputs: dict[str, Any], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         rows = inputs["rows"]
@@ -219,7 +260,8 @@ class MeshGenerationPipeline(Pipeline):
         batch = self.tokenizer.pad(
             {"input_ids": [row["input_ids"] for row in rows]}, padding_side="left", return_tensors="pt"
         ).to(self.device)
-        sequences = self.model.generate(**batch, **options)
+        seeds = [row.get("seed") for row in rows]
+        sequences = self.model.generate(**batch, seed=None if None in seeds else seeds, **options)
         shortest = min(len(row["input_ids"]) for row in rows)
         longest_mesh = shortest + options["max_new_tokens"]
         padding = [batch["input_ids"].shape[1] - len(row["input_ids"]) for row in rows]
@@ -235,19 +277,20 @@ class MeshGenerationPipeline(Pipeline):
             mesh = self.tokenizer.decode_mesh(ids)
             if row["bounds"] is not None and len(mesh.faces):
                 mesh.vertices = denormalise(np.asarray(mesh.vertices), row["bounds"])
+            mesh.metadata["seed"] = row.get("seed")
             mesh.metadata["ended"] = bool((ids[len(row["input_ids"]) :] == self.tokenizer.eos_token_id).any())
             meshes.append(mesh)
         return meshes
 
-    @contextmanager
-    def _seeded(self, seed: int | None) -> Iterator[None]:
-        """torch's random numbers begin with `seed`, and are afterwards as they were; nothing for None."""
-        if seed is None:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
+
+def _placed(faces: Iterator[np.ndarray], bounds: Any) -> Iterator[np.ndarray]:
+    with closing(faces):
+        for face in faces:
+            yield denormalise(face, bounds)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _num_faces(row: dict) -> int:
@@ -255,6 +298,6 @@ def _num_faces(row: dict) -> int:
 
 
 def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_whole(value):
         raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
     return value

@@ -1,5 +1,6 @@
 """Faces of a mesh as generate() makes them."""
 
+import atexit
 import threading
 from collections.abc import Iterator
 from queue import Empty, Queue
@@ -7,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .configuration_iflame import TOKENS_PER_FACE
 from .mesh_iflame import is_mesh
+
+_generating: dict[threading.Event, threading.Thread] = {}  # by what has them stop
 
 
 class FaceStreamer(BaseStreamer):
@@ -22,6 +24,9 @@ class FaceStreamer(BaseStreamer):
     vertex a row, in the units and axes of `tokenizer.decode_mesh`. Together the faces are those of `decode_mesh` of
     all ids, in the same order and winding: degenerate and repeated ones are left out, and at the first id that is no
     coordinate the mesh ends. It can be used again once `generate()` has ended.
+
+    Where the program ends before the mesh, a generation in a daemon thread stops at its next token, by a SystemExit
+    within that thread; for any other thread Python waits.
 
     Args:
         tokenizer: the `IFlameTokenizer` of the model.
@@ -45,6 +50,7 @@ class FaceStreamer(BaseStreamer):
         self._is_prompt = True
         self._mesh_ended = False
         self._ended = False
+        self._left = threading.Event()  # the generation is to stop
 
     @property
     def mesh(self) -> "trimesh.Trimesh":  # noqa: F821
@@ -55,6 +61,10 @@ class FaceStreamer(BaseStreamer):
         """Takes the prompt (1, T), then the ids (1,) of each step; called by `generate()`."""
         if self._ended:
             self._begin()
+        if self._is_prompt:
+            self._generates_here()
+        if self._left.is_set():
+            raise SystemExit
         if value.dim() > 1 and value.shape[0] != 1 or value.dim() == 1 and not self._is_prompt and len(value) != 1:
             error = ValueError(
                 f"a FaceStreamer follows one mesh, got {value.shape[0]}: leave out num_return_sequences and give one "
@@ -65,6 +75,9 @@ class FaceStreamer(BaseStreamer):
         for token in value.flatten().tolist():
             self._take(token)
         self._is_prompt = False
+
+    def _generates_here(self) -> None:
+        _generating[self._left] = threading.current_thread()
 
     def _take(self, token: int) -> None:
         if self._mesh_ended:
@@ -94,6 +107,7 @@ class FaceStreamer(BaseStreamer):
     def _finish(self, last: BaseException | None) -> None:
         if not self._ended:
             self._ended = True
+            _generating.pop(self._left, None)
             self._queue.put(last)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -131,8 +145,8 @@ def stream_faces(
         timeout: seconds to wait for a face at most; by default for ever.
         generate_kwargs: as for `model.generate`, for example `do_sample=True, max_new_tokens=9 * 200`.
 
-    The generation begins with the first face that is asked for. Where the iteration is left early, by `break` or an
-    exception, it is stopped at the next token.
+    The generation begins with the first face that is asked for. Where the iteration is left early, by `break`, an
+    exception or the end of the program, it is stopped at the next token.
 
     Raises ValueError at once for a prompt that is none and for more than one mesh; while iterating TimeoutError, and
     whatever `generate` raises.
@@ -158,21 +172,25 @@ def _prompt_ids(tokenizer: Any, prompt: Any) -> torch.Tensor:
     return ids
 
 
-class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
+def _stop(left: threading.Event, generating: threading.Thread, timeout: float | None = None) -> None:
+    """Has a generation stop at its next token, and waits for that, `timeout` seconds at most."""
+    left.set()
+    if generating is not threading.current_thread():
+        generating.join(timeout)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that is within torch when the interpreter is taken down would abort the process."""
+    for left, generating in list(_generating.items()):
+        _stop(left, generating)
 
 
 def _run(model: Any, streamer: FaceStreamer, generate_kwargs: dict[str, Any]) -> Iterator[np.ndarray]:
-    left = threading.Event()
-    criteria = StoppingCriteriaList([*(generate_kwargs.pop("stopping_criteria", None) or []), _StopWhen(left)])
-
     def work() -> None:
         try:
-            model.generate(**generate_kwargs, stopping_criteria=criteria, streamer=streamer)
+            streamer._generates_here()
+            model.generate(**generate_kwargs, streamer=streamer)
             streamer.end()
         except BaseException as error:
             streamer.fail(error)
@@ -182,5 +200,4 @@ def _run(model: Any, streamer: FaceStreamer, generate_kwargs: dict[str, Any]) ->
     try:
         yield from streamer
     finally:
-        left.set()
-        thread.join(timeout=streamer.timeout)
+        _stop(streamer._left, thread, streamer.timeout)

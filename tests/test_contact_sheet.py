@@ -7,9 +7,9 @@ import pytest
 import trimesh
 from PIL import Image
 
+from iflame_cli.render import BACKGROUND
 from training.contact_sheet import main
 from training.procedural import make_dataset
-from training.render import BACKGROUND
 
 
 @pytest.fixture

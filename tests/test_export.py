@@ -236,3 +236,46 @@ def test_the_mesh_that_was_given_is_not_changed(tmp_path):
     for suffix in EXPORT_SUFFIXES:
         export_mesh(mesh, tmp_path / f"mesh{suffix}", normals=True)
     assert np.array_equal(mesh.vertices, vertices) and np.array_equal(mesh.faces, faces)
+
+
+@pytest.mark.parametrize("suffix", EXPORT_SUFFIXES)
+@pytest.mark.parametrize("up_axis", ["y", "z"])
+def test_a_mesh_gets_its_height_and_stands_on_the_ground_at_the_origin(suffix, up_axis, tmp_path):
+    mesh = tall_cone(up_axis)
+    path = export_mesh(mesh, tmp_path / f"cone{suffix}", up_axis=up_axis, height=1.8, pivot="ground")
+    positions, faces, _ = assimp(path)
+    up = EXPECTED_UP[suffix]
+    sides = [axis for axis in range(3) if axis != up]
+    low, high = positions.min(axis=0), positions.max(axis=0)
+    assert low[up] == pytest.approx(0, abs=1e-6) and high[up] == pytest.approx(1.8, rel=1e-6)
+    assert low[sides] == pytest.approx(-high[sides], abs=1e-6)
+    assert signed_volume(positions, faces) == pytest.approx(mesh.volume * (1.8 / 4) ** 3, rel=1e-5)
+
+
+def test_height_alone_scales_about_the_origin_and_pivot_alone_moves(tmp_path):
+    mesh = tall_cone()
+    scaled, _, _ = assimp(export_mesh(mesh, tmp_path / "scaled.obj", height=2))
+    moved, _, _ = assimp(export_mesh(mesh, tmp_path / "moved.obj", pivot="centre"))
+    same, _, _ = assimp(export_mesh(mesh, tmp_path / "same.obj"))
+    assert scaled == pytest.approx(same / 2, abs=1e-6)
+    assert moved == pytest.approx(same - (same.min(axis=0) + same.max(axis=0)) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"height": 0}, "height must be a positive number of metres, got 0"),
+        ({"height": float("inf")}, "height must be"),
+        ({"pivot": "top"}, "pivot must be one of ground, centre, got 'top'"),
+    ],
+)
+def test_a_height_or_a_pivot_that_cannot_be_is_refused(options, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        export_mesh(tall_cone(), tmp_path / "cone.glb", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mesh_that_lies_flat_cannot_have_a_height(tmp_path):
+    flat = (np.array([[0, 2, 0], [1, 2, 0], [0, 2, 1]]), np.array([[0, 1, 2]]))
+    with pytest.raises(ValueError, match="the mesh lies flat: it cannot be scaled to a height of 2"):
+        export_mesh(flat, tmp_path / "flat.glb", height=2)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 import iflame_hf
 from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline, export_mesh
-from iflame_hf.mesh_iflame import MeshError, denormalise, turn
+from iflame_hf.mesh_iflame import MeshError, OptionError, denormalise, errors_name, turn
 
 IMPLEMENTATION = {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
 
@@ -84,10 +85,8 @@ def test_a_seed_gives_the_same_meshes_and_leaves_the_random_numbers_of_others_al
 
 
 def test_the_meshes_are_those_of_generate(generator):
-    torch.manual_seed(3)
-    ids = generator.model.generate(
-        torch.full((4, 9), BOS), do_sample=True, top_k=0, temperature=0.8, top_p=0.9, max_new_tokens=9 * 5 + 1
-    )
+    options = {"do_sample": True, "top_k": 0, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 9 * 5 + 1}
+    ids = generator.model.generate(torch.full((4, 9), BOS), seed=3, **options)
     expected = triangles(generator.tokenizer.batch_decode_mesh(ids))
     meshes = generator(num_meshes=4, max_faces=5, seed=3, temperature=0.8, top_p=0.9)
     assert triangles(meshes) == expected
@@ -151,6 +150,13 @@ def test_parameters_of_the_pipeline_are_defaults_of_its_calls():
         ({"prompt": trimesh.creation.box(), "room_above": 1, "bounds": [[0] * 3, [1] * 3]}, "either room_above or"),
         ({"prompt": trimesh.creation.box(), "max_faces": 12}, "has 12 faces already: max_faces must be more"),
         ({"prompt": trimesh.creation.box((2, 2, 2))}, "room_above or bounds"),
+        ({"keep": 0.5}, "there is none"),
+        (
+            {"prompt": trimesh.creation.box(), "keep": 1.0},
+            "keep must be a share between 0.0 and 1.0, or a whole number",
+        ),
+        ({"prompt": trimesh.creation.box(), "keep": 0}, "of faces from 1 on, got 0"),
+        ({"prompt": trimesh.creation.box(), "keep": True}, "got True"),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
 )
@@ -193,6 +199,35 @@ def test_a_part_of_a_generated_mesh_keeps_its_place(generator):
     tokenizer = generator.tokenizer
     ids = tokenizer.encode_mesh(solids()["torus"])[: 9 * 21]
     assert generator.preprocess(tokenizer.decode_mesh(ids)) == {"input_ids": ids, "bounds": None}
+
+
+@pytest.mark.parametrize(("keep", "faces"), [(0.25, 120), (40, 40), (10_000, 480), (1e-9, 1)])
+def test_of_a_prompt_only_the_lowest_faces_can_be_kept(generator, keep, faces):
+    torus = solids()["torus"]
+    assert len(torus.faces) == 480
+    every = generator.tokenizer.encode_mesh(torus, add_end=False)
+    row = generator.preprocess(torus, keep=keep)
+    assert row["input_ids"] == every[: 9 * (1 + faces)]
+    assert np.allclose(row["bounds"], torus.bounds), "of the whole mesh, in its units"
+    generated = generator.tokenizer.decode_mesh(every)
+    assert generator.preprocess(generated, keep=keep)["bounds"] is None, "it keeps its place"
+    raised = generator.preprocess(torus, keep=keep, room_above=1.0)
+    assert raised["bounds"][1][1] == pytest.approx(torus.bounds[1][1] + torus.extents[1])
+
+
+def test_an_error_names_options_as_its_reader_knows_them(generator):
+    with pytest.raises(OptionError, match="^room_above must not be negative") as caught:
+        generator.preprocess(trimesh.creation.box(), room_above=-1)
+    assert caught.value.worded(str.upper) == "ROOM_ABOVE must not be negative, got -1"
+    with pytest.raises(MeshError, match="say with room_above or bounds how large") as caught:
+        generator.preprocess(trimesh.creation.box((2, 2, 2)))
+    assert "say with --room_above or --bounds how large" in caught.value.worded(lambda name: f"--{name}")
+    with pytest.raises(MeshError) as named, errors_name("100%s {box}.glb"), errors_name("part 1"):
+        raise caught.value
+    assert named.value.kind == "out_of_bounds"
+    assert str(named.value) == f"100%s {{box}}.glb: part 1: {caught.value}"
+    assert named.value.worded(str.upper) == f"100%s {{box}}.glb: part 1: {caught.value.worded(str.upper)}"
+    assert str(pickle.loads(pickle.dumps(named.value))) == str(named.value)
 
 
 @pytest.mark.parametrize("suffix", [".glb", ".obj", ".ply", ".stl"])

@@ -66,6 +66,19 @@ HOOKS = [
         "self generation_config model_kwargs generation_mode batch_size max_cache_length",
         "generation_iflame: the state is an IFlameCache",
     ),
+    Hook(GenerationMixin, "_validate_model_kwargs", "self model_kwargs", "generation_iflame: generate() takes a seed"),
+    Hook(
+        GenerationMixin,
+        "_sample",
+        "self input_ids logits_processor stopping_criteria generation_config synced_gpus streamer model_kwargs",
+        "generation_iflame: a seed of its own for each mesh, drawn from after all other processors",
+    ),
+    Hook(
+        GenerationMixin,
+        "_beam_search",
+        "self input_ids logits_processor stopping_criteria generation_config synced_gpus model_kwargs",
+        "generation_iflame: sampled beams take no seed",
+    ),
     Hook(GenerationMixin, "_supported_generation_modes", MEMBER, "generation_iflame: the modes that work"),
     Hook(PreTrainedModel, "_init_weights", "self module", "modeling_iflame: fresh weights"),
     Hook(PreTrainedModel, "_no_split_modules", FLAG, "modeling_iflame: what device_map keeps together"),
@@ -103,7 +116,7 @@ HOOKS = [
 ]
 # Names of torch and of the operating system that begin with an underscore, too.
 NOT_OF_TRANSFORMERS = {"_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_add_", "_init_group", "_dynamo"}
-NOT_OF_TRANSFORMERS |= {"_exit", "_abc_impl", "_last_lr"}
+NOT_OF_TRANSFORMERS |= {"_exit", "_abc_impl", "_last_lr", "_assert_async"}
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=str)

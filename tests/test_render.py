@@ -6,9 +6,9 @@ import trimesh
 from PIL import Image
 from scipy.spatial import ConvexHull
 
-from training import render
+from iflame_cli import render
+from iflame_cli.render import render_mesh, render_meshes
 from training.procedural import KINDS, make_mesh
-from training.render import render_mesh, render_meshes
 
 BOX = trimesh.creation.box((1.0, 2.0, 0.5))
 

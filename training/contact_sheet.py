@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from iflame_cli.render import render_meshes
 from iflame_hf.mesh_iflame import load_mesh
 from training.data import ParquetMeshes
-from training.render import render_meshes
 
 
 def contact_sheet(folder: Path, files: list[str], out: Path, columns: int = 8, rows: int = 2, seed: int = 0) -> None:

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from iflame_cli.render import render_meshes
 from iflame_hf.export_iflame import export_mesh
 from iflame_hf.mesh_iflame import to_y_up
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.packing import IGNORED, TOKENS_PER_FACE
-from training.render import render_meshes
 
 TOKENS_PER_VERTEX = 3
 # What is counted for each category, in this order.

@@ -4,9 +4,14 @@ transformers' own tests of every model, run on this one.
 The mixins are part of transformers' source code, not of the installed package, and are skipped without it. With a
 checkout of the same version as the installed transformers:
 
-    git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers ../transformers
+    git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers ../transformers
     pip install parameterized httpx
     TRANSFORMERS_TESTS=../transformers python -m pytest tests/common
+
+A release's source package will do where there is no checkout. It lacks the tests of generate() and of export:
+
+    pip download --no-deps --no-binary transformers transformers==5.24.0 && tar xzf transformers-5.24.0.tar.gz
+    TRANSFORMERS_TESTS=transformers-5.24.0 python -m pytest tests/common
 
 RUN_SLOW=1 adds their slow tests. A test is overridden below where its expectation holds for models with one length and
 one kind of attention only; the override expects what the architecture promises instead.

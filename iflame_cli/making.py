@@ -1,0 +1,127 @@
+"""Loading a model and making meshes with it: the part of `iflame generate` and `iflame complete` that needs torch."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import StoppingCriteria, pipeline
+from transformers.utils import logging
+
+from iflame_cli.errors import CommandError
+from iflame_cli.models import check_model_type
+from iflame_cli.reading import MeshFile
+from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline
+from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_hf.mesh_iflame import errors_name
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_faces")
+
+
+def check_device(name: str | None) -> None:
+    """Raises CommandError for a device, such as cuda or cuda:1, that torch does not see here."""
+    kind, _, number = (name or "cpu").partition(":")
+    if kind == "cpu":
+        return
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if there else 0
+    if there is None or there.type != kind or int(number or 0) >= count:
+        names = ["cpu", *(f"{there.type}:{index}" for index in range(count))] if there else ["cpu"]
+        built = "" if kind != "cuda" or torch.version.cuda or torch.version.hip else " (it was built without CUDA)"
+        raise CommandError(f"--device {name}: torch{built} sees no such device here, only {', '.join(names)}")
+
+
+def load_generator(
+    model: str, revision: str | None = None, device: str | None = None, dtype: str | None = None
+) -> MeshGenerationPipeline:
+    """
+    The pipeline of a model, from a folder or the Hub.
+
+    Raises:
+        CommandError: there is no such device or model, or it is no iFlame model, in one line.
+    """
+    check_device(device)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of weights that go into a model; downloads show theirs
+    try:
+        settings, _ = IFlameConfig.get_config_dict(model, revision=revision)
+        check_model_type(model, settings)
+        tokenizer = IFlameTokenizer.from_pretrained(model, revision=revision)
+        options = {"revision": revision} | ({"dtype": dtype} if dtype else {})
+        weights, loading = IFlameForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CommandError(f"the model {model} cannot be loaded: {reason}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise CommandError(f"the model {model} cannot be used: its weights lack {', '.join(missing[:3])}")
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Threads that wait for one another spin: on a core that something else needs, steps take many times as long.
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    return pipeline("mesh-generation", model=weights.eval(), tokenizer=tokenizer, device=device)
+
+
+def check_parts(generator: MeshGenerationPipeline, parts: list[MeshFile], options: argparse.Namespace) -> None:
+    """Raises ValueError or CommandError, naming the file, for a part that the model cannot complete."""
+    most = options.max_faces or generator.default_max_faces
+    for part in parts:
+        with errors_name(part.path):
+            row = generator.preprocess((part.vertices, part.faces), prompt_up_axis=part.up_axis, **_placing(options))
+        faces = len(row["input_ids"]) // TOKENS_PER_FACE - 1
+        if faces >= most:
+            raise CommandError(
+                f"{part.path}: it has {faces} faces, and the completed mesh may have {most}: keep its lowest faces "
+                f"only (--keep 0.5), simplify it (--decimate {max(most // 2, 4)}), or raise --max-faces"
+            )
+
+
+def _placing(options: argparse.Namespace) -> dict[str, Any]:
+    bounds = options.bounds and [options.bounds[:3], options.bounds[3:]]
+    return {"room_above": options.room_above, "bounds": bounds, "keep": options.keep}
+
+
+class Progress(StoppingCriteria):
+    """Moves a bar as the rows of a batch come to their ends; stops nothing."""
+
+    def __init__(self, bar: tqdm, eos_token_id: int):
+        self.bar, self.eos_token_id = bar, eos_token_id
+        self.before = bar.n
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.shape[1] % TOKENS_PER_FACE == 0 and not self.bar.disable:
+            self.bar.set_postfix(faces=input_ids.shape[1] // TOKENS_PER_FACE - 1, refresh=False)
+            self.bar.n = self.before + int((input_ids == self.eos_token_id).any(dim=1).sum())
+            self.bar.refresh()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def make_meshes(
+    generator: MeshGenerationPipeline,
+    parts: list[MeshFile | None],
+    seed: int,
+    options: argparse.Namespace,
+    bar: tqdm,
+) -> Iterator[Any]:
+    """A mesh for each part, or from nothing for None, in their order, as soon as its batch is done; the first has
+    the seed given, each other one that of the mesh before it plus 1."""
+    sampling = {name: getattr(options, name) for name in SAMPLING}
+    done = 0
+    for up_axis, group in groupby(parts, key=lambda part: part and part.up_axis):
+        same = list(group)
+        for start in range(0, len(same), options.batch_size):
+            batch = same[start : start + options.batch_size]
+            progress = Progress(bar, generator.tokenizer.eos_token_id)
+            shared = {**sampling, "seed": seed + done, "stopping_criteria": [progress], "batch_size": len(batch)}
+            if up_axis is None:
+                meshes = generator(num_meshes=len(batch), **shared)
+            else:
+                prompts = [(part.vertices, part.faces) for part in batch]
+                completed = generator(prompts, prompt_up_axis=up_axis, **_placing(options), **shared)
+                meshes = [each[0] for each in completed]
+            done += len(batch)
+            bar.n = done
+            bar.refresh()
+            yield from meshes
