@@ -169,6 +169,8 @@ def _fresh_rows(config, tokens, attention_mask, position_ids, cache):
     positions, segments = index - starts, begins.cumsum(dim=1)
     # A compiled graph cannot look at values, and takes every row for a packed one.
     if torch.compiler.is_compiling():
+        if cache is not None:
+            cache.mesh_starts, cache.padding = (segments != segments[:, -1:]).sum(dim=1), _leading_zeros(real)
         return Rows(positions, segments)
     has_begun = real.any(dim=1)
     padding = _leading_zeros(real)

@@ -141,3 +141,14 @@ def test_a_refused_call_leaves_a_fresh_cache_as_it_was(model):
     with torch.no_grad():
         logits = model(mesh_rows(1, faces=1), cache=cache).logits
         torch.testing.assert_close(logits, model(mesh_rows(1, faces=1)).logits)
+
+
+@torch.no_grad()
+def test_a_compiled_prefill_tells_the_cache_where_padding_ends(model):
+    ids, mask = mesh_rows(2, faces=3), torch.ones(2, 36, dtype=torch.long)
+    mask[0, :18] = 0
+    cache = IFlameCache(model.config)
+    torch.compile(model, backend="eager")(ids[:, :27], attention_mask=mask[:, :27], cache=cache)
+    logits = model(ids[:, 27:], attention_mask=mask, cache=cache).logits
+    assert relative_error(logits[:1], model(ids[:1, 18:]).logits[:, 9:]) < 1e-5
+    assert relative_error(logits[1:], model(ids[1:]).logits[:, 27:]) < 1e-5

@@ -94,6 +94,11 @@ def padded_by_whole_faces(mask):
     return mask * (torch.arange(mask.shape[1]) >= padding)
 
 
+of_generation = unittest.skipUnless(
+    hasattr(GenerationTesterMixin, "test_greedy_generate"), "TRANSFORMERS_TESTS has no tests of generate()"
+)
+
+
 class IFlameModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (IFlameModel, IFlameForCausalLM)
 
@@ -139,6 +144,7 @@ class IFlameModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase
             with mock.patch.object(test_modeling_common.inspect, "getfile", return_value=file.name):
                 super().test_can_init_all_missing_weights()
 
+    @of_generation
     def test_left_padding_compatibility(self):
         # By three faces instead of 32 tokens.
         config, inputs = self.prepare_config_and_inputs_for_generate()
@@ -150,9 +156,10 @@ class IFlameModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase
         }
         super().test_left_padding_compatibility(unpadded_custom_inputs=inputs, padded_custom_inputs=padded)
 
+    @of_generation
     def test_recurrent_layers_mask_padding_on_continued_forward(self):
         # Padding between tokens would move the bounds of faces and is refused; padding before them must not return
-        # with the tokens behind a cache.
+        # with the tokens after a cache.
         with self.assertRaisesRegex(ValueError, "zeros between ones"):
             super().test_recurrent_layers_mask_padding_on_continued_forward()
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
@@ -183,12 +190,12 @@ class IFlameModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase
             super().attention_mask_padding_matches_padding_free_with_position_ids(attn_implementation, fa_kwargs)
 
     def _check_outputs_close(self, actual, expected, *args, **kwargs):
-        # An exported graph always says where meshes begin, and the spare room of keys and values holds anything.
+        # An exported graph always says where padding ends and meshes begin, and may keep other spare room.
         outputs = []
         for each in (actual, expected):
-            starts = each.get("past_key_values.mesh_starts")
-            self.assertTrue(starts is None or not starts.any())
-            outputs.append({k: v for k, v in each.items() if not k.endswith("mesh_starts") and "_buffers" not in k})
+            places = {k: v for k, v in each.items() if k.endswith((".mesh_starts", ".padding"))}
+            self.assertFalse(any(place.any() for place in places.values() if place is not None))
+            outputs.append({k: v for k, v in each.items() if k not in places and "_buffers" not in k})
         super()._check_outputs_close(*outputs, *args, **kwargs)
 
     def _check_hidden_states_for_generate(
