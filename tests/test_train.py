@@ -129,9 +129,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does_and_go_on_late
     trainer.finish(*trainer.start_ranks(tmp_path / "two", 2, SHARDED, per_device_train_batch_size=1, **options))
     losses, others = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert sorted(losses) == sorted(others) == [1, 2, 3, 4]
-    # Muon's products in bfloat16 are batched where weights are sharded.
-    assert list(others.values()) == pytest.approx(list(losses.values()), rel=1e-3)
-    assert others[1] == pytest.approx(losses[1], rel=1e-5)
+    assert list(others.values()) == pytest.approx(list(losses.values()), rel=1e-5)
     assert norms_of(tmp_path / "two")[0] == pytest.approx(norms_of(tmp_path / "one")[0], rel=1e-4)
     assert (tmp_path / "two" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()
     resumed = {**options, "resume_from_checkpoint": "latest"}
