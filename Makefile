@@ -7,9 +7,10 @@ CONSTRAINTS ?= --constraint constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINTS)
 # every value is given, so that a configuration made for another machine changes nothing here
 # threads that wait spin shortly, then sleep: where other programs want the cores too, a step is five times faster so
-LAUNCH := GOMP_SPINCOUNT=10000 $(BIN)/python -m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
+LAUNCH := GOMP_SPINCOUNT=10000 $(BIN)/python -m accelerate.commands.launch --quiet --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $$($(PYTHON) -c 'import os; print(os.cpu_count())')
 OUTPUT_DIR ?= outputs/demo
+MINUTES ?=
 MODEL ?= $(or $(IFLAME_MODEL),$(OUTPUT_DIR))
 WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -19,8 +20,8 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(VENV)/ready-train ## train a small model on the CPU, then write 16 meshes and a picture to outputs/demo
-	$(LAUNCH) training/train.py training/configs/demo.yaml --output_dir $(OUTPUT_DIR)
+demo: $(VENV)/ready-train ## train a small model on the CPU, then write 16 meshes and a picture to outputs/demo (MINUTES=20 trains longer, or goes on)
+	$(LAUNCH) training/train.py training/configs/demo.yaml --output_dir $(OUTPUT_DIR) $(if $(MINUTES),--max_minutes $(MINUTES))
 	@echo "Look at $(OUTPUT_DIR)/samples.png and at the glb files beside it."
 
 .PHONY: app

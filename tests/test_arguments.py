@@ -53,8 +53,31 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     assert arguments.model.stage_layers == [1, 2, 3, 2, 1]
     assert arguments.train.bf16 is True and arguments.data.scale_augmentation is False
     assert arguments.schedule_kwargs() == {"min_lr_rate": 0.1}
-    assert arguments.data.row_length == 180 and arguments.train.save_total_limit == 3
+    assert arguments.data.row_length == 180 and arguments.train.save_total_limit is None
     assert parse_arguments(["--no_shift_augmentation"]).data.shift_augmentation is False
+
+
+def test_null_in_the_file_is_no_value_where_an_option_needs_none(tmp_path):
+    path = write(tmp_path, "save_total_limit: null\nmax_minutes: null\ntrain_file: ~\n")
+    train = parse_arguments([path]).train
+    assert train.save_total_limit is None and train.max_minutes is None
+    assert parse_arguments([path, "--save_total_limit", "2"]).train.save_total_limit == 2
+    assert parse_arguments(["--seed", "1"]).train.save_total_limit == 3, "what a file says is for its own run"
+
+
+def test_steps_on_the_command_line_are_taken_whatever_the_file_says_of_the_end(tmp_path):
+    path = write(tmp_path, "max_steps: 2000\nmax_minutes: 8\nrequired_eval_loss: 0.1\n")
+
+    def end(*argv):
+        train = parse_arguments([path, *argv]).train
+        return train.max_steps, train.max_minutes, train.required_eval_loss
+
+    assert end() == (2000, 8, 0.1) and end("--seed", "1") == (2000, 8, 0.1)
+    assert end("--max_steps", "500") == end("--max-steps=500") == (500, None, None)
+    assert end("--max_steps", "500", "--max_minutes", "3") == (500, 3, None)
+    assert end("--max_steps", "500", "--required-eval-loss", "2") == (500, None, 2)
+    assert end("--max_minutes", "20") == (2000, 20, 0.1)
+    assert end("--train_file", "a.parquet") == (2000, 8, None), "the loss is one of other meshes"
 
 
 def test_every_option_is_in_the_dictionary_that_checkpoints_keep():
@@ -82,6 +105,9 @@ def test_every_option_is_in_the_dictionary_that_checkpoints_keep():
         (["--ema_decay", "2"], "ema_decay must lie between 0 and 1"),
         (["--load_best_model_at_end", "--eval_steps", "3", "--save_steps", "5"], "a multiple of eval_steps"),
         (["--load_best_model_at_end", "--save_steps", "0"], "an evaluation of every checkpoint"),
+        (["--required_eval_loss", "0"], "required_eval_loss must be above 0"),
+        (["--required_eval_loss", "1", "--num_procedural_validation_meshes", "0"], "needs held-out meshes"),
+        (["--required_eval_loss", "1", "--train_file", "a.parquet"], "needs held-out meshes"),
         (["nowhere.yaml"], "no configuration file nowhere.yaml"),
     ],
 )
@@ -97,6 +123,8 @@ def test_what_makes_no_sense_is_said_in_a_line(capsys, argv, message):
         ("a: [1", "is not valid yaml"),
         ("max_steps: many", "invalid int value: 'many'"),
         ("bf16: maybe", "bf16"),
+        ("max_steps: null", "max_steps cannot be null: give a value, or leave the line out"),
+        ("seed:", "seed cannot be null"),
         ("bf16: no\nseed: 1\nbf16: yes", "is not valid yaml: bf16 is given twice"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The batched step of Muon is torch's, within the rounding of bfloat16."""
+"""The step of all matrices of one shape together is that of torch's Muon, within the rounding of bfloat16."""
 
 import multiprocessing
 import os
@@ -8,16 +8,10 @@ import torch
 import torch.distributed
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from training import muon
 from training.muon import BatchedMuon, orthogonalise
 
 SHAPES = [(24, 24), (24, 24), (40, 16), (16, 40), (40, 16), (2, 8)]
-
-
-@pytest.fixture
-def batched(monkeypatch):
-    """Steps as on a GPU."""
-    monkeypatch.setattr(muon, "_is_plain", lambda parameter: False)
+COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of torch.optim.Muon
 
 
 def matrices():
@@ -38,22 +32,47 @@ def steps(kind, count=4, **options):
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_a_batched_step_moves_every_matrix_as_torchs_muon_does(batched, adjust, nesterov):
+def test_a_step_moves_every_matrix_as_torchs_muon_does(adjust, nesterov):
     options = {"weight_decay": 0.3, "nesterov": nesterov, "adjust_lr_fn": adjust}
     (ours, moved), (theirs, expected) = steps(BatchedMuon, **options), steps(torch.optim.Muon, **options)
     for parameter, other, start in zip(moved, expected, matrices(), strict=True):
         difference = (parameter - other).norm() / (other - start).norm()
-        assert difference < 0.01
+        assert difference < 0.02
         momentum = ours.state[parameter]["momentum_buffer"]
         torch.testing.assert_close(momentum, theirs.state[other]["momentum_buffer"])
 
 
-def test_on_a_cpu_it_is_torchs_step_to_the_bit():
-    for parameter, other in zip(steps(BatchedMuon)[1], steps(torch.optim.Muon)[1], strict=True):
-        assert torch.equal(parameter, other)
+def formula(matrix, gradients, lr, weight_decay, momentum=0.95):
+    """Muon's steps in float64, from arXiv 2502.16982, sections 2.1 and 2.2: one matrix by itself."""
+    a, b, c = COEFFICIENTS
+    matrix, buffer = matrix.detach().double(), torch.zeros(matrix.shape, dtype=torch.float64)
+    for gradient in gradients:
+        buffer = momentum * buffer + (1 - momentum) * gradient.double()
+        x = momentum * buffer + (1 - momentum) * gradient.double()
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        matrix = (1 - lr * weight_decay) * matrix - lr * 0.2 * max(matrix.shape) ** 0.5 * x
+    return matrix
 
 
-def test_a_matrix_without_a_gradient_stays(batched):
+def test_on_a_cpu_a_step_is_exact_to_the_precision_of_float32():
+    options = {"lr": 0.02, "weight_decay": 0.3}
+    random, parameters = torch.Generator().manual_seed(1), matrices()
+    optimizer = BatchedMuon(parameters, adjust_lr_fn="match_rms_adamw", **options)
+    gradients = []
+    for _ in range(4):
+        gradients.append([torch.randn(parameter.shape, generator=random) for parameter in parameters])
+        for parameter, gradient in zip(parameters, gradients[-1], strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for index, (parameter, start) in enumerate(zip(parameters, matrices(), strict=True)):
+        expected = formula(start, [step[index] for step in gradients], **options)
+        assert (parameter - expected).norm() / (expected - start).norm() < 1e-5
+
+
+def test_a_matrix_without_a_gradient_stays():
     parameters = matrices()
     optimizer = BatchedMuon(parameters, lr=0.1)
     parameters[0].grad = torch.randn(SHAPES[0])
@@ -65,9 +84,13 @@ def test_a_matrix_without_a_gradient_stays(batched):
 
 def test_singular_values_come_near_one_whatever_the_shape():
     for shape in set(SHAPES):
-        found = orthogonalise(torch.randn(3, *shape), (3.4445, -4.775, 2.0315), 5, 1e-7)
+        found = orthogonalise(torch.randn(3, *shape), COEFFICIENTS, 5, 1e-7)
         values = torch.linalg.svdvals(found.float())
         assert found.shape == (3, *shape) and 0.3 < values.min() and values.max() < 1.3
+
+
+def test_off_a_cpu_the_products_are_in_bfloat16_as_torchs_are():
+    assert orthogonalise(torch.empty(3, 8, 4, device="meta"), COEFFICIENTS, 5, 1e-7).dtype == torch.bfloat16
 
 
 def shared_steps(rank, count, store, found):
@@ -105,6 +128,6 @@ def test_matrices_shared_unevenly_by_three_processes_move_as_whole_ones(tmp_path
     moved = found.get(timeout=60)
     for process in processes:
         process.join(30)
-    for parameter, expected, start in zip(moved, steps(torch.optim.Muon)[1], matrices(), strict=True):
+    for parameter, expected, start in zip(moved, steps(BatchedMuon)[1], matrices(), strict=True):
         difference = (torch.from_numpy(parameter) - expected).norm() / (expected - start).norm()
-        assert difference < 0.01
+        assert difference < 1e-5

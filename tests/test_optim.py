@@ -63,7 +63,7 @@ def test_only_matrices_in_blocks_are_decayed(name):
 
 
 def test_muon_with_adamw_steps_as_the_two_optimisers_of_torch_do_apart():
-    together, apart = small_model(), small_model()
+    together, apart, start = small_model(), small_model(), small_model()
     ours = create_optimizer(together, "muon", lr=3e-3, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
     assert isinstance(ours, MuonAdamW)
     parameters = dict(apart.named_parameters())
@@ -78,7 +78,8 @@ def test_muon_with_adamw_steps_as_the_two_optimisers_of_torch_do_apart():
         muon.step()
         adamw.step()
     for name, parameter in together.named_parameters():
-        torch.testing.assert_close(parameter, parameters[name], rtol=0, atol=0, msg=name)
+        difference = (parameter - parameters[name]).norm() / (parameters[name] - start.get_parameter(name)).norm()
+        assert difference <= (0.02 if re.fullmatch(MATRIX, name) else 0), name  # torch's Muon computes in bfloat16
 
 
 def test_an_optimiser_restored_from_its_state_goes_on_as_before():

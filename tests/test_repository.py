@@ -91,6 +91,18 @@ def test_make_help_lists_every_target():
     assert re.findall(r"^make ([a-z-]+) +\S", listing, re.MULTILINE) == names
 
 
+def test_the_demo_takes_more_minutes_on_demand():
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+
+    def recipe(*variables):
+        command = ["make", "-n", "demo", "VENV=nowhere", *variables]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    assert "training/train.py training/configs/demo.yaml" in recipe() and "--max_minutes" not in recipe()
+    assert "--max_minutes 20" in recipe("MINUTES=20")
+
+
 def test_ci_is_executable_and_stops_at_the_first_error():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111

@@ -3,9 +3,9 @@
 import difflib
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,6 +17,8 @@ from training.procedural import KINDS
 LONG_MESHES = ("error", "crop", "drop")
 # What train.py does without arguments.
 DEMO = Path(__file__).with_name("configs") / "demo.yaml"
+# What a file says of the end of its run, by the options of the command line that make the run another one.
+REPLACED_BY = {"max_minutes": ("max_steps",), "required_eval_loss": ("max_steps", "train_file")}
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -91,7 +93,13 @@ class TrainArguments:
     num_train_epochs: float = option(3.0, "Passes through the data, if max_steps is not given.")
     max_minutes: float | None = option(
         None,
-        "Minutes that training may take: on a machine too slow for max_steps the run, schedule and all, is shortened.",
+        "Minutes that training may take: on a machine too slow for max_steps the run, schedule and all, is shortened. "
+        "max_steps on the command line goes before the minutes of a file.",
+    )
+    required_eval_loss: float | None = option(
+        None,
+        "Evaluation loss, in nats a token, above which a finished run has failed: everything is written, the exit "
+        "status is 1. Of a file it does not hold for other steps or meshes, given on the command line.",
     )
     per_device_train_batch_size: int = option(2, "Rows that one device takes at once.")
     per_device_eval_batch_size: int | None = option(None, "The same for evaluation; as in training if not given.")
@@ -178,6 +186,14 @@ class Arguments:
             )
         if data.validation_file and not data.train_file:
             raise ValueError("validation_file needs a train_file: generated meshes have their own held-out ones")
+        if train.required_eval_loss is not None:
+            if not train.required_eval_loss > 0:
+                raise ValueError(f"required_eval_loss must be above 0, got {train.required_eval_loss}")
+            if not (data.validation_file if data.train_file else data.num_procedural_validation_meshes):
+                raise ValueError(
+                    "required_eval_loss needs held-out meshes: give a validation_file or, where meshes are generated, "
+                    "num_procedural_validation_meshes above 0; or leave required_eval_loss out"
+                )
         if data.streaming:
             self._check_streaming()
         train.report_to = [name for name in train.report_to if name != "none"]
@@ -235,7 +251,13 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     try:
         argv = argv or [str(DEMO)]
         if not argv[0].startswith("-"):
-            argv = _read_yaml(Path(argv[0])) + argv[1:]
+            settings, argv = _read_yaml(Path(argv[0])), argv[1:]
+            given = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+            for name, others in REPLACED_BY.items():
+                if not given.isdisjoint(others):
+                    settings.pop(name, None)
+            parser.set_defaults(**{name: None for name, value in settings.items() if value is None})
+            argv = _as_options(settings) + argv
         *parts, rest = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
@@ -246,8 +268,13 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         parser.error(str(error))
 
 
-def _read_yaml(path: Path) -> list[str]:
-    """The settings of a yaml file as command-line options, so that both are checked alike."""
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """
+    The settings of a yaml file by name; None only for options that may be None.
+
+    Raises:
+        ValueError: the file is missing, is no mapping in yaml, or names what is no option.
+    """
     if not path.is_file():
         raise ValueError(f"there is no configuration file {path}")
     try:
@@ -256,10 +283,19 @@ def _read_yaml(path: Path) -> list[str]:
         raise ValueError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold lines of the form 'option: value'")
+    types = _option_types()
+    for key, value in settings.items():
+        if key not in types:
+            raise ValueError(f"{path}: no such option: {key}{_suggestion(str(key))}")
+        if value is None and type(None) not in get_args(types[key]):
+            raise ValueError(f"{path}: {key} cannot be null: give a value, or leave the line out")
+    return settings
+
+
+def _as_options(settings: dict[str, Any]) -> list[str]:
+    """Settings other than None as on the command line, so that both are checked alike."""
     options = []
     for key, value in settings.items():
-        if key not in _option_names():
-            raise ValueError(f"{path}: no such option: {key}{_suggestion(str(key))}")
         if isinstance(value, dict):
             options.append(f"--{key}={json.dumps(value)}")
         elif isinstance(value, list):
@@ -280,10 +316,15 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _option_names() -> list[str]:
-    return [entry.name for part in (ModelArguments, DataArguments, TrainArguments) for entry in fields(part)]
+def _option_types() -> dict[str, Any]:
+    """The type of each option as it is written above; HfArgumentParser takes the None out of those of the fields."""
+    return {
+        name: kind
+        for part in (ModelArguments, DataArguments, TrainArguments)
+        for name, kind in get_type_hints(part).items()
+    }
 
 
 def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name, _option_names(), n=1)
+    close = difflib.get_close_matches(name, _option_types(), n=1)
     return f" (did you mean {close[0]}?)" if close else ""

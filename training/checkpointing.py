@@ -35,6 +35,7 @@ class Progress:
     labels: int = 0  # tokens with a label that were learnt from
     seconds: float = 0.0  # of training
     max_steps: int = 0  # to which the run was shortened; 0 if it was not
+    planned_steps: int = 0  # which it would do with time enough
     loss_sum: float = 0.0  # of the steps since the last line of the log
     loss_steps: int = 0
     eval_loss: float | None = None  # if this very step was evaluated

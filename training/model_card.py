@@ -25,6 +25,8 @@ METRICS = {
     "vertex_accuracy": "vertices right",
     "face_accuracy": "faces right",
 }
+# Share of its steps that a shortened run must have done to pass for converged, where it says nothing of its loss.
+ENOUGH_STEPS = 0.5
 PROCEDURAL = "procedural meshes of furniture and buildings"
 CITATION = """\
 @article{wang2025iflame,
@@ -46,6 +48,35 @@ class RunRecord:
     @property
     def arguments(self) -> dict[str, Any]:
         return self.progress.get("arguments", {})
+
+    @property
+    def shortened(self) -> bool:
+        """Whether max_minutes ended the run before it had done its steps."""
+        step, planned = self.progress.get("step", 0), self.progress.get("planned_steps", 0)
+        return 0 < self.progress.get("max_steps", 0) <= step < planned
+
+    @property
+    def missed_loss(self) -> bool:
+        """Whether the run has come to its end, and not to required_eval_loss."""
+        required, loss = self.arguments.get("required_eval_loss"), self.evaluation.get("eval_loss", float("nan"))
+        ended = self.shortened or self.progress.get("step", 0) >= self.progress.get("planned_steps", 0)
+        return ended and required is not None and not loss <= required
+
+    def shortfall(self) -> str:
+        """What the run lacks at its end, in words; empty if that is nothing, or if the run goes on."""
+        parts, converged = [], not self.missed_loss
+        if self.shortened:
+            step, planned = self.progress["step"], self.progress["planned_steps"]
+            minutes = self.arguments.get("max_minutes")
+            parts.append(f"stopped after {step:,} of {planned:,} steps by max_minutes: {minutes:g}")
+            if self.arguments.get("required_eval_loss") is None:
+                converged = step >= ENOUGH_STEPS * planned
+        if not converged:
+            parts.append("not converged")
+        if self.missed_loss:
+            loss, required = self.evaluation.get("eval_loss", float("nan")), self.arguments["required_eval_loss"]
+            parts[-1] += f": the evaluation loss is {loss:.3f}, required_eval_loss {required:g}"
+        return "; ".join(parts)
 
     @property
     def procedural(self) -> bool:
@@ -244,6 +275,8 @@ def _training(run: RunRecord, datasets: Sequence[str]) -> str:
     if labels := run.progress.get("labels"):
         minutes = run.progress["seconds"] / 60
         lines.append(f"{run.progress['step']:,} steps, {labels:,} tokens learnt from, {minutes:,.1f} minutes.")
+    if shortfall := run.shortfall():
+        lines.append(f"{shortfall[0].upper()}{shortfall[1:]}.")
     return "\n\n".join(["## Training", *lines]) if lines else ""
 
 

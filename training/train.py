@@ -71,9 +71,10 @@ def main(argv: list[str] | None = None) -> None:
         run.start()
         with Interruption() as interruption:
             finished = run.train(interruption)
-        if finished:
-            run.finish()
+        learnt = run.finish() if finished else True
     accelerator.end_training()
+    if not learnt:
+        sys.exit(1)
 
 
 class Run:
@@ -109,11 +110,11 @@ class Run:
         accumulated = options.per_device_train_batch_size * options.gradient_accumulation_steps
         self.rows_per_step = accumulated * accelerator.num_processes
         if options.max_steps > 0:
-            self.planned_steps = options.max_steps
+            self.progress.planned_steps = options.max_steps
         else:
             rows = options.num_train_epochs * data.rows.rows_in_epoch
-            self.planned_steps = max(1, round(rows / self.rows_per_step))
-        self.max_steps = self.planned_steps
+            self.progress.planned_steps = max(1, round(rows / self.rows_per_step))
+        self.max_steps = self.progress.planned_steps
 
         self.average = None
         if options.ema_decay is not None and self.sharded:
@@ -196,9 +197,10 @@ class Run:
         if options.max_steps < 0 and rows_of_a_step(saved) not in (0, self.rows_per_step):
             epochs = options.num_train_epochs - max(map(self.data.rows.epochs, saved.places))
             left = max(0, round(epochs * self.data.rows.rows_in_epoch / self.rows_per_step))
-            self.planned_steps = saved.step + left
-            self.set_max_steps(self.planned_steps)
-        saved.arguments, saved.max_steps = arguments, self.progress.max_steps
+            self.progress.planned_steps = saved.step + left
+            self.set_max_steps(self.progress.planned_steps)
+        saved.arguments = arguments
+        saved.max_steps, saved.planned_steps = self.progress.max_steps, self.progress.planned_steps
         settings = settings_of(self.optimizer)
         self.accelerator.load_state(str(checkpoint))
         self.schedule.load_state_dict(saved.scheduler)
@@ -308,11 +310,11 @@ class Run:
         What all processes must know before they learn from a batch: the number of labels that all of them together
         learn from, and whether any was asked to stop or has no rows. Sets the number of the last step, too.
         """
-        max_steps = self.max_steps
+        max_steps, planned = self.max_steps, self.progress.planned_steps
         minutes = self.options.max_minutes
         if minutes is not None and pace.steps and pace.steps % STEPS_TO_MEASURE == 0:
             left = max(0.0, 60 * minutes - self.progress.seconds) / (pace.seconds / pace.steps)
-            fitting = min(self.planned_steps, self.progress.step + max(1, int(left)))
+            fitting = min(planned, self.progress.step + max(1, int(left)))
             if abs(fitting - max_steps) > 0.02 * max_steps:
                 max_steps = fitting
         labels = sum(int((rows["labels"] != IGNORED).sum()) for rows in batch)
@@ -322,6 +324,11 @@ class Run:
         labels, asked, failed, max_steps = self.accelerator.reduce(known, "sum").tolist()
         if failed and self.failure is None:
             self.failure = RuntimeError("another process could not read its rows; it says why")
+        if max_steps < planned == self.max_steps:
+            self.log.report(
+                f"a step takes {pace.seconds / pace.steps:.2g} s, so that max_minutes: {minutes:g} leaves time for "
+                f"{max_steps:,} of {planned:,} steps"
+            )
         self.set_max_steps(max_steps)
         return labels, asked > 0 or failed > 0
 
@@ -467,15 +474,21 @@ class Run:
             self.tokenizer.save_pretrained(folder)
             self.write_card(model, folder)
 
+    def run_record(self) -> RunRecord:
+        """What this run knows of the model that it publishes."""
+        evaluation = self.log.evaluation(self.published_step or self.progress.step)
+        return RunRecord(progress=asdict(self.progress), evaluation=evaluation)
+
     def write_card(self, model: IFlameForCausalLM, folder: Path, samples: Sequence[str] = ()) -> None:
         """The page that the Hub shows of a model, with what this run knows; hub_upload.py writes a fuller one."""
-        evaluation = self.log.evaluation(self.published_step or self.progress.step)
-        run = RunRecord(progress=asdict(self.progress), evaluation=evaluation)
-        card = model_card(model, run, repo_id=str(self.output_dir), samples=samples)
+        card = model_card(model, self.run_record(), repo_id=str(self.output_dir), samples=samples)
         write_whole(folder / "README.md", card.encode())
 
-    def finish(self) -> None:
-        """Leave the finished model with its tokenizer in the output folder, and samples of it."""
+    def finish(self) -> bool:
+        """
+        Leave the finished model with its tokenizer in the output folder, and samples of it. Returns whether it has
+        learnt what required_eval_loss asks for, on every process.
+        """
         best = self.checkpoints.best() if self.options.load_best_model_at_end else None
         if best is not None:
             self.log.report(f"the checkpoint with the lowest evaluation loss is {best}")
@@ -493,6 +506,24 @@ class Run:
         if self.accelerator.is_main_process and self.options.num_samples:
             self.write_card(self.accelerator.unwrap_model(self.model), self.output_dir, ["samples.png"])
         self.log.report(f"the model is in {self.output_dir}")
+        return self.report_shortfall()
+
+    def report_shortfall(self) -> bool:
+        """Tell what the run lacks at its end, and how it gets there. Returns what `finish` does."""
+        missed = False
+        if self.accelerator.is_main_process:
+            run = self.run_record()
+            missed, shortfall = run.missed_loss, run.shortfall()
+            if shortfall:
+                self.log.report(shortfall)
+                self.log.write(self.progress.step, {"ended": shortfall, "planned_steps": self.progress.planned_steps})
+            if missed:
+                option = "--max_minutes" if run.shortened else "--max_steps"
+                resume = ", and --resume_from_checkpoint latest to go on from here" if self.options.save_steps else ""
+                self.log.report(
+                    f"its samples show meshes that it has not learnt: give the run a larger {option}{resume}"
+                )
+        return not any(gather_object([missed]))
 
     def log_loss(self, gradient_norm: float | None, window: Window) -> None:
         """A line on training: the mean loss since the line before, and the speed of these steps."""
