@@ -12,7 +12,7 @@ class KeyValueState:
     """
     Keys and values of one full-attention layer, at that layer's own level: (B, H, length, D) each.
 
-    New entries are written into spare room behind the old ones; the room doubles when it is used up, so that a step
+    New entries are written into spare room after the old ones; the room doubles when it is used up, so that a step
     costs one write however long the sequence is.
     """
 
@@ -95,8 +95,12 @@ class IFlameCache(Cache):
 
     def _reset_hourglass(self) -> None:
         self.tokens_seen = 0
-        # (B,) where in its row the mesh that is being decoded begins (behind padding or earlier meshes); None: at 0.
+        # (B,) where in its row the mesh that is being decoded begins (after padding or earlier meshes); None: at 0.
         self.mesh_starts: torch.Tensor | None = None
+        # (B,) masked tokens that each row begins with; None: none.
+        self.padding: torch.Tensor | None = None
+        # Whether some row is padding as far as it was seen: its mesh is still to begin.
+        self.is_padding_so_far = False
         # Whether padding on the right of some row went through the states, which then cannot be continued.
         self.ends_in_padding = False
         # For coordinates and for vertices: (B, 0..2, C) and (B, 1, C).
@@ -163,5 +167,6 @@ class IFlameCache(Cache):
         for name in ("open_groups", "handed_up"):
             tensors = getattr(self, name)
             setattr(self, name, [None if tensor is None else function(tensor) for tensor in tensors])
-        if self.mesh_starts is not None:
-            self.mesh_starts = function(self.mesh_starts)
+        for name in ("mesh_starts", "padding"):
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))

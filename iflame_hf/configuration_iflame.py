@@ -52,7 +52,7 @@ class IFlameConfig(PreTrainedConfig):
     """
 
     model_type = "iflame"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self,

@@ -1,10 +1,13 @@
 """What generate() must know of meshes: the start face, and the cache."""
 
+import functools
+
 from transformers import GenerationMixin
 from transformers.generation import GenerationMode
 
 from .cache_iflame import IFlameCache
 from .configuration_iflame import DEFAULT_MAX_LENGTH, TOKENS_PER_FACE
+from .versions_iflame import CACHE_NAME, with_own_cache_name
 
 
 class IFlameGenerationMixin(GenerationMixin):
@@ -16,6 +19,10 @@ class IFlameGenerationMixin(GenerationMixin):
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
     ]
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **with_own_cache_name(kwargs))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -51,7 +58,7 @@ class IFlameGenerationMixin(GenerationMixin):
         return initialised
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(
@@ -61,11 +68,11 @@ class IFlameGenerationMixin(GenerationMixin):
         if given is not None:
             if not hasattr(given, "mesh_starts"):
                 raise ValueError(
-                    f"past_key_values must be an IFlameCache (IFlameCache(model.config)), got a {type(given).__name__}"
+                    f"the cache must be an IFlameCache (IFlameCache(model.config)), got a {type(given).__name__}"
                 )
             given._is_user_defined = True
         elif generation_config.use_cache:
-            model_kwargs["past_key_values"] = IFlameCache(self.config)
+            model_kwargs[CACHE_NAME] = IFlameCache(self.config)
         mask = model_kwargs.get("attention_mask")
         # Rows that go on from a cache may have ended before others, in padding.
         if mask is not None and (given is None or not given.get_seq_length()) and not mask[:, -1].all():

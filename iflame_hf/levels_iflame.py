@@ -24,7 +24,7 @@ class LevelInputs(NamedTuple):
     cos: torch.Tensor  # (B or 1, T, 1, D / 2)
     sin: torch.Tensor
     slopes: torch.Tensor  # (H,) decay rates of linear attention
-    positions: torch.Tensor | None  # (B, T) positions in the mesh; None: no mesh begins behind the start of its row
+    positions: torch.Tensor | None  # (B, T) positions in the mesh; None: no mesh begins after the start of its row
     segments: torch.Tensor | None  # (B, T) number of the mesh in its row; None: the T items of a row are of one mesh
     # (B,) False where no item of the mesh that ends the row is complete yet; None: the last item is of that mesh
     has_begun: torch.Tensor | None
@@ -33,113 +33,197 @@ class LevelInputs(NamedTuple):
     flash_bounds: tuple[torch.Tensor, int] | None  # bounds of the meshes of all rows laid end to end; the longest
 
 
+class Rows(NamedTuple):
+    """Where the T new items of each row stand. All None: every row is one mesh that goes on from its start."""
+
+    positions: torch.Tensor | None = None  # (B, T) positions in the mesh
+    segments: torch.Tensor | None = None  # (B, T) number of the mesh in its row, padding on the left being one too
+    has_begun: torch.Tensor | None = None  # (B,) False where the row is padding so far
+
+
 def level_inputs(
     config: IFlameConfig,
     tokens: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    past_key_values,
+    cache,
 ) -> list[LevelInputs | None]:
     """
     The inputs of the levels of coordinates, vertices and faces; None for a level at which no item is completed.
 
     Args:
         tokens: (B, T, …) whatever is given for the T new tokens; only its shape and device are read.
-        attention_mask, position_ids, past_key_values: as in `IFlameModel.forward`. A fresh cache is told where
-            the mesh that ends each row begins.
+        attention_mask, position_ids, cache: as in `IFlameModel.forward`. The cache is told where in each row padding
+            ends and the mesh that ends the row begins.
 
     Raises:
         ValueError: for masks and positions that the model cannot honour.
     """
     batch, length = tokens.shape[:2]
-    seen = 0 if past_key_values is None else past_key_values.tokens_seen
-    if attention_mask is not None and attention_mask.shape != (batch, seen + length):
-        raise ValueError(
-            f"attention_mask must be of the shape (batch, tokens seen + new tokens) = {(batch, seen + length)}, got "
-            f"{tuple(attention_mask.shape)}"
-        )
-    positions = segments = None
+    seen = 0 if cache is None else cache.tokens_seen
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, seen + length):
+            raise ValueError(
+                "attention_mask must be of the shape (batch, tokens seen + new tokens) = "
+                f"{(batch, seen + length)}, got {tuple(attention_mask.shape)}"
+            )
+        attention_mask = attention_mask.to(tokens.device).bool()
+    if position_ids is not None:
+        position_ids = position_ids.to(tokens.device).expand(batch, length)
     if seen > 0:
-        index = torch.arange(seen, seen + length, device=tokens.device)
-        if past_key_values.mesh_starts is not None:
-            positions = index - past_key_values.mesh_starts.to(tokens.device)[:, None]
-        _check_continuation(index if positions is None else positions, attention_mask, position_ids, past_key_values)
+        rows = _continued_rows(config, tokens, attention_mask, position_ids, cache)
     elif attention_mask is not None or position_ids is not None:
-        positions, segments = _meshes_in_rows(tokens, attention_mask, position_ids, past_key_values)
-        if past_key_values is not None and segments is not None:
-            past_key_values.mesh_starts = (segments != segments[:, -1:]).sum(dim=1)
-    if segments is None and seen + length > config.max_position_embeddings:
+        rows = _fresh_rows(config, tokens, attention_mask, position_ids, cache)
+    else:
+        rows = Rows()
+        _check_length(config, length)
+    return [_one_level(config, stride, tokens, seen, rows) for stride in LEVEL_STRIDES]
+
+
+def _check_length(config, tokens, positions=None, attention_mask=None):
+    """Raises ValueError if a mesh of rows of so many tokens is longer than the model takes; padding does not count."""
+    longest = tokens
+    if longest > config.max_position_embeddings and positions is not None:
+        if torch.compiler.is_compiling():
+            return
+        if attention_mask is not None:
+            positions = positions.masked_fill(~attention_mask[:, -positions.shape[1] :], -1)
+        longest = int(positions.max()) + 1
+    if longest > config.max_position_embeddings:
         raise ValueError(
-            f"a sequence of {seen + length} tokens is longer than max_position_embeddings = "
-            f"{config.max_position_embeddings}"
+            f"a sequence of {longest} tokens is longer than max_position_embeddings = {config.max_position_embeddings}"
         )
-    return [_one_level(config, stride, tokens, seen, positions, segments, past_key_values) for stride in LEVEL_STRIDES]
 
 
-def _check_continuation(positions, attention_mask, position_ids, past_key_values):
-    """Refuses what tokens behind a filled cache cannot be: padding, another mesh, or behind padding themselves."""
-    if past_key_values.ends_in_padding:
+def _continued_rows(config, tokens, attention_mask, position_ids, cache):
+    """Rows whose tokens follow those that a cache has seen: of the same meshes, or the first ones after padding."""
+    if cache.ends_in_padding:
         raise ValueError(
             "a cache filled with rows that end in padding cannot be continued: to generate, pad prompts on the left "
             "(padding_side='left')"
         )
-    # A look at the values waits for the device: once for many tokens, but not in every single step.
-    if torch.compiler.is_compiling() or positions.shape[-1] == 1:
-        return
-    if attention_mask is not None and not attention_mask[:, -positions.shape[-1] :].all():
-        raise ValueError("attention_mask has zeros between ones: tokens behind a filled cache cannot be padding")
-    if position_ids is not None and (position_ids.to(positions.device) != positions).any():
-        raise ValueError("position_ids of tokens behind a filled cache must count on from those it has seen")
+    seen, (batch, length), device = cache.tokens_seen, tokens.shape[:2], tokens.device
+    index = torch.arange(seen, seen + length, device=device)
+    padding = (
+        torch.zeros(batch, dtype=torch.long, device=device) if cache.padding is None else cache.padding.to(device)
+    )
+    starts = None if cache.mesh_starts is None else cache.mesh_starts.to(device)
+    rows, still_padding = Rows(), False
+    if cache.is_padding_so_far:
+        waiting = padding == seen
+        pads = torch.zeros_like(padding)
+        if attention_mask is not None:
+            pads = _leading_zeros(attention_mask[:, seen:])
+        padding = torch.where(waiting, seen + pads, padding)
+        starts = torch.where(waiting, padding, starts)
+        is_mesh = index >= padding[:, None]
+        rows = Rows(torch.where(is_mesh, index - starts[:, None], index), is_mesh.long(), padding < seen + length)
+        still_padding = not rows.has_begun.all()
+    elif starts is not None:
+        rows = Rows(index - starts[:, None])
+    # On a GPU a check of values waits for the device: once for many tokens, but not in every single step.
+    if not torch.compiler.is_compiling() and (length > 1 or device.type == "cpu"):
+        _check_continuation(index, rows, padding, attention_mask, position_ids)
+    _check_length(config, seen + length, rows.positions, attention_mask)
+    if cache.is_padding_so_far:
+        cache.padding, cache.mesh_starts, cache.is_padding_so_far = padding, starts, still_padding
+    return rows
 
 
-def _meshes_in_rows(tokens, attention_mask, position_ids, past_key_values):
-    """Positions in the mesh and number of the mesh in its row, (B, T) each; None, None if every row is one mesh."""
+def _check_continuation(index, rows, padding, attention_mask, position_ids):
+    """Raises ValueError for a mask or positions that contradict what a cache has seen, or that leave tokens out."""
+    seen, after = int(index[0]), int(index[-1]) + 1
+    broken = (padding % TOKENS_PER_FACE != 0) & (padding >= seen) & (padding < after)
+    if broken.any():
+        row = int(broken.nonzero()[0])
+        raise ValueError(_not_whole_faces(int(padding[row]), row))
+    if attention_mask is not None:
+        differs = attention_mask != (torch.arange(after, device=index.device) >= padding[:, None])
+        if differs[:, :seen].any():
+            raise ValueError(
+                "attention_mask contradicts what the cache was filled with: of the tokens that it has seen those must "
+                "be masked that were masked then, and no others"
+            )
+        if differs.any():
+            raise ValueError("attention_mask has zeros between ones: tokens after a filled cache cannot be padding")
+    if position_ids is not None:
+        uneven = position_ids != (index if rows.positions is None else rows.positions)
+        if (uneven & (index >= padding[:, None])).any():
+            raise ValueError("position_ids of tokens after a filled cache must count on from those it has seen")
+
+
+def _fresh_rows(config, tokens, attention_mask, position_ids, cache):
+    """Rows from their start, of one mesh or of several, padded or not."""
     batch, length = tokens.shape[:2]
     index = torch.arange(length, device=tokens.device)
     real = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
     begins = torch.zeros_like(real)
     if attention_mask is not None:
-        real = attention_mask.to(tokens.device).bool()
+        real = attention_mask
         begins = real & ~F.pad(real[:, :-1], (1, 0))
     runs = begins.sum(dim=1)
     if position_ids is not None:
-        position_ids = position_ids.to(tokens.device).expand(batch, length)
         begins = begins | (real & (position_ids == 0))
     begins = begins | (index == 0)
     starts = torch.where(begins, index, 0).cummax(dim=1).values
     positions, segments = index - starts, begins.cumsum(dim=1)
     # A compiled graph cannot look at values, and takes every row for a packed one.
     if torch.compiler.is_compiling():
-        return positions, segments
+        return Rows(positions, segments)
+    has_begun = real.any(dim=1)
+    padding = _leading_zeros(real)
     broken = (starts % TOKENS_PER_FACE != 0).any()
     uneven = real.new_zeros(()) if position_ids is None else (real & (position_ids != positions)).any()
-    looked_at = [runs.max() > 1, ~real[:, -1].all(), broken, uneven, begins[:, 1:].any()]
-    # A look waits for the device: one for all.
-    has_gap, ends_in_padding, broken, uneven, several = torch.stack(looked_at).tolist()
+    facts = [
+        runs.max() > 1,
+        (has_begun & ~real[:, -1]).any(),
+        broken,
+        uneven,
+        begins[:, 1:].any(),
+        ~has_begun.all(),
+        (padding > 0).any(),
+    ]
+    # Reading a value waits for the device: once for all.
+    has_gap, ends_in_padding, broken, uneven, several, is_padding, is_padded = torch.stack(facts).tolist()
     if has_gap:
         raise ValueError("attention_mask has zeros between ones: only padding at the ends of a row can be masked")
-    if past_key_values is not None:
-        past_key_values.ends_in_padding = ends_in_padding
     if broken:
         row, column = (starts % TOKENS_PER_FACE != 0).nonzero()[0].tolist()
-        raise ValueError(
-            f"a mesh must be padded, and packed behind others, by whole faces ({TOKENS_PER_FACE} tokens), got one "
-            f"that begins at token {int(starts[row, column])} of row {row}"
-        )
+        raise ValueError(_not_whole_faces(int(starts[row, column]), row))
     if uneven:
         raise ValueError("position_ids must count tokens from 0 in every mesh, without a gap")
-    return (positions, segments) if several else (None, None)
+    is_apart = several or (is_padding and cache is not None)
+    _check_length(config, length, positions if is_apart else None, attention_mask)
+    if cache is not None:
+        starts = (segments != segments[:, -1:]).sum(dim=1)
+        cache.mesh_starts = torch.where(has_begun, starts, length) if is_apart else None
+        cache.padding = padding if is_padded else None
+        cache.ends_in_padding, cache.is_padding_so_far = ends_in_padding, is_padding
+    return Rows(positions, segments, has_begun) if is_apart else Rows()
 
 
-def _one_level(config, stride, tokens, seen, positions, segments, past_key_values):
+def _leading_zeros(real):
+    """(B, T) booleans -> (B,) how many of each row are False before the first that is True."""
+    return (real.cumsum(dim=1) == 0).sum(dim=1)
+
+
+def _not_whole_faces(token, row):
+    return (
+        f"a mesh must be padded, and packed after others, by whole faces ({TOKENS_PER_FACE} tokens), got one that "
+        f"begins at token {token} of row {row}"
+    )
+
+
+def _one_level(config, stride, tokens, seen, rows):
     before, after = seen // stride, (seen + tokens.shape[1]) // stride
     count = after - before
     if count == 0:
         return None
+    positions, segments, _ = rows
     closing = slice(stride - 1 - seen % stride, None, stride)
-    if positions is None:
-        table_positions = torch.arange(before, after, device=tokens.device)[None]
-    else:
+    index = torch.arange(before, after, device=tokens.device)
+    table_positions = index[None]
+    if positions is not None:
         table_positions = positions = positions[:, closing] // stride
     cos, sin = rotary_tables(table_positions, config.head_dim, config.rope_base)
 
@@ -150,21 +234,24 @@ def _one_level(config, stride, tokens, seen, positions, segments, past_key_value
         last = segments[:, -1]
         segments = segments[:, closing].contiguous()
         has_begun = segments[:, -1] == last
+        if rows.has_begun is not None:
+            has_begun = has_begun & rows.has_begun
     if implementation == "flex_attention" and count > 1:
         if tokens.device.type == "cpu":
             raise ValueError(
                 "attn_implementation='flex_attention' runs on a GPU only, and the model is on the CPU: use 'sdpa'"
             )
         mask = _block_mask(positions, before, after, tokens.device)
-    elif segments is not None:
+    elif segments is not None and before == 0:
         if flash:
             flash_bounds = _bounds(segments)
         else:
             mask = (_causal(before, after, tokens) & (segments[:, :, None] == segments[:, None, :]))[:, None]
     elif positions is not None:
-        first = past_key_values.mesh_starts.to(tokens.device) // stride
-        visible = torch.arange(after, device=tokens.device) >= first[:, None]
-        mask = visible if flash else (_causal(before, after, tokens) & visible[:, None, :])[:, None]
+        # An item sees its mesh from its start on; flash attention is told of the mesh that ends the row only.
+        starts = index - positions
+        keys = torch.arange(after, device=tokens.device)
+        mask = keys >= starts[:, -1:] if flash else ((keys <= index[:, None]) & (keys >= starts[..., None]))[:, None]
     elif before > 0 and count > 1 and not flash:
         mask = _causal(before, after, tokens)[None, None]
     slopes = alibi_slopes(config.num_attention_heads, tokens.device)

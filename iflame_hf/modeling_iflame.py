@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GradientCheckpointingLayer, PreTrainedModel, initialization
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_iflame import IFlameCache
@@ -25,6 +24,7 @@ from .ops_iflame import (
     check_linear_attention_implementation,
     linear_attention,
 )
+from .versions_iflame import CACHE_NAME, IFlameCausalLMOutput, IFlameModelOutput, one_cache
 
 # B batch, T items of a level, H heads, D head size, C channels
 
@@ -104,11 +104,11 @@ class IFlameAttention(nn.Module):
 class IFlameFullAttention(IFlameAttention):
     """Causal softmax attention, through transformers' attention interface."""
 
-    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, past_key_values: IFlameCache | None):
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
         query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level))
         backends = nullcontext()
-        if past_key_values is not None:
-            key, value = past_key_values.layers[self.layer_idx].update(key, value)
+        if cache is not None:
+            key, value = cache.layers[self.layer_idx].update(key, value)
             backends = attention_backends_for_any_length(query.device)
         implementation = self.config._attn_implementation
         if implementation == "flex_attention" and query.shape[2] == 1:
@@ -138,9 +138,9 @@ class IFlameLinearAttention(IFlameAttention):
         super().__init__(config, layer_idx)
         self.norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, past_key_values: IFlameCache | None):
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
         query, key, value = self.project(hidden_states, level)
-        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        memory = None if cache is None else cache.layers[self.layer_idx]
         output, state = linear_attention(
             query,
             key,
@@ -168,9 +168,9 @@ class IFlameBlock(GradientCheckpointingLayer):
         self.input_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, past_key_values: IFlameCache | None = None):
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None = None):
         """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), level, past_key_values)
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), level, cache)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
@@ -202,7 +202,7 @@ class IFlamePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["IFlameBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -262,31 +262,36 @@ class IFlameModel(IFlamePreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: IFlameCache | None = None,
+        cache: IFlameCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: IFlameCache | None = None,
         **kwargs,
     ):
         r"""
         Args:
             input_ids: (B, T) token ids; with a cache, the T tokens behind those it has seen.
             attention_mask: (B, tokens seen + T), 0 for padding. Padding on the left must be whole faces (multiples of
-                nine tokens); on the right it changes nothing for the tokens before it.
+                nine tokens), and may come in several calls; on the right it changes nothing for the tokens before it.
+                With a filled cache it may be left out, and otherwise must agree with what the cache was filled with.
             position_ids: (B, T) position of each token in its mesh. Where they start again from 0 another mesh begins
-                (a packed row); meshes must begin at multiples of nine tokens. By default one mesh a row.
-            past_key_values ([`IFlameCache`]): the state that an earlier call returned.
+                (a packed row); meshes must begin at multiples of nine tokens. By default one mesh a row. With a filled
+                cache they are known, and those that are given must be the same.
+            cache ([`IFlameCache`]): the state that an earlier call returned. `past_key_values` is another name of it.
             inputs_embeds: (B, T, C) instead of `input_ids`.
 
         Returns:
-            [`BaseModelOutputWithPast`]: `hidden_states` holds the input of the first block and the output of every
+            [`IFlameModelOutput`]: `hidden_states` holds the input of the first block and the output of every
             block that ran, at the length of its own level; `attentions` the weights of the full-attention layers
             (`"eager"` only).
 
         Raises:
-            ValueError: for inputs that do not fit together, in plain words.
+            ValueError: for inputs that do not fit together, in plain words. On a GPU mask and positions of a single
+                token after a filled cache are not compared with what the cache knows, which would wait for the device
+                in every step: there the cache alone decides.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -306,44 +311,45 @@ class IFlameModel(IFlamePreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.shape[1] == 0:
             raise ValueError("there are no tokens: a mesh begins with the start face of nine bos tokens")
+        cache = one_cache(cache, past_key_values)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError(
-                    "gradient checkpointing computes every block twice, which a cache does not survive: leave "
-                    "past_key_values out, or call gradient_checkpointing_disable()"
+                    "gradient checkpointing computes every block twice, which a cache does not survive: leave the "
+                    "cache out, or switch gradient checkpointing off"
                 )
             use_cache = False
-        if past_key_values is None and use_cache:
-            past_key_values = IFlameCache(config)
-        if past_key_values is not None and type(past_key_values).__name__ != IFlameCache.__name__:
+        if cache is None and use_cache:
+            cache = IFlameCache(config)
+        if cache is not None and type(cache).__name__ != IFlameCache.__name__:
             raise ValueError(
-                f"past_key_values must be an IFlameCache (IFlameCache(model.config)), got a "
-                f"{type(past_key_values).__name__}: the hourglass keeps state that other caches have no place for"
+                f"the cache must be an IFlameCache (IFlameCache(model.config)), got a {type(cache).__name__}: the "
+                "hourglass keeps state that other caches have no place for"
             )
 
-        levels = level_inputs(config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        levels = level_inputs(config, inputs_embeds, attention_mask, position_ids, cache)
         hidden_states = self.embed_norm(inputs_embeds)
         trace = Trace([hidden_states], []) if output_hidden_states or output_attentions else None
-        hidden_states = self._hourglass(0, hidden_states, levels, past_key_values, trace)
-        if past_key_values is not None:
-            past_key_values.tokens_seen += inputs_embeds.shape[1]
+        hidden_states = self._hourglass(0, hidden_states, levels, cache, trace)
+        if cache is not None:
+            cache.tokens_seen += inputs_embeds.shape[1]
 
-        output = BaseModelOutputWithPast(
+        output = IFlameModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(trace.hidden_states) if output_hidden_states else None,
             attentions=tuple(trace.attentions) if output_attentions else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
         return output if return_dict else output.to_tuple()
 
-    def _hourglass(self, depth, hidden_states, levels, past_key_values, trace):
+    def _hourglass(self, depth, hidden_states, levels, cache, trace):
         """
         Runs the stages of level `depth` and of all levels below it on (B, T, C) new items, T >= 1.
 
         Position i of a level reads group floor((i - 2) / 3) of the level below, which is complete exactly when item i
         arrives.
         """
-        cache, level = past_key_values, levels[depth]
+        level = levels[depth]
         encoder, decoder = depth, len(STAGE_LEVELS) - 1 - depth
         hidden_states = self._run_stage(encoder, hidden_states, level, cache, trace)
         if encoder == decoder:
@@ -366,9 +372,9 @@ class IFlameModel(IFlamePreTrainedModel):
         hidden_states = self.upsamplers[depth](hidden_states, coarse, offset, level.positions)
         return self._run_stage(decoder, hidden_states, level, cache, trace)
 
-    def _run_stage(self, stage, hidden_states, level, past_key_values, trace):
+    def _run_stage(self, stage, hidden_states, level, cache, trace):
         for block in self.layers[self.config.stage_slices()[stage]]:
-            hidden_states, weights = block(hidden_states, level, past_key_values)
+            hidden_states, weights = block(hidden_states, level, cache)
             if trace is not None:
                 trace.hidden_states.append(hidden_states)
                 if weights is not None:
@@ -391,7 +397,7 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: IFlameCache | None = None,
+        cache: IFlameCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -399,6 +405,7 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: IFlameCache | None = None,
         **kwargs,
     ):
         r"""
@@ -410,14 +417,14 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
             logits_to_keep: only the last so many logits (0: all), or those at the given indices.
 
         Returns:
-            [`CausalLMOutputWithPast`] with logits (B, T, vocab_size).
+            [`IFlameCausalLMOutput`] with logits (B, T, vocab_size).
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -429,12 +436,12 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
+        output = IFlameCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return output if return_dict else output.to_tuple()
 

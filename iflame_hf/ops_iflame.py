@@ -221,8 +221,8 @@ def fla_linear_attention(
     options = {"g_gamma": -slopes, "scale": 1.0, "output_final_state": True}
     if segments is None:
         return chunk_simple_gla(q, k, v, initial_state=state, **options)
-    if state is not None:
-        raise ValueError("a row that continues from a state holds one mesh only")
+    if state is not None:  # the kernel wants one for every mesh of every row
+        return chunked_linear_attention(q, k, v, slopes, state, segments)
     # The kernel takes sequences of different lengths laid end to end, and returns one state for each.
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * length).to(torch.int32)

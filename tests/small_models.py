@@ -50,3 +50,13 @@ def relative_error(value, expected):
     assert value.shape == expected.shape
     value, expected = value.detach().double(), expected.detach().double()
     return float((value - expected).norm() / expected.norm())
+
+
+def switch_checkpointing(model, on=True, **options):
+    """Lets the backward pass compute blocks again, or not; transformers renamed the method in 5.23."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(each for each in names if hasattr(model, f"{each}_enable"))
+    if on:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": options} if options else {})
+    else:
+        getattr(model, f"{name}_disable")()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import BOS, EOS, PAD, mesh_rows, relative_error, small_model
+from small_models import BOS, EOS, PAD, mesh_rows, relative_error, small_model, switch_checkpointing
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
@@ -323,6 +323,18 @@ def test_a_prompt_may_be_prefilled_in_chunks(model, chunk):
     assert torch.equal(generate(model, prompt, prefill_chunk_size=chunk, max_new_tokens=12), greedy(model, prompt, 12))
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 9, 10, 18, 100])
+@pytest.mark.parametrize("pads", [(18, 0), (0, 27), (27, 27), (9, 18)])
+def test_a_chunk_of_the_prefill_may_end_inside_the_padding(model, chunk, pads):
+    rows = [mesh_rows(1, faces=5, seed=seed)[0, : 49 - pad] for seed, pad in enumerate(pads)]
+    alone = [greedy(model, row[None], 20)[0, len(row) :] for row in rows]
+    ids = torch.stack([F.pad(row, (pad, 0), value=PAD) for row, pad in zip(rows, pads, strict=True)])
+    mask = torch.stack([torch.arange(49) >= pad for pad in pads]).long()
+    together = generate(model, ids, attention_mask=mask, prefill_chunk_size=chunk, max_new_tokens=20)
+    for row, expected in zip(together[:, 49:], alone, strict=True):
+        assert torch.equal(row, expected)
+
+
 def test_embeddings_may_be_the_prompt(model):
     prompt = mesh_rows(2, faces=2)[:, :25]
     embeddings = model.get_input_embeddings()(prompt)
@@ -359,9 +371,9 @@ def test_a_training_model_generates_as_in_evaluation(model):
     expected = generate(model, max_new_tokens=12)
     model.train()
     assert torch.equal(generate(model, max_new_tokens=12), expected)
-    model.gradient_checkpointing_enable()
+    switch_checkpointing(model)
     assert torch.equal(generate(model, max_new_tokens=12), expected)
-    model.gradient_checkpointing_disable()
+    switch_checkpointing(model, on=False)
     model.eval()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from small_models import PAD, mesh_rows, relative_error, small_model
+from small_models import PAD, mesh_rows, relative_error, small_model, switch_checkpointing
 from torch.nn import functional as F
 
 from iflame_hf import modeling_iflame
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, use_reentrant):
     inputs = inputs_of(kind)
     expected = model(**inputs)
     expected_gradients = gradients(model, expected.loss)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    switch_checkpointing(model, use_reentrant=use_reentrant)
     passes = count_passes(model.model.layers[0].self_attn)
     for use_cache in (None, True):
         output = model(**inputs, use_cache=use_cache)
@@ -128,11 +128,11 @@ def count_passes(module):
 def test_a_cache_is_refused_under_gradient_checkpointing():
     model = small_model().train()
     cache = model(mesh_rows(1, faces=1), use_cache=True).past_key_values
-    model.gradient_checkpointing_enable()
+    switch_checkpointing(model)
     with pytest.raises(ValueError, match="gradient checkpointing computes every block twice"):
         model(mesh_rows(1, faces=1), past_key_values=cache)
     assert cache.get_seq_length() == 18
-    model.gradient_checkpointing_disable()
+    switch_checkpointing(model, on=False)
     model(mesh_rows(1, faces=1), past_key_values=cache)
     assert cache.get_seq_length() == 36
 
@@ -304,7 +304,7 @@ def test_blocks_sharded_by_fsdp_give_the_same_gradients(one_process_group, kind,
     expected = model(**inputs).loss
     expected_gradients = gradients(model, expected)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        switch_checkpointing(model)
     mesh = init_device_mesh("cpu", (1,))
     wrapped = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     assert len(wrapped) == 6

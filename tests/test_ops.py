@@ -379,10 +379,11 @@ def test_fla_is_asked_for_the_same_operator(stand_in_for_fla, with_state, starts
     check_package(fla_linear_attention, with_state, starts)
 
 
-def test_fla_refuses_a_state_for_a_row_of_several_meshes(stand_in_for_fla):
+def test_a_state_and_several_meshes_in_a_row_are_computed_where_fla_takes_only_one_of_them(stand_in_for_fla):
     q, k, v, state = random_inputs(1, 20, 3, 8, requires_grad=False)
-    with pytest.raises(ValueError, match="one mesh only"):
-        fla_linear_attention(q, k, v, SLOPES, state, segments_from([[0, 9]], 20))
+    arguments = (q, k, v, SLOPES, state, segments_from([[0, 9]], 20))
+    for value, expected in zip(fla_linear_attention(*arguments), recurrent_linear_attention(*arguments), strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 def test_lightning_attn_refuses_head_sizes_that_its_kernel_does(stand_in_for_lightning_attn):

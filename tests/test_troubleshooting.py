@@ -77,7 +77,7 @@ def provoke(message, folder, part, monkeypatch):
     elif message.startswith("to generate, pad"):
         mask[0, -9:] = 0
         model().generate(ids, attention_mask=mask)
-    elif message.startswith("past_key_values must be"):
+    elif message.startswith("the cache must be"):
         model().generate(ids, past_key_values=DynamicCache())
     elif message.startswith("cache_implementation='static'"):
         model().generate(ids, cache_implementation="static")

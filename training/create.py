@@ -71,8 +71,16 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
         )
         model = IFlameForCausalLM(config)
     if sizes.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_activation_checkpointing(model)
     return tokenizer, model
+
+
+def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
+    """Lets the backward pass compute blocks again; transformers renamed the method in 5.23."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
 
 
 def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:
