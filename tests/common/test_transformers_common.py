@@ -178,12 +178,13 @@ class IFlameModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase
             super().attention_mask_padding_matches_padding_free_with_position_ids(attn_implementation, fa_kwargs)
 
     def _check_outputs_close(self, actual, expected, *args, **kwargs):
-        # An exported graph always says where meshes begin, and the spare room of keys and values holds anything.
+        # An exported graph always says where padding ends and meshes begin; the spare room of keys and values holds
+        # anything.
         outputs = []
         for each in (actual, expected):
-            starts = each.get("past_key_values.mesh_starts")
-            self.assertTrue(starts is None or not starts.any())
-            outputs.append({k: v for k, v in each.items() if not k.endswith("mesh_starts") and "_buffers" not in k})
+            told = {name for name in each if name.endswith((".mesh_starts", ".padding"))}
+            self.assertFalse(any(each[name].any() for name in told))
+            outputs.append({k: v for k, v in each.items() if k not in told and "_buffers" not in k})
         super()._check_outputs_close(*outputs, *args, **kwargs)
 
     def _check_hidden_states_for_generate(
