@@ -81,6 +81,12 @@ class IFlameGenerationMixin(GenerationMixin):
             )
         return super()._beam_search(*args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "continuous batching (generate_batch) keeps keys and values in pages, and the running "
+            "state of linear attention fits none: give several prompts to generate() at once, padded on the left"
+        )
+
     def _set_generation_defaults(self) -> None:
         """20 tokens, transformers' default, are not a mesh."""
         if self.generation_config.max_length in (None, 20):

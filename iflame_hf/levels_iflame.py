@@ -167,13 +167,14 @@ def _fresh_rows(config, tokens, attention_mask, position_ids, cache):
     begins = begins | (index == 0)
     starts = torch.where(begins, index, 0).cummax(dim=1).values
     positions, segments = index - starts, begins.cumsum(dim=1)
+    has_begun = real.any(dim=1)
+    padding = _leading_zeros(real)
+    mesh_starts = torch.where(has_begun, (segments != segments[:, -1:]).sum(dim=1), length)
     # A compiled graph cannot look at values, and takes every row for a packed one.
     if torch.compiler.is_compiling():
         if cache is not None:
-            cache.mesh_starts, cache.padding = (segments != segments[:, -1:]).sum(dim=1), _leading_zeros(real)
+            cache.mesh_starts, cache.padding = mesh_starts, padding
         return Rows(positions, segments)
-    has_begun = real.any(dim=1)
-    padding = _leading_zeros(real)
     broken = (starts % TOKENS_PER_FACE != 0).any()
     uneven = real.new_zeros(()) if position_ids is None else (real & (position_ids != positions)).any()
     facts = [
@@ -197,8 +198,7 @@ def _fresh_rows(config, tokens, attention_mask, position_ids, cache):
     is_apart = several or (is_padding and cache is not None)
     _check_length(config, length, positions if is_apart else None, attention_mask)
     if cache is not None:
-        starts = (segments != segments[:, -1:]).sum(dim=1)
-        cache.mesh_starts = torch.where(has_begun, starts, length) if is_apart else None
+        cache.mesh_starts = mesh_starts if is_apart else None
         cache.padding = padding if is_padded else None
         cache.ends_in_padding, cache.is_padding_so_far = ends_in_padding, is_padding
     return Rows(positions, segments, has_begun) if is_apart else Rows()
