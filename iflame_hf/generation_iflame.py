@@ -1,6 +1,7 @@
 """What generate() must know of meshes: the start face, seeds, and the cache."""
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.generation import GenerationMode
 from .cache_iflame import IFlameCache
 from .configuration_iflame import DEFAULT_MAX_LENGTH, TOKENS_PER_FACE
 from .sampling_iflame import SeededSampling, row_seeds
+from .threads_iflame import spare_a_core
 
 
 class IFlameGenerationMixin(GenerationMixin):
@@ -27,6 +29,11 @@ class IFlameGenerationMixin(GenerationMixin):
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
     ]
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with spare_a_core(self.device):
+            return super().generate(*args, **kwargs)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
