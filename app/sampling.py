@@ -3,7 +3,6 @@
 It needs transformers, torch and trimesh; the model's folder brings the rest of the code, as a pipeline.
 """
 
-import os
 import threading
 import time
 import zipfile
@@ -66,9 +65,6 @@ def load(name: str) -> Pipeline:
         raise ValueError(f"{name} is no model of meshes but a {type(generator.model).__name__}")
     generator.tokenizer.up_axis = "y"
     generator.model.eval()
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Threads that wait for one another spin: on a core that the page needs, everything takes many times as long.
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     return generator
 
 

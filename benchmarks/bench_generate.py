@@ -24,6 +24,7 @@ from benchmarks.oracle import Oracle, WrongResult, computes_in, require_close
 from benchmarks.reference import original_generate, original_logits, original_prefill
 from iflame_hf import IFlameConfig, IFlameForCausalLM
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_hf.threads_iflame import spare_a_core
 
 # B batch, T tokens
 
@@ -165,19 +166,24 @@ def main(arguments: list[str] | None = None) -> int:
     oracle = Oracle(models.config, models.weights, options.seed)
 
     rows = []
-    for batch in options.batch_size:
-        sizes = {"batch_size": batch, "new_tokens": options.new_tokens}
-        for attention in options.attn_implementation:
-            for linear_attention in options.linear_attn_implementation:
-                row = {"model": f"iflame_hf, {attention}, {linear_attention}", "dtype": options.dtype, **sizes}
+    with spare_a_core(device):  # as generate() does: for the original code and in the report, too
+        for batch in options.batch_size:
+            sizes = {"batch_size": batch, "new_tokens": options.new_tokens}
+            for attention in options.attn_implementation:
+                for linear_attention in options.linear_attn_implementation:
+                    row = {"model": f"iflame_hf, {attention}, {linear_attention}", "dtype": options.dtype, **sizes}
+                    with common.reported(row, rows, device):
+                        ours(row, options, oracle, attention, linear_attention)
+            if models.original is not None:
+                # Its own sampling computes in half precision on a GPU, with weights in float32.
+                row = {
+                    "model": "original",
+                    "dtype": "float16 autocast" if device.type == "cuda" else "float32",
+                    **sizes,
+                }
                 with common.reported(row, rows, device):
-                    ours(row, options, oracle, attention, linear_attention)
-        if models.original is not None:
-            # Its own sampling computes in half precision on a GPU, with weights in float32.
-            row = {"model": "original", "dtype": "float16 autocast" if device.type == "cuda" else "float32", **sizes}
-            with common.reported(row, rows, device):
-                theirs(row, options, oracle, models.original())
-    return common.report("generate", options, rows, COLUMNS, NOTES + models.packages)
+                    theirs(row, options, oracle, models.original())
+        return common.report("generate", options, rows, COLUMNS, NOTES + models.packages)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Loading a model and making meshes with it: the part of `iflame generate` and `iflame complete` that needs torch."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -58,9 +57,6 @@ def load_generator(
         raise CommandError(f"the model {model} cannot be loaded: {reason}") from error
     if missing := sorted(loading["missing_keys"]):
         raise CommandError(f"the model {model} cannot be used: its weights lack {', '.join(missing[:3])}")
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Threads that wait for one another spin: on a core that something else needs, steps take many times as long.
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     return pipeline("mesh-generation", model=weights.eval(), tokenizer=tokenizer, device=device)
 
 

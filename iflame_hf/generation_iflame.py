@@ -11,6 +11,7 @@ from transformers.generation import GenerationMode
 from .cache_iflame import IFlameCache
 from .configuration_iflame import DEFAULT_MAX_LENGTH, TOKENS_PER_FACE
 from .sampling_iflame import SeededSampling, row_seeds
+from .threads_iflame import spare_a_core
 from .versions_iflame import CACHE_NAME, with_own_cache_name
 
 
@@ -31,8 +32,9 @@ class IFlameGenerationMixin(GenerationMixin):
     ]
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        return super().generate(*args, **with_own_cache_name(kwargs))
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with spare_a_core(self.device):
+            return super().generate(*args, **with_own_cache_name(kwargs))
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
