@@ -4,15 +4,17 @@ python app/app.py --model outputs/demo
 """
 
 import argparse
+import asyncio
 import itertools
 import os
 import random
 import sys
 import tempfile
-import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import gradio as gr
 import numpy as np
 from sampling import FACE, Growing, Prompt, grow, load, read_part, write, write_all
 from transformers import Pipeline
+from waiting_line import Line, Place
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_MODEL = "outputs/demo"
@@ -27,6 +30,9 @@ PART_SUFFIXES = [".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae"]
 MOST_MESHES = 9
 MOST_FACES = 1600
 LARGEST_SEED = 999_999
+TEMPERATURE, TOP_P = 1.0, 0.8
+EXAMPLES, EXAMPLE_SECONDS = 6, 20
+FEWEST_FACES = 4  # of an example: with fewer no mesh is closed
 LARGEST_UPLOAD = "20mb"
 KEPT_SECONDS = 3600  # how long files that were downloaded or uploaded stay on the server
 TITLE = "# iFlame\nLow-poly meshes, written face by face by a small transformer."
@@ -36,18 +42,25 @@ PART_HELP = (
     "keeps its place; anything else is fitted into the model's box, and comes back in its own units."
 )
 CSS = "#viewer .html-container { padding: 0; }"
+Settings = dict[str, Any]  # of a run, as `grow` takes them
+Made = tuple[list[Growing], Settings]
+NOTHING: Made = ([], {})
+Update = dict[Any, Any]  # new values of components
 FONT = ["system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 
 
-def viewer_value(run: str, meshes: list[Growing], given: int = 0, is_over: bool = False) -> dict[str, Any]:
-    """What viewer.js takes: for each mesh its corners in base64, 48 characters a face, of which the first `given`
-    were not generated. Within a run the text only grows at its end, and gradio sends the end alone. `is_over` says
-    that no more is to come, ended or not."""
+def viewer_value(
+    run: str, meshes: list[Growing], given: int = 0, is_over: bool = False, hint: str | None = None
+) -> dict[str, Any]:
+    """What viewer.js takes: for each mesh its seed and its corners in base64, 48 characters a face, of which the first
+    `given` were not generated. Within a run the text only grows at its end, and gradio sends the end alone. `is_over`
+    says that no more is to come, ended or not; `hint` is said where there is no mesh."""
     shown = []
     for mesh in meshes:
         corners = mesh.vertices[mesh.faces].astype("<f4")  # (F, 3 corners, 3)
-        shown.append({"faces": b64encode(corners.tobytes()).decode(), "given": given, "ended": is_over or mesh.ended})
-    return {"run": run, "meshes": shown}
+        faces = b64encode(corners.tobytes()).decode()
+        shown.append({"faces": faces, "given": given, "ended": is_over or mesh.ended, "seed": mesh.seed})
+    return {"run": run, "meshes": shown, "is_over": is_over, "hint": hint}
 
 
 def status(word: str, meshes: list[Growing], given: int = 0, seconds: float | None = None) -> str:
@@ -63,17 +76,43 @@ def _count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
+def settings_of(
+    number: int, faces: int, temperature: float, top_p: float, seed: int, prompt: Prompt | None = None
+) -> Settings:
+    """What `grow` takes, of what the page calls by other names, and has as floats."""
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    return {"number": int(number), "max_faces": int(faces), **sampling, "prompt": prompt}
+
+
+def _given(settings: Settings) -> int:
+    return settings["prompt"].faces if settings["prompt"] else 0
+
+
+async def _watch(looks: Iterator[list[Growing]]) -> AsyncIterator[list[Growing]]:
+    """The same, from a thread, so that the page answers meanwhile; closes `looks` in the end."""
+    try:
+        while (meshes := await asyncio.to_thread(next, looks, None)) is not None:
+            yield meshes
+    finally:
+        await asyncio.to_thread(looks.close)
+
+
 class Page:
     """The page of one model: its components and what they do. Visitors generate one after the other.
 
+    What is below the viewer always belongs to what is in it: whatever changes the one changes the other, too.
+    With `examples` the page shows, when it is opened, meshes that the model has made for its first visitor.
     `blocks` is the gradio app.
     """
 
-    def __init__(self, generator: Pipeline, name: str):
+    def __init__(self, generator: Pipeline, name: str, examples: bool = True):
         self.generator = generator
-        self._stops: dict[str | None, threading.Event] = {}
-        self._runs = itertools.count(1)
         self.most_faces = min(MOST_FACES, generator.model.config.max_position_embeddings // FACE - 2)
+        self.default_faces = min(200, self.most_faces)
+        self._line = Line()
+        self._runs = itertools.count(1)
+        self._examples: list[Growing] | None = None
+        self._of_examples = settings_of(EXAMPLES, self.default_faces, TEMPERATURE, TOP_P, seed=0)
         with gr.Blocks(title="iFlame", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
             gr.Markdown(f"{TITLE} Model: `{name}` on {generator.device.type.upper()}.")
             with gr.Row(equal_height=False):
@@ -82,6 +121,8 @@ class Page:
                 with gr.Column(scale=3, min_width=360):
                     self._build_results()
             self._connect()
+            if examples:
+                blocks.load(self.welcome, None, self.results, show_progress="hidden", concurrency_limit=None)
             blocks.unload(self.stop)
         self.blocks = blocks
 
@@ -95,12 +136,11 @@ class Page:
 
     def _build_controls(self) -> None:
         self.number = gr.Slider(1, MOST_MESHES, value=4, step=1, label="Meshes")
-        default = min(200, self.most_faces)
-        self.faces = gr.Slider(10, self.most_faces, value=default, step=10, label="Most faces")
+        self.faces = gr.Slider(10, self.most_faces, value=self.default_faces, step=10, label="Most faces")
         self.temperature = gr.Slider(
-            0.1, 1.5, value=1.0, step=0.05, label="Temperature", info="Lower is more regular."
+            0.1, 1.5, value=TEMPERATURE, step=0.05, label="Temperature", info="Lower is more regular."
         )
-        self.top_p = gr.Slider(0.05, 1.0, value=0.8, step=0.05, label="Top-p", info="Lower is safer.")
+        self.top_p = gr.Slider(0.05, 1.0, value=TOP_P, step=0.05, label="Top-p", info="Lower is safer.")
         with gr.Row():
             self.seed = gr.Number(value=0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", min_width=110)
             self.new_seed = gr.Checkbox(value=True, label="A new one each time", container=False, min_width=110)
@@ -110,9 +150,10 @@ class Page:
         with gr.Accordion("Complete a part of a mesh", open=False, elem_id="part-box"):
             gr.Markdown(PART_HELP)
             self.part = gr.File(label="Part of a mesh", file_types=PART_SUFFIXES, elem_id="part")
+            self.part_status = gr.Markdown("", elem_id="part-status")
             self.share = gr.Slider(5, 100, value=100, step=5, label="Faces to keep, from the bottom (%)")
             self.room = gr.Slider(0, 3, value=0, step=0.1, label="Room above it, in its heights")
-            self.part_status = gr.Markdown("", elem_id="part-status")
+            self.complete_part = gr.Button("Complete", variant="primary", interactive=False, elem_id="complete")
 
     def _build_results(self) -> None:
         self.viewer = gr.HTML(
@@ -123,22 +164,51 @@ class Page:
         )
         self.status = gr.Markdown("", elem_id="status")
         with gr.Row():
-            self.glb = gr.DownloadButton("Download glb", interactive=False, elem_id="glb")
-            self.obj = gr.DownloadButton("Download obj", interactive=False, elem_id="obj")
-            self.zip = gr.DownloadButton("Download all (zip)", interactive=False, elem_id="zip")
-        self.made = gr.State(([], None))  # meshes and their prompt
+            self.glb = gr.DownloadButton("Download (glb)", size="md", interactive=False, elem_id="glb")
+            self.obj = gr.DownloadButton("Download (obj)", size="md", interactive=False, elem_id="obj")
+            self.zip = gr.DownloadButton("Download all (zip)", size="md", interactive=False, elem_id="zip")
+            self.again = gr.Button("Make again", size="md", interactive=False, elem_id="again")
+        self.made = gr.State(NOTHING)
+        self.chosen = gr.State(0)  # which of the meshes is downloaded, and made again
+        self.results = [
+            *(self.viewer, self.status, self.made, self.chosen),
+            *(self.glb, self.obj, self.zip, self.again),
+        ]
 
     def _connect(self) -> None:
         settings = [self.number, self.faces, self.temperature, self.top_p, self.seed, self.new_seed]
         part = [self.part, self.share, self.room]
-        results = [self.viewer, self.status, self.seed, self.made, self.glb, self.obj, self.zip]
-        self.start.click(self.generate, [*settings, *part], results, show_progress="hidden", concurrency_limit=1)
+        options = {"show_progress": "hidden", "concurrency_limit": None}  # the line sees to one at a time
+        self.start.click(self.generate, settings, [*self.results, self.seed], **options)
+        self.complete_part.click(self.complete, [*settings, *part], [*self.results, self.seed], **options)
+        self.again.click(self.make_again, [self.made, self.chosen], self.results, **options)
         self.end.click(self.stop, queue=False)
-        for event in (self.part.change, self.share.release, self.room.release):
-            event(self.look, part, [self.part_status, self.viewer], show_progress="hidden")
-        self.viewer.select(self.choose, self.made, [self.glb, self.obj], show_progress="hidden")
+        for event in (self.part.change, self.share.change, self.room.change):
+            outputs = [self.part_status, self.complete_part, *self.results]
+            event(self.look, [*part, self.made], outputs, show_progress="hidden", trigger_mode="always_last")
+        choice = [self.chosen, self.glb, self.obj, self.again]
+        self.viewer.select(self.choose, self.made, choice, show_progress="hidden")
 
-    def generate(
+    async def generate(
+        self,
+        number: int,
+        faces: int,
+        temperature: float,
+        top_p: float,
+        seed: int | None,
+        new_seed: bool,
+        request: gr.Request,
+        prompt: Prompt | None = None,
+    ) -> AsyncIterator[Update]:
+        """Makes meshes, and yields new values of components while they grow; the files come with the last."""
+        seed = random.randint(0, LARGEST_SEED) if new_seed or seed is None else int(seed) % (LARGEST_SEED + 1)
+        settings = settings_of(number, faces, temperature, top_p, seed, prompt)
+        yield {self.seed: seed}
+        async with aclosing(self._in_turn(request, partial(self._make, settings))) as updates:
+            async for update in updates:
+                yield update
+
+    async def complete(
         self,
         number: int,
         faces: int,
@@ -150,42 +220,171 @@ class Page:
         share: float,
         room: float,
         request: gr.Request,
-    ) -> Iterator[dict[Any, Any]]:
-        """Makes meshes, and yields new values of components while they grow; the files come with the last."""
-        seed = random.randint(0, LARGEST_SEED) if new_seed or seed is None else int(seed) % (LARGEST_SEED + 1)
-        stop = self._stops[request.session_hash] = threading.Event()
-        run, began = str(next(self._runs)), time.perf_counter()
-        idle = {button: gr.DownloadButton(interactive=False) for button in (self.glb, self.obj, self.zip)}
+    ) -> AsyncIterator[Update]:
+        """As `generate`, from a part of a mesh; without a usable one it says so and makes nothing."""
         try:
-            prompt = self._read_part(part, share, room) if part else None
-            given = prompt.faces if prompt else 0
-            settings = {"temperature": temperature, "top_p": top_p, "seed": seed, "prompt": prompt, "stop": stop}
-            for meshes in grow(self.generator, number=int(number), max_faces=int(faces), **settings):
-                text = status("Generating", meshes, given, time.perf_counter() - began)
-                yield {self.viewer: viewer_value(run, meshes, given), self.status: text, self.seed: seed, **idle}
+            if not part:
+                raise ValueError("give a part of a mesh first, a file that can be read")
+            prompt = await asyncio.to_thread(self._read_part, part, share, room)
+            if prompt.faces >= faces:
+                raise ValueError(
+                    f"the part has {_count(prompt.faces, 'face', 'faces')}, and a mesh may have {faces:,}: allow more "
+                    "faces, or keep fewer of the part"
+                )
         except ValueError as error:
-            raise gr.Error(str(error), duration=None, title="This does not work") from error
-        finally:
-            self._stops.pop(request.session_hash, None)
-        text = status("Stopped" if stop.is_set() else "Done", meshes, given, time.perf_counter() - began)
-        open_ends = sum(not mesh.ended for mesh in meshes)
-        if open_ends and not stop.is_set():
-            text += f" · {open_ends} would go on: allow more faces"
-        with tempfile.TemporaryDirectory() as folder:  # gradio copies what it is to offer
-            archive = write_all(self.generator, meshes, prompt, Path(folder), "iflame") if len(meshes) > 1 else None
-            yield {
-                self.viewer: viewer_value(run, meshes, given, is_over=True),
-                self.status: text,
-                self.made: (meshes, prompt),
-                **self._offer(meshes, prompt, 0, Path(folder)),
-                self.zip: gr.DownloadButton(value=archive, interactive=archive is not None),
-            }
+            raise gr.Error(str(error), duration=None, title="There is nothing to complete") from error
+        settings = (number, faces, temperature, top_p, seed, new_seed, request)
+        async with aclosing(self.generate(*settings, prompt=prompt)) as updates:
+            async for update in updates:
+                yield update
 
-    def stop(self, request: gr.Request) -> None:
-        """Ends the visitor's generation at the next token."""
-        running = self._stops.get(request.session_hash)
-        if running:
-            running.set()
+    async def make_again(self, made: Made, chosen: int, request: gr.Request) -> AsyncIterator[Update]:
+        """Makes the chosen mesh alone, from its own seed."""
+        meshes, settings = made
+        if not meshes:
+            return
+        settings = {**settings, "number": 1, "seed": meshes[chosen].seed}
+        async with aclosing(self._in_turn(request, partial(self._make, settings))) as updates:
+            async for update in updates:
+                yield update
+
+    async def welcome(self, request: gr.Request) -> AsyncIterator[Update]:
+        """Shows the examples; the first visitor sees them grow."""
+        if self._examples is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                yield await asyncio.to_thread(self._show_examples, Path(folder))
+            return
+        async with aclosing(self._in_turn(request, self._make_examples, wait_quietly=True)) as updates:
+            async for update in updates:
+                yield update
+
+    async def stop(self, request: gr.Request) -> None:
+        """Ends the visitor's generation at the next token, or the waiting for it."""
+        self._line.stop(request.session_hash)
+
+    async def _in_turn(
+        self, request: gr.Request, work: Callable[[Place, Path], AsyncIterator[Update]], wait_quietly: bool = False
+    ) -> AsyncIterator[Update]:
+        """What `work` yields when the visitor has the turn, as long as nothing newer is asked for. It may offer files
+        of the folder that it is given: gradio copies them before it asks for more. Before that it says who is before
+        the visitor, but for `wait_quietly`."""
+        place = self._line.enter(request.session_hash)
+        folder = tempfile.TemporaryDirectory()
+        try:
+            async for others in self._line.wait(place):
+                before = f"{_count(others, 'visitor', 'visitors')} before you"
+                text = f"**Waiting** · {before} · one generates at a time, **Stop** gives the place up"
+                if not wait_quietly:
+                    yield self._empty(text, hint=f"Waiting: {before}")
+            if place.stop.is_set():
+                if self._line.is_latest(place):
+                    yield self._empty("**Stopped** before there was a face")
+                return
+            async with aclosing(work(place, Path(folder.name))) as updates:
+                async for update in updates:
+                    if not self._line.is_latest(place):
+                        return
+                    yield update
+        finally:
+            self._line.leave(place)
+            folder.cleanup()
+
+    async def _make(self, settings: Settings, place: Place, folder: Path) -> AsyncIterator[Update]:
+        """Meshes while they grow, and what can be done with them in the end."""
+        run, given, began = str(next(self._runs)), _given(settings), time.perf_counter()
+        meshes, failure = [], None
+        try:
+            async with aclosing(_watch(grow(self.generator, **settings, stop=place.stop))) as looks:
+                async for meshes in looks:
+                    text = status("Generating", meshes, given, time.perf_counter() - began)
+                    yield self._screen(viewer_value(run, meshes, given), text)
+        except Exception as error:
+            failure = error
+        text = status("Stopped" if place.stop.is_set() else "Done", meshes, given, time.perf_counter() - began)
+        open_ends = sum(not mesh.ended for mesh in meshes)
+        if failure:
+            text = f"**Failed** · {failure}"
+        elif open_ends and not place.stop.is_set():
+            text += f" · {open_ends} would go on: allow more faces"
+        yield await asyncio.to_thread(self._finished, run, meshes, settings, text, folder)
+        if failure:
+            raise gr.Error(str(failure), duration=None, title="This does not work") from failure
+
+    async def _make_examples(self, place: Place, folder: Path) -> AsyncIterator[Update]:
+        """Makes the meshes that the page begins with, unless there are some, and shows them."""
+        if self._examples is None:
+            run, began = str(next(self._runs)), time.perf_counter()
+            try:
+                async with aclosing(_watch(grow(self.generator, **self._of_examples, stop=place.stop))) as looks:
+                    async for meshes in looks:
+                        text = status("Making examples", meshes) + " · **Generate** need not wait for them"
+                        yield self._screen(viewer_value(run, meshes), text)
+                        if time.perf_counter() - began > EXAMPLE_SECONDS:
+                            break
+            except Exception as error:
+                yield self._empty(f"**This model makes no meshes.** {error}")
+                return
+            if place.stop.is_set():  # the next visitor may see them to their end
+                text = status("Stopped", meshes)
+                yield await asyncio.to_thread(self._finished, run, meshes, self._of_examples, text, folder)
+                return
+            self._examples = [mesh for mesh in meshes if mesh.ended and len(mesh.faces) >= FEWEST_FACES]
+        yield await asyncio.to_thread(self._show_examples, folder)
+
+    def _show_examples(self, folder: Path) -> Update:
+        if not self._examples:
+            return self._empty(
+                f"**No examples.** Of {EXAMPLES} meshes that this model began, it completed none within "
+                f"{self.default_faces} faces and {EXAMPLE_SECONDS} seconds: train it for longer, or allow more faces "
+                "where its meshes have more, and press **Generate**."
+            )
+        which = "" if len(self._examples) == EXAMPLES else f"{len(self._examples)} of "
+        text = f"**Examples** · {which}the {EXAMPLES} meshes that this model made first"
+        text += ", those that it completed" if which else ""
+        return self._finished(str(next(self._runs)), self._examples, self._of_examples, text, folder)
+
+    def _screen(self, value: dict[str, Any], text: str, made: Made = NOTHING) -> Update:
+        """The viewer with what belongs to it, and nothing to download yet."""
+        return {
+            self.viewer: value,
+            self.status: text,
+            self.made: made,
+            self.chosen: 0,
+            self.glb: gr.DownloadButton("Download (glb)", value=None, interactive=False),
+            self.obj: gr.DownloadButton("Download (obj)", value=None, interactive=False),
+            self.zip: gr.DownloadButton(value=None, interactive=False),
+            self.again: gr.Button("Make again", interactive=False),
+        }
+
+    def _empty(self, text: str = "", hint: str | None = None) -> Update:
+        return self._screen(viewer_value(str(next(self._runs)), [], is_over=True, hint=hint), text)
+
+    def _finished(self, run: str, meshes: list[Growing], settings: Settings, text: str, folder: Path) -> Update:
+        """Meshes that grow no further, and their files, written into `folder`."""
+        value = viewer_value(run, meshes, _given(settings), is_over=True)
+        update = self._screen(value, text, made=(meshes, settings))
+        if meshes:
+            update |= self._offer((meshes, settings), 0, folder)
+        if len(meshes) > 1:
+            archive = write_all(self.generator, meshes, settings["prompt"], folder, "iflame")
+            update[self.zip] = gr.DownloadButton(value=archive, interactive=archive is not None)
+        return update
+
+    def _offer(self, made: Made, index: int, folder: Path) -> Update:
+        meshes, settings = made
+        paths = write(self.generator, meshes[index], settings["prompt"], folder, f"iflame-{index + 1}")
+        number = f"{index + 1} " if len(meshes) > 1 else ""
+        offer = {
+            button: gr.DownloadButton(f"Download {number}({suffix})", value=paths.get(suffix), interactive=bool(paths))
+            for suffix, button in (("glb", self.glb), ("obj", self.obj))
+        }
+        return {**offer, self.again: gr.Button(f"Make {number}again", interactive=True)}
+
+    def choose(self, made: Made, event: gr.EventData) -> Iterator[Update]:
+        """Offers the files of the mesh that was clicked in the viewer."""
+        if 0 <= event.index < len(made[0]):
+            with tempfile.TemporaryDirectory() as folder:
+                yield {self.chosen: event.index, **self._offer(made, event.index, Path(folder))}
 
     def _read_part(self, part: str, share: float, room: float) -> Prompt:
         prompt = read_part(self.generator, part, share / 100, room)
@@ -195,33 +394,29 @@ class Page:
             )
         return prompt
 
-    def look(self, part: str | None, share: float, room: float) -> tuple[str, dict[str, Any]]:
-        """Shows the part that was given, or says what is wrong with it."""
-        if not part:
-            return "", gr.skip()
-        try:
-            prompt = self._read_part(part, share, room)
-        except ValueError as error:
-            return f"**This file does not work.** {error}", gr.skip()
-        mesh = Growing(np.array(prompt.ids), *self.generator.tokenizer.decode_arrays(prompt.ids), True)
-        count = _count(len(mesh.faces), "face", "faces")
-        value = viewer_value(str(next(self._runs)), [mesh], given=len(mesh.faces))
-        return f"{count} to go on from. Press **Generate**.", value
-
-    def choose(self, made: tuple[list[Growing], Prompt | None], event: gr.EventData) -> Iterator[dict[Any, Any]]:
-        """Offers the files of the mesh that was clicked in the viewer."""
-        meshes, prompt = made
-        if 0 <= event.index < len(meshes):
-            with tempfile.TemporaryDirectory() as folder:
-                yield self._offer(meshes, prompt, event.index, Path(folder))
-
-    def _offer(self, meshes: list[Growing], prompt: Prompt | None, index: int, folder: Path) -> dict[Any, Any]:
-        paths = write(self.generator, meshes[index], prompt, folder, f"iflame-{index + 1}")
-        which = f"mesh {index + 1} as " if len(meshes) > 1 else ""
-        return {
-            button: gr.DownloadButton(f"Download {which}{suffix}", value=paths.get(suffix), interactive=bool(paths))
-            for suffix, button in (("glb", self.glb), ("obj", self.obj))
-        }
+    def look(self, part: str | None, share: float, room: float, made: Made, request: gr.Request) -> Update:
+        """Shows the part that was given and lets it be completed, or says what is wrong with it."""
+        text, prompt = "", None
+        if part:
+            try:
+                prompt = self._read_part(part, share, room)
+                text = f"{_count(prompt.faces, 'face', 'faces')} to go on from. Press **Complete**."
+            except ValueError as error:
+                text = f"**This file does not work.** {error}"
+        update = {self.part_status: text, self.complete_part: gr.Button(interactive=prompt is not None)}
+        if request.session_hash in self._line:  # the viewer shows what is generated
+            return update
+        if prompt:
+            arrays = self.generator.tokenizer.decode_arrays(prompt.ids)
+            mesh = Growing(np.array(prompt.ids), *arrays, ended=True)
+            value = viewer_value(str(next(self._runs)), [mesh], given=len(mesh.faces), is_over=True)
+            name = Path(part).name
+            return {
+                **update,
+                **self._screen(value, f"**Part** · {_count(len(mesh.faces), 'face', 'faces')} of {name}"),
+            }
+        # Without meshes it is another part that is shown, or nothing.
+        return update if made[0] else {**update, **self._empty(text)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -235,6 +430,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--host", help="the address to listen at; by default this machine alone")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860 on")
+    parser.add_argument(
+        "--no-examples",
+        action="store_true",
+        help=f"begin with an empty page; without this option the model makes {EXAMPLES} meshes for the first visitor, "
+        f"in {EXAMPLE_SECONDS} seconds at most",
+    )
     options = parser.parse_args(arguments)
     try:
         generator = load(options.model)
@@ -244,7 +445,9 @@ def main(arguments: list[str] | None = None) -> None:
             "Run `make demo` first, or name a model: --model FOLDER_OR_HUB_NAME, or the environment variable "
             "IFLAME_MODEL."
         )
-    Page(generator, options.model).launch(server_name=options.host, server_port=options.port)
+    Page(generator, options.model, examples=not options.no_examples).launch(
+        server_name=options.host, server_port=options.port
+    )
 
 
 if __name__ == "__main__":

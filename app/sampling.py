@@ -36,12 +36,14 @@ class Prompt:
 @dataclass(frozen=True)
 class Growing:
     """A mesh as far as it is made: ids (T,) with those of the prompt, vertices (V, 3) float64 within [-0.5, 0.5], y
-    up, and faces (F, 3) int64 in the order in which they came. `ended` says that the model has closed it."""
+    up, and faces (F, 3) int64 in the order in which they came. `ended` says that the model has closed it, `seed` which
+    one makes it again."""
 
     ids: np.ndarray
     vertices: np.ndarray
     faces: np.ndarray
     ended: bool
+    seed: int | None = None
 
 
 def load(name: str) -> Pipeline:
@@ -108,11 +110,13 @@ class _Steps(BaseStreamer):
 
 
 class _StopWhen(StoppingCriteria):
+    """Ends a generation when an event is set, or the program ends: it waits for threads, or torch would abort it."""
+
     def __init__(self, *events: threading.Event):
         self.events = events
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        is_set = any(event.is_set() for event in self.events)
+        is_set = any(event.is_set() for event in self.events) or not threading.main_thread().is_alive()
         return torch.full((input_ids.shape[0],), is_set, device=input_ids.device)
 
 
@@ -133,7 +137,8 @@ def grow(
     Args:
         number: how many meshes.
         max_faces: of a mesh, those of the prompt included.
-        temperature, top_p, seed: of the sampling; the same values give the same meshes on the same machine.
+        temperature, top_p: of the sampling.
+        seed: of the first mesh; the others have those that follow it. Alone, each comes again from its own.
         prompt: what every mesh begins with; by default the start face.
         stop: set by another thread, ends the generation at the next token.
         interval: seconds between two yields, at least; more where looking would take above a tenth of the time.
@@ -152,10 +157,10 @@ def grow(
     left = threading.Event()
     stop = stop or left
     streamer, failure = _Steps(), []
+    seeds = [seed + row for row in range(number)]
 
     def work() -> None:
         try:
-            torch.manual_seed(seed)
             model.generate(
                 torch.tensor([prompt.ids], device=model.device),
                 do_sample=True,
@@ -164,6 +169,7 @@ def grow(
                 temperature=temperature,
                 top_k=0,
                 top_p=top_p,
+                seed=seeds,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_StopWhen(stop, left)]),
             )
@@ -174,9 +180,12 @@ def grow(
         new = np.array(streamer.steps[:], dtype=np.int64).reshape(-1, number).T
         rows = np.concatenate([np.tile(prompt.ids, (number, 1)), new], axis=1)
         ended = (new > tokenizer.coordinate_resolution).any(axis=1)
-        return [Growing(row, *tokenizer.decode_arrays(row), bool(end)) for row, end in zip(rows, ended, strict=True)]
+        return [
+            Growing(row, *tokenizer.decode_arrays(row), bool(end), seed)
+            for row, end, seed in zip(rows, ended, seeds, strict=True)
+        ]
 
-    thread = threading.Thread(target=work, name="grow", daemon=True)
+    thread = threading.Thread(target=work, name="grow")
     thread.start()
     pause = interval
     try:

@@ -1,7 +1,8 @@
 // The body of a function of gr.HTML(js_on_load=...): `element`, `props`, `watch` and `trigger` are gradio's.
 //
-// props.value is {run, meshes: [{faces, given, ended}]}: `faces` holds, in base64, nine little-endian float32 a face
-// (three corners of x, y, z; y up, within half a unit of the origin). Within a run the text only grows at its end.
+// props.value is {run, meshes: [{faces, given, ended, seed}], is_over, hint}: `faces` holds, in base64, nine
+// little-endian float32 a face (three corners of x, y, z; y up, within half a unit of the origin). Within a run the text
+// only grows at its end. When the run is over, meshes can be chosen, and scrubbed back.
 
 const VALUES = 5; // of a corner: x, y, z, the second it appears at, 1 for a corner of the part that was given
 const TEXT = 48; // characters of a face
@@ -13,16 +14,19 @@ const root = element.querySelector(".viewer");
 const canvas = root.querySelector("canvas");
 const cells = root.querySelector(".cells");
 const hint = root.querySelector(".hint");
+const scrub = element.querySelector(".scrub input");
+const scrubbed = element.querySelector(".scrub output");
 const camera = { ...START };
 const began = performance.now();
 let gl, programs, meshes = [], run, chosen = 0, wireframe = true, turning = false, lastBirth = -GLOW, frame = 0;
+let shown = Infinity; // faces of each mesh, at most
 
 const FACE_VERTEX = `#version 300 es
 in vec3 position; in float birth; in float given;
-uniform mat4 projection, view; uniform float time;
+uniform mat4 projection, view; uniform float time; uniform int newest;
 out vec3 place, seen, corner; out float age, isGiven;
 void main() {
-  place = position; isGiven = given; age = time - birth;
+  place = position; isGiven = given; age = gl_VertexID / 3 == newest ? 0.0 : time - birth;
   corner = vec3(equal(ivec3(gl_VertexID % 3), ivec3(0, 1, 2)));
   vec4 v = view * vec4(position, 1.0);
   seen = v.xyz;
@@ -121,10 +125,15 @@ function show(value) {
     meshes = [];
     run = value.run;
     chosen = 0;
+    shown = Infinity;
   }
   while (meshes.length < value.meshes.length) meshes.push(newMesh());
   value.meshes.forEach((given, index) => extend(meshes[index], given));
-  if (gl) say(meshes.length ? "" : hint.dataset.empty);
+  if (gl) say(meshes.length ? "" : value.hint || hint.dataset.empty);
+  const most = Math.max(0, ...meshes.map((mesh) => mesh.faces));
+  scrub.disabled = !value.is_over || !most;
+  scrub.max = most;
+  scrub.value = Math.min(shown, most);
   describe(value);
   draw();
 }
@@ -154,14 +163,22 @@ function extend(mesh, { faces, given }) {
   lastBirth = time + SPREAD;
 }
 
+function count(mesh) {
+  return Math.min(shown, mesh.faces);
+}
+
 function describe(value) {
   meshes.forEach((mesh, index) => {
-    const { ended } = value.meshes[index];
+    const { ended, seed } = value.meshes[index];
+    const faces = count(mesh) < mesh.faces ? `${count(mesh)} of ${mesh.faces}` : mesh.faces;
+    const ofSeed = seed === null ? "" : ` · seed ${seed}`;
     mesh.label.classList.toggle("growing", !ended);
     mesh.label.classList.toggle("chosen", index === chosen && meshes.length > 1);
-    mesh.label.textContent = `${index + 1} · ${mesh.faces} ${mesh.faces === 1 ? "face" : "faces"}`;
+    mesh.label.textContent = `${index + 1} · ${faces} ${mesh.faces === 1 ? "face" : "faces"}${ofSeed}`;
   });
   root.dataset.faces = meshes.reduce((sum, mesh) => sum + mesh.faces, 0);
+  root.dataset.shown = meshes.reduce((sum, mesh) => sum + count(mesh), 0);
+  scrubbed.textContent = scrub.disabled ? "" : `${scrub.value} of ${scrub.max}`;
 }
 
 // The grid whose square cells are largest: columns, rows.
@@ -243,7 +260,8 @@ function paintMesh(mesh, projection, view, ink) {
   gl.uniformMatrix4fv(faces.at("view"), false, view);
   gl.uniform1f(faces.at("time"), now());
   gl.uniform1f(faces.at("edges"), wireframe ? 1 : 0);
-  gl.drawArrays(gl.TRIANGLES, 0, mesh.faces * 3);
+  gl.uniform1i(faces.at("newest"), shown < mesh.faces ? shown - 1 : -1);
+  gl.drawArrays(gl.TRIANGLES, 0, count(mesh) * 3);
   for (const name of ["position", "birth", "given"]) {
     gl.disableVertexAttribArray(gl.getAttribLocation(faces.program, name));
   }
@@ -297,7 +315,7 @@ canvas.addEventListener("pointermove", (event) => {
 });
 canvas.addEventListener("pointerup", (event) => {
   pointers.delete(event.pointerId);
-  if (moved < 5 && meshes.length > 1) choose(event);
+  if (moved < 5 && meshes.length > 1 && props.value.is_over) choose(event);
 });
 canvas.addEventListener("pointercancel", (event) => pointers.delete(event.pointerId));
 canvas.addEventListener("wheel", (event) => {
@@ -339,6 +357,11 @@ function toggle(name, change) {
   });
 }
 
+scrub.addEventListener("input", () => {
+  shown = scrub.value === scrub.max ? Infinity : scrub.valueAsNumber;
+  describe(props.value);
+  draw();
+});
 toggle("wireframe", () => (wireframe = !wireframe));
 toggle("turn", () => (turning = !turning));
 root.querySelector("[data-does=reset]").addEventListener("click", reset);

@@ -1,13 +1,9 @@
-"""The page: what is behind it, what it needs on a Space, and what a browser shows of it."""
+"""What is behind the page, and what it needs on a Space."""
 
 import configparser
-import io
 import json
-import re
 import shutil
-import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,51 +11,22 @@ import pytest
 import torch
 import trimesh
 import yaml
+from app_fixtures import APP, box, sampling, save_endless_model
 from packaging.requirements import Requirement
-from small_models import small_model
 
 from hub_upload import lay_out_cache, run_in_clean_process
-from iflame_hf import IFlameTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-APP = ROOT / "app"
-sys.path.insert(0, str(APP))  # as it is where app.py runs as a script
-
-import sampling  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_OPTIONS = (
-    "--no-sandbox --headless=new --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader "
-    "--disable-background-networking --disable-component-update --disable-sync --no-first-run"
-).split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose meshes have random faces and no end."""
-    folder = tmp_path_factory.mktemp("model") / "meshes"
-    model = small_model()
-    with torch.no_grad():
-        model.lm_head.bias[129:] = -1e4
-    model.save_pretrained(folder)
-    IFlameTokenizer().save_pretrained(folder)
-    return folder
+    return save_endless_model(tmp_path_factory.mktemp("model") / "meshes")
 
 
 @pytest.fixture(scope="module")
 def generator(folder):
     return sampling.load(str(folder))
-
-
-def box(tmp_path, suffix, scale=1.0, shift=(0.0, 0.0, 0.0)):
-    """A file with the lower half of a box that is as wide as it is deep, half a unit, in the middle of its space."""
-    mesh = trimesh.creation.box((0.5, 0.5, 0.5))
-    mesh.apply_translation((0, -0.25, 0))
-    mesh.apply_scale(scale)
-    mesh.apply_translation(shift)
-    path = tmp_path / f"lower half{suffix}"
-    mesh.export(path)
-    return path
 
 
 def corners(mesh):
@@ -69,18 +36,19 @@ def corners(mesh):
 # Behind the page
 
 
-def test_the_meshes_that_grow_are_those_that_generate_makes_with_that_seed(generator):
+def test_the_meshes_that_grow_are_those_that_the_pipeline_makes_with_that_seed(generator):
     *_, grown = sampling.grow(generator, number=3, max_faces=6, temperature=0.9, top_p=0.95, seed=5)
-    torch.manual_seed(5)
-    rows = generator.model.generate(
-        do_sample=True, num_return_sequences=3, max_new_tokens=9 * 6 + 1, temperature=0.9, top_k=0, top_p=0.95
-    )
-    assert len(grown) == 3
-    for mesh, row in zip(grown, rows, strict=True):
-        assert mesh.ids.tolist() == row.tolist()
-        vertices, faces = generator.tokenizer.decode_arrays(row)
-        assert len(faces) > 3
-        np.testing.assert_array_equal(corners(mesh), vertices[faces])
+    made = generator(num_meshes=3, max_faces=6, temperature=0.9, top_p=0.95, seed=5)
+    assert [mesh.seed for mesh in grown] == [mesh.metadata["seed"] for mesh in made] == [5, 6, 7]
+    for mesh, expected in zip(grown, made, strict=True):
+        assert len(mesh.faces) > 3
+        np.testing.assert_allclose(corners(mesh), expected.triangles)
+
+
+def test_a_mesh_comes_again_alone_from_its_own_seed(generator):
+    *_, meshes = sampling.grow(generator, number=3, max_faces=6, seed=5)
+    *_, (again,) = sampling.grow(generator, max_faces=6, seed=meshes[2].seed)
+    assert again.ids.tolist() == meshes[2].ids.tolist() != meshes[1].ids.tolist()
 
 
 def test_faces_that_were_shown_stay_and_new_ones_come_after_them(generator):
@@ -124,6 +92,20 @@ def test_the_generation_ends_when_nobody_watches_any_longer(generator):
     assert len(generating()) == 1
     looks.close()
     assert not generating()
+
+
+def test_a_program_ends_in_peace_while_a_mesh_grows(folder, tmp_path):
+    source = f"""
+sys.path.insert(0, {str(APP)!r})
+import sampling
+looks = sampling.grow(sampling.load({str(folder)!r}), max_faces=2000, interval=0.01)
+while not len(next(looks)[0].faces):
+    pass
+sys.modules["kept"] = looks  # nobody closes it
+print("leaving")
+"""
+    process = run_in_clean_process(source, tmp_path)
+    assert (process.returncode, process.stdout) == (0, "leaving\n"), process.stderr
 
 
 def test_what_generate_raises_reaches_the_page(generator):
@@ -253,191 +235,3 @@ print("made", len(files), sys.modules["iflame_hf"])
     process = run_in_clean_process(source, home)
     assert process.returncode == 0, process.stderr
     assert "made 2 None" in process.stdout
-
-
-# In a browser
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    """Address of the page, and a dict whose `seconds` every step of the model takes longer."""
-    pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[app-test]'")
-    from app import Page
-
-    generator = sampling.load(str(folder))
-    slow = {"seconds": 0.0}
-    generator.model.register_forward_pre_hook(lambda *_: time.sleep(slow["seconds"]))
-    page = Page(generator, "someone/meshes")
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
-    yield address, slow
-    page.blocks.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[app-test]'")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as tools:
-        browser = tools.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser, served):
-    """The page as a visitor finds it, set to two meshes of at most 30 faces and the seed 7. It reports nothing wrong,
-    and asks no machine but the server for anything."""
-    address, slow = served
-    slow["seconds"] = 0.0
-    page = browser.new_page(viewport={"width": 1280, "height": 860})
-    page.set_default_timeout(20_000)
-    errors, asked = [], []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(address)
-    page.locator("#viewer canvas").wait_for()
-    set_slider(page, "Meshes", 2)
-    set_slider(page, "Most faces", 30)
-    page.get_by_label("A new one each time").uncheck()
-    page.get_by_label("Seed", exact=True).fill("7")
-    yield page
-    page.close()
-    assert errors == []
-    local = re.compile(r"(http|ws)://(127\.0\.0\.1|localhost):|data:|blob:")
-    assert asked and [url for url in asked if not local.match(url)] == []
-
-
-def set_slider(page, label, value):
-    number = page.get_by_label(f"number input for {label}")
-    number.fill(str(value))
-    number.blur()
-
-
-def wait_for_status(page, word):
-    page.wait_for_function("word => document.querySelector('#status').innerText.startsWith(word)", arg=word)
-
-
-def picture(page):
-    """What the viewer shows, (H, W, 3)."""
-    image = pytest.importorskip("PIL.Image").open(io.BytesIO(page.locator("#viewer canvas").screenshot()))
-    return np.asarray(image.convert("RGB")).astype(int)
-
-
-def coloured(picture):
-    """How many pixels are of faces: blue, red or yellow, where all else is grey."""
-    return int((np.ptp(picture, axis=-1) > 45).sum())
-
-
-def dark(picture):
-    return int((picture.max(axis=-1) < 90).sum())
-
-
-def faces_shown(page):
-    return int(page.locator("#viewer .viewer").get_attribute("data-faces"))
-
-
-def download(page, button, tmp_path):
-    with page.expect_download() as waiting:
-        page.locator(button).click()
-    path = tmp_path / waiting.value.suggested_filename
-    waiting.value.save_as(path)
-    return path
-
-
-def test_a_click_on_generate_leads_to_meshes_that_grow(page, served):
-    empty = coloured(picture(page))
-    served[1]["seconds"] = 0.004
-    page.locator("#generate").click()
-    page.wait_for_function("Number(document.querySelector('#viewer .viewer').dataset.faces) >= 2")
-    early_faces, early = faces_shown(page), coloured(picture(page))
-    wait_for_status(page, "Done")
-    page.wait_for_timeout(300)
-    late = coloured(picture(page))
-    assert 0 < early_faces < 30 < faces_shown(page) <= 60
-    assert empty < early < 0.8 * late
-    assert page.locator("#viewer .cell.growing").count() == 0
-
-
-def test_edges_can_be_switched_off_and_on(page):
-    page.locator("#generate").click()
-    wait_for_status(page, "Done")
-    page.wait_for_timeout(2500)  # until new faces have the colour of the others
-    button = page.get_by_role("button", name="Wireframe")
-    pictures = [picture(page)]
-    for pressed in ("false", "true"):
-        button.click()
-        assert button.get_attribute("aria-pressed") == pressed
-        page.wait_for_timeout(200)
-        pictures.append(picture(page))
-    assert dark(pictures[1]) < 0.5 * dark(pictures[0])
-    assert dark(pictures[2]) == pytest.approx(dark(pictures[0]), rel=0.02)
-
-
-def test_dragging_turns_the_view_and_reset_brings_it_back(page):
-    page.locator("#generate").click()
-    wait_for_status(page, "Done")
-    page.wait_for_timeout(2500)
-    before = picture(page)
-    box = page.locator("#viewer canvas").bounding_box()
-    page.mouse.move(box["x"] + 300, box["y"] + 300)
-    page.mouse.down()
-    page.mouse.move(box["x"] + 420, box["y"] + 330, steps=4)
-    page.mouse.up()
-    page.wait_for_timeout(200)
-    assert (np.abs(picture(page) - before).max(axis=-1) > 40).mean() > 0.05
-    page.get_by_role("button", name="Reset view").click()
-    page.wait_for_timeout(200)
-    assert (np.abs(picture(page) - before).max(axis=-1) > 40).mean() < 0.01
-
-
-def test_the_mesh_that_was_clicked_is_downloaded_as_it_was_generated(page, generator, tmp_path):
-    page.locator("#generate").click()
-    wait_for_status(page, "Done")
-    *_, expected = sampling.grow(generator, number=2, max_faces=30, top_p=0.8, seed=7)
-    first = trimesh.load(download(page, "#glb", tmp_path), force="mesh")
-    assert len(first.faces) == len(expected[0].faces)
-    box = page.locator("#viewer canvas").bounding_box()
-    page.mouse.click(box["x"] + 0.75 * box["width"], box["y"] + 0.5 * box["height"])
-    page.locator("#obj", has_text="mesh 2 as obj").wait_for()
-    path = download(page, "#obj", tmp_path)
-    second = trimesh.load(path, force="mesh")
-    assert path.suffix == ".obj" and len(second.faces) == len(expected[1].faces)
-    np.testing.assert_allclose(second.bounds, [expected[1].vertices.min(axis=0), expected[1].vertices.max(axis=0)])
-    shutil.unpack_archive(download(page, "#zip", tmp_path), tmp_path / "all")
-    assert len(list((tmp_path / "all").iterdir())) == 4
-
-
-def test_an_uploaded_part_is_shown_and_completed(page, tmp_path):
-    page.get_by_role("button", name="Complete a part").click()
-    page.locator("#part input[type=file]").set_input_files(box(tmp_path, ".glb"))
-    page.locator("#part-status", has_text="12 faces to go on from").wait_for()
-    assert faces_shown(page) == 12
-    page.locator("#generate").click()
-    wait_for_status(page, "Done")
-    assert faces_shown(page) > 2 * 12
-    completed = trimesh.load(download(page, "#glb", tmp_path), force="mesh")
-    given = trimesh.creation.box((0.5, 0.5, 0.5)).vertices - (0, 0.25, 0)
-    distances = np.linalg.norm(given[:, None] - completed.vertices[None], axis=-1).min(axis=1)
-    assert len(completed.faces) > 12 and distances.max() < 1e-6
-
-
-def test_a_file_that_is_no_mesh_is_refused_on_the_page(page, tmp_path):
-    path = tmp_path / "chair.glb"
-    path.write_bytes(b"not a mesh at all")
-    page.get_by_role("button", name="Complete a part").click()
-    page.locator("#part input[type=file]").set_input_files(path)
-    page.locator("#part-status", has_text="chair.glb: not a binary glTF file").wait_for()
-    page.locator("#generate").click()
-    page.locator(".toast-body", has_text="chair.glb: not a binary glTF file").wait_for()
-
-
-def test_stop_ends_the_generation_and_what_there_is_can_be_downloaded(page, served, tmp_path):
-    set_slider(page, "Most faces", 600)
-    set_slider(page, "Meshes", 1)
-    served[1]["seconds"] = 0.002
-    page.locator("#generate").click()
-    page.wait_for_function("Number(document.querySelector('#viewer .viewer').dataset.faces) >= 3")
-    page.locator("#stop").click()
-    wait_for_status(page, "Stopped")
-    assert 3 <= len(trimesh.load(download(page, "#glb", tmp_path), force="mesh").faces) < 300
