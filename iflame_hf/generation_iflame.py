@@ -109,6 +109,18 @@ class IFlameGenerationMixin(GenerationMixin):
             return initialised.expand(-1, TOKENS_PER_FACE).contiguous()
         return initialised
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        # Called where no mask is given. transformers takes pad ids for padding; a cache knows what was, and rows that
+        # ended before others were filled up with ids that it has seen as tokens.
+        cache = model_kwargs.get(CACHE_NAME)
+        if not getattr(cache, "tokens_seen", 0):
+            return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        mask = inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
+        if cache.padding is not None:
+            places = torch.arange(mask.shape[1], device=mask.device)
+            mask = (places >= cache.padding.to(mask.device)[:, None]).long()
+        return mask
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         given = model_kwargs.get(CACHE_NAME)
         implementation = generation_config.cache_implementation

@@ -317,6 +317,15 @@ def test_a_row_that_has_ended_may_go_on_with_its_batch(model):
     assert torch.equal(ended[0], expected[0])
 
 
+def test_rows_padded_on_the_left_go_on_from_their_cache_also_without_their_mask(model):
+    ids = F.pad(mesh_rows(2, faces=2), (9, 0), value=PAD)
+    mask = (torch.arange(36).expand(2, -1) >= 9).long()
+    expected = generate(model, ids, attention_mask=mask, max_new_tokens=30)
+    begun = generate(model, ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True)
+    ended = generate(model, begun.sequences, past_key_values=begun.past_key_values, max_new_tokens=18)
+    assert torch.equal(ended, expected)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 9, 100])
 def test_a_prompt_may_be_prefilled_in_chunks(model, chunk):
     prompt = mesh_rows(2, faces=3)[:, :32]

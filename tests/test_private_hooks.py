@@ -62,6 +62,12 @@ HOOKS = [
     ),
     Hook(
         GenerationMixin,
+        "_prepare_attention_mask_for_generation",
+        "self inputs_tensor generation_config model_kwargs",
+        "generation_iflame: with a filled cache, pad ids are no padding but what the cache has seen",
+    ),
+    Hook(
+        GenerationMixin,
         "_prepare_cache_for_generation",
         "self generation_config model_kwargs generation_mode batch_size max_cache_length",
         "generation_iflame: the state is an IFlameCache",
