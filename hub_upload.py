@@ -32,6 +32,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from training.ending import CommandError, ends_in_words
 from training.model_card import model_card, read_run
 
 # Files of ours: what may go up, and of an earlier upload what goes away if it is not in the new one.
@@ -83,7 +84,7 @@ SERVER_FAULT = (
 )
 
 
-class UploadError(Exception):
+class UploadError(CommandError):
     """Why a model is not published, in words for its user."""
 
 
@@ -399,7 +400,8 @@ def in_plain_words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@ends_in_words("hub_upload")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hub_upload.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("checkpoint_dir", type=Path, help="folder of a finished model, or a checkpoint of a run")
     parser.add_argument(
@@ -424,19 +426,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--repo-id must be USER/NAME, got {options.repo_id}")
     if options.create_pr and options.revision:
         parser.error("--create-pr is for the main branch: leave out --revision")
-    try:
-        _run(options)
-    except UploadError as error:
-        print(f"hub_upload: {error}", file=sys.stderr)
-        return 1
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        print(f"hub_upload: {'the disk is full: ' if full else ''}{error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _run(options: argparse.Namespace) -> None:
     token = options.token or get_token()
     if token is None and not options.dry_run:
         raise UploadError(

@@ -25,6 +25,7 @@ from benchmarks.reference import original_generate, original_logits, original_pr
 from iflame_hf import IFlameConfig, IFlameForCausalLM
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
 from iflame_hf.threads_iflame import spare_a_core
+from training.ending import ends_in_words
 
 # B batch, T tokens
 
@@ -144,6 +145,7 @@ def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, network: nn.Mo
     add_figures(row, options, oracle.config, generate_tokens, prefill)
 
 
+@ends_in_words("bench_generate")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_options(parser)

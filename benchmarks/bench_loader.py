@@ -29,6 +29,7 @@ from benchmarks.common import Row
 from benchmarks.oracle import WrongResult
 from iflame_hf import IFlameTokenizer
 from training.data import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.ending import ends_in_words
 from training.loader import TrainingRows
 from training.packing import EXTRA_FACES, TOKENS_PER_FACE
 from training.sequences import MeshEncoder
@@ -165,6 +166,7 @@ def measure(rows: TrainingRows, row: Row, options: argparse.Namespace) -> None:
     row["padding"] = 100 * padding / tokens
 
 
+@ends_in_words("bench_loader")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", metavar="FILE", help="parquet files, instead of tori")

@@ -24,6 +24,7 @@ from benchmarks.models import build_model, draw_models, mesh_labels, mesh_tokens
 from benchmarks.oracle import Oracle, WrongResult, computes_in, flat_gradients, gradients_of, require_close
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
 from training.convert_checkpoint import convert_weights
+from training.ending import ends_in_words
 
 # B batch, T tokens
 
@@ -149,6 +150,7 @@ def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, first: FirstSt
         )
 
 
+@ends_in_words("bench_train")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_options(parser)

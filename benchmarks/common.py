@@ -38,7 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden_size", type=int)
     parser.add_argument("--num_attention_heads", type=int)
     parser.add_argument("--stage_layers", type=int, nargs=5, metavar="BLOCKS", help="blocks of the five stages")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", type=find_device, default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
     parser.add_argument("--attn_implementation", nargs="+", default=["sdpa"], help="one or several, each measured")
     parser.add_argument(
@@ -63,10 +63,18 @@ def parse_options(
     for name, value in {**SIZES[options.preset], **presets[options.preset]}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    options.device = torch.device(options.device)
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
     return options
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name. Raises argparse's error for an option, which says what there is, if it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise argparse.ArgumentTypeError(f"torch sees no device {name}, only {', '.join(present)}") from error
+    return device
 
 
 def build_config(options: argparse.Namespace) -> IFlameConfig:

@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same meshes")
     parser.add_argument("--license", help="noted in every file, such as cc0-1.0")
     options = parser.parse_args(argv)
+    if not Path(options.model).is_dir() and Path(options.model).parent.is_dir():
+        parser.error(f"there is no folder {options.model}, and a model on the Hub has a name like user/name")
 
     generator = pipeline("mesh-generation", model=options.model, trust_remote_code=True)
     meshes = generator(num_meshes=options.num, max_faces=options.max_faces, top_p=0.9, seed=options.seed)

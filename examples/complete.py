@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-faces", type=int, default=120, help="most faces of a mesh, the kept ones included")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same meshes")
     options = parser.parse_args(argv)
+    if not Path(options.model).is_dir() and Path(options.model).parent.is_dir():
+        parser.error(f"there is no folder {options.model}, and a model on the Hub has a name like user/name")
     if not 0 < options.keep < 1:
         parser.error(f"--keep must be between 0 and 1, got {options.keep}")
 

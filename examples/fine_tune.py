@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--augment", action="store_true", help="stretch and move the meshes, anew in every epoch")
     parser.add_argument("--samples", type=int, default=8, help="meshes to generate at the end")
     options = parser.parse_args(argv)
+    if not Path(options.model).is_dir() and Path(options.model).parent.is_dir():
+        parser.error(f"there is no folder {options.model}, and a model on the Hub has a name like user/name")
 
     data = options.out / "data"
     prepare = [sys.executable, "-m", "training.prepare_data", options.meshes.resolve(), "--out", data.resolve()]

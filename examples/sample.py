@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=0.9, help="from the likeliest share only")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same meshes")
     options = parser.parse_args(argv)
+    if not Path(options.model).is_dir() and Path(options.model).parent.is_dir():
+        parser.error(f"there is no folder {options.model}, and a model on the Hub has a name like user/name")
 
     generator = pipeline("mesh-generation", model=options.model, trust_remote_code=True)
     meshes = generator(

@@ -31,4 +31,4 @@ def faulty_forward(self, *args, **kwargs):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     IFlameForCausalLM.forward = faulty_forward
-    record(main)(sys.argv[2:])
+    sys.exit(record(main)(sys.argv[2:]))

@@ -1,9 +1,12 @@
 """Options from a yaml file and the command line."""
 
+import re
 from pathlib import Path
 
 import pytest
+from small_models import small_model
 
+from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
 from training.create import create_accelerator, create_model
 
@@ -138,3 +141,59 @@ def test_a_tracker_that_is_missing_or_unknown_is_told_before_anything_is_done(tm
         with pytest.raises(ValueError, match=message):
             create_accelerator(arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    small_model().save_pretrained(folder)
+    IFlameTokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--hidden_size", "128"], "--hidden_size 128 (its own is 32)"),  # the value that it has without being given
+        (["--num_attention_heads", "2"], "--num_attention_heads 2 (its own is 4)"),
+        (["--stage_layers", "2", "2", "4", "2", "2"], "--stage_layers 2 2 4 2 2 (its own is 1 1 2 1 1)"),
+        (["--intermediate_size=100"], "--intermediate_size 100 (its own is 85)"),
+        (["--full-attention-interval", "4"], "--full_attention_interval 4 (its own is 2)"),
+        (["--initializer_range", "0.5"], "--initializer_range 0.5 (its own is 0.02)"),
+        (["--up_axis", "z"], "--up_axis z (its own is y)"),
+    ],
+)
+def test_a_size_that_is_not_that_of_the_model_to_start_from_is_refused(model, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        create_model(parse_arguments(["--model_name_or_path", str(model), *given]))
+    assert str(model) in str(refused.value)
+
+
+def test_sizes_of_a_file_count_as_given_and_those_of_the_model_itself_are_no_contradiction(model, tmp_path):
+    start = ["--model_name_or_path", str(model)]
+    with pytest.raises(ValueError, match="hidden_size 64 .*num_attention_heads 8 "):
+        create_model(parse_arguments([write(tmp_path, "hidden_size: 64\nnum_attention_heads: 8"), *start]))
+    own = "hidden_size: 32\nstage_layers: [1, 1, 2, 1, 1]\ninitializer_range: null\nup_axis: y"
+    for argv in (start, [write(tmp_path, own), "--num_attention_heads", "4", *start]):
+        assert create_model(parse_arguments(argv))[1].config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("outputs/nope", "there is no folder outputs/nope"),
+        ("./smal", "there is no folder ./smal (did you mean small?)"),
+        ("small/config.json", "small/config.json is a file"),
+        (".", ". holds no model"),
+    ],
+)
+def test_a_model_that_can_only_be_a_folder_and_is_none_is_refused_at_once(model, monkeypatch, name, message):
+    monkeypatch.chdir(model.parent)
+    with pytest.raises(OSError, match=re.escape(message)):
+        create_model(parse_arguments(["--model_name_or_path", name]))
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is no iFlame model: its model_type is 'llama'"):
+        create_model(parse_arguments(["--model_name_or_path", str(tmp_path)]))

@@ -309,12 +309,14 @@ def test_an_original_that_computes_something_else_has_no_figures(capsys, origina
     ("arguments", "message"),
     [
         ([*GENERATE, "--reference", "."], "there is no transformer.py of the original code"),
-        ([*GENERATE, "--device", "cuda"], "torch sees no CUDA device"),
+        ([*GENERATE, "--device", "cuda"], "argument --device: torch sees no device cuda, only cpu"),
+        ([*GENERATE, "--device", "cuda:77"], "argument --device: torch sees no device cuda:77, only cpu"),
+        ([*GENERATE, "--device", "gpu"], "argument --device: torch sees no device gpu, only cpu"),
         ([*GENERATE, "--hidden_size", "30"], "multiple of num_attention_heads"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_plain_words(capsys, arguments, message):
-    if torch.cuda.is_available() and "cuda" in arguments:
+    if torch.cuda.is_available() and arguments[-1] == "cuda":
         pytest.skip("there is a CUDA device")
     with pytest.raises(SystemExit) as end:
         bench_generate.main(arguments)
@@ -325,3 +327,8 @@ def test_the_original_cannot_be_built_with_other_stages(capsys, original):
     with pytest.raises(SystemExit):
         bench_train.main([*TRAIN, "--reference", str(original)])
     assert "stage_layers [1, 1, 2, 1, 1]" in capsys.readouterr().err
+
+
+def test_data_that_are_not_there_are_named(capsys, tmp_path):
+    assert bench_loader.main(["--data", str(tmp_path / "none.parquet")]) == 1
+    assert "none.parquet" in capsys.readouterr().err.splitlines()[-1]

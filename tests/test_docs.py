@@ -47,7 +47,7 @@ SHORTER = [
 ]
 HUB_NAMES = r"\b(you/iflame-furniture|user/name)\b"
 # Options in the text that are those of `accelerate launch`.
-FOREIGN_OPTIONS = {"--config_file", "--num_processes", "--machine_rank", "--cpu"}
+FOREIGN_OPTIONS = {"--config_file", "--num_processes", "--machine_rank", "--cpu", "--quiet"}
 
 
 class Block:

@@ -73,8 +73,10 @@ def _names(node):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_in_an_examples_docstring_is_one_that_it_takes(name, monkeypatch):
+def test_the_command_in_an_examples_docstring_is_one_that_it_takes(name, tmp_path, monkeypatch):
     module = load(name)
+    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     (command,) = re.findall(rf"^    python examples/{name}\.py (.+)$", module.__doc__, re.MULTILINE)
 
     class Parsed(Exception):
@@ -148,3 +150,14 @@ def test_fine_tune_makes_a_data_set_of_a_folder_and_teaches_a_model_that_then_ge
     before, after = (load_file(Path(path) / "model.safetensors") for path in (model, tmp_path / "out" / "model"))
     assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
     assert (tmp_path / "out" / "model" / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_is_no_folder_is_refused_at_once(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "outputs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in ("outputs/nope", "./nope", "nope"):
+        with pytest.raises(SystemExit) as end:
+            run(name, *([] if name in ("sample", "batch_export") else ["mesh.obj"]), "--model", model)
+        assert end.value.code == 2 and f"there is no folder {model}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]

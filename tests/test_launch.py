@@ -94,6 +94,23 @@ def test_an_error_in_one_process_ends_all_and_is_told(tmp_path):
     run = torchrun(FAULTY, ["exception", *command_line(tmp_path, max_steps=1000, save_steps=0)], processes=2)
     output, _ = run.communicate(timeout=120)
     assert run.returncode != 0 and time.monotonic() - began < 60
-    assert "OSError: the disk of this machine is gone" in output
+    assert output.count("train: the disk of this machine is gone\n") == 1
     assert re.search(r"rank\s*: 1", output)
     assert len(log_of(tmp_path)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "sentence"),
+    [
+        (["--train_file", "nowhere.parquet"], 1, r"^train: nowhere\.parquet cannot be read as a parquet file: .+$"),
+        (["--max_steps", "0"], 2, r"^training/train\.py: error: there is nothing to train: .+$"),
+    ],
+)
+def test_what_all_processes_refuse_is_said_once_and_without_a_traceback(tmp_path, options, status, sentence):
+    run = torchrun(ROOT / "training" / "train.py", [f"--output_dir={tmp_path / 'run'}", "--use_cpu", *options], 2)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert len(re.findall(sentence, output, re.MULTILINE)) == 1, output
+    assert 'training/train.py", line' not in output, "the launcher's own traceback has no line of ours"
+    assert re.search(rf"exitcode\s*: {status}", output)
+    assert not (tmp_path / "run").exists()

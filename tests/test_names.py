@@ -2,7 +2,7 @@
 
 import pytest
 
-from iflame_hf.names_iflame import model_folder
+from iflame_hf.names import model_folder
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trimesh
@@ -16,9 +17,11 @@ from small_models import BOS, small_model
 from transformers import DynamicCache, pipeline
 from transformers.dynamic_module_utils import resolve_trust_remote_code
 
-from iflame_hf import IFlameForCausalLM, IFlameTokenizer, ops_iflame
-from training.data import ProceduralMeshes, mesh_sizes
-from training.procedural import make_dataset
+from iflame_hf import IFlameForCausalLM, IFlameTokenizer, names, ops_iflame
+from training.arguments import parse_arguments
+from training.create import create_model
+from training.data import MeshRows, ProceduralMeshes, mesh_sizes, require_usable
+from training.procedural import ProceduralMesh, make_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -89,6 +92,14 @@ def provoke(message, folder, part, monkeypatch):
         tokenizer.encode_mesh(part, normalise=False)
     elif message.startswith("the part does not lie"):
         pipeline("mesh-generation", model=model(), tokenizer=tokenizer)(str(part))
+    elif message.startswith("there is no folder"):
+        names.model_folder(folder.parent / "mode")
+    elif "is as it is made" in message:
+        IFlameTokenizer().save_pretrained(folder)
+        create_model(parse_arguments(["--model_name_or_path", str(folder), "--hidden_size", "64"]))
+    elif message.startswith("not one of"):
+        meshes = ProceduralMeshes([ProceduralMesh("chair", np.zeros((3, 3)), np.array([[0, 1, 2]]))])
+        require_usable(MeshRows(meshes, tokenizer, 450), np.array([0]), "--train_file", ["a.parquet"])
     elif "longer than a row" in message:
         mesh_sizes(ProceduralMeshes(make_dataset(3, seed=0, max_faces=48)), 27, "error")
     elif message.startswith("Error while deserializing"):
@@ -113,7 +124,7 @@ def test_a_message_of_the_troubleshooting_page_is_what_users_read(message, model
     pattern = ".*".join(map(re.escape, re.split(r"\s*…\s*", message)))
     with pytest.raises(Exception, match=pattern) as raised:
         provoke(message, model_folder, part, monkeypatch)
-    assert isinstance(raised.value, (ValueError, ImportError, SafetensorError))
+    assert isinstance(raised.value, (ValueError, ImportError, FileNotFoundError, SafetensorError))
 
 
 def test_the_table_of_versions_begins_with_the_oldest_that_setup_cfg_allows_and_has_no_failure():

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def run_training(arguments: list[str], environment: dict[str, str], output: str,
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader workers need not import everything again
-    main(arguments)
+    sys.exit(main(arguments))
 
 
 class Trainer:

@@ -5,11 +5,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from training.ending import is_first_to_say
 from training.optim import OPTIMIZERS, SCHEDULES
 from training.packing import TOKENS_PER_FACE
 from training.procedural import KINDS
@@ -154,6 +155,7 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     train: TrainArguments
+    given: frozenset[str] = frozenset()  # names of the options that the command line or the file set
 
     def __post_init__(self) -> None:
         train, data = self.train, self.data
@@ -231,6 +233,14 @@ class Arguments:
         return {**asdict(self.model), **asdict(self.data), **asdict(self.train)}
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse does, but of all processes of a launch one says it."""
+        if not is_first_to_say(message):
+            self.exit(2)
+        super().error(message)
+
+
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """
     Read `[config.yaml] [--options]`; what the command line says goes before what the file says. Without any argument
@@ -239,7 +249,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     Prints one line and ends the process with status 2 on an unknown option or yaml key, which it names, and on values
     that make no sense.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         (ModelArguments, DataArguments, TrainArguments),
         prog="training/train.py",
         usage="%(prog)s [config.yaml] [--option value ...]   (--help lists the options)",
@@ -252,9 +262,9 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         argv = argv or [str(DEMO)]
         if not argv[0].startswith("-"):
             settings, argv = _read_yaml(Path(argv[0])), argv[1:]
-            given = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+            named = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
             for name, others in REPLACED_BY.items():
-                if not given.isdisjoint(others):
+                if not named.isdisjoint(others):
                     settings.pop(name, None)
             parser.set_defaults(**{name: None for name, value in settings.items() if value is None})
             argv = _as_options(settings) + argv
@@ -263,7 +273,10 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         )
         if rest:
             raise ValueError(f"no such option: {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
-        return Arguments(*parts)
+        not_given = object()
+        parser.set_defaults(**dict.fromkeys(_option_types(), not_given))
+        given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not not_given}
+        return Arguments(*parts, given=frozenset(given))
     except ValueError as error:
         parser.error(str(error))
 

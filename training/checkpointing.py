@@ -39,6 +39,7 @@ class Progress:
     loss_sum: float = 0.0  # of the steps since the last line of the log
     loss_steps: int = 0
     eval_loss: float | None = None  # if this very step was evaluated
+    due: list[str] = field(default_factory=list)  # "evaluation", "samples": what is still to be done after this step
     data_digest: str = ""
     scheduler: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -206,6 +207,10 @@ class Checkpoints:
         return next((failure for failure in failures if failure is not None), None)
 
 
+class Stopped(Exception):
+    """The run was asked to stop, in the middle of what can be done again."""
+
+
 class Interruption:
     """
     While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once. The
@@ -234,7 +239,7 @@ class Interruption:
     def _ask(self, number: int, frame: Any) -> None:
         if not self._asked:
             self._asked, self._first = True, time.monotonic()
-            os.write(2, b"\nfinishing this step, then saving a checkpoint\n")  # print must not be used in a handler
+            os.write(2, b"\nstopping, once a checkpoint is saved\n")  # print must not be used in a handler
         elif number == signal.SIGINT and time.monotonic() - self._first > 5:
             raise KeyboardInterrupt
 

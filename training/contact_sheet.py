@@ -16,6 +16,7 @@ import numpy as np
 from iflame_cli.render import render_meshes
 from iflame_hf.mesh_iflame import load_mesh
 from training.data import ParquetMeshes
+from training.ending import ends_in_words
 
 
 def contact_sheet(folder: Path, files: list[str], out: Path, columns: int = 8, rows: int = 2, seed: int = 0) -> None:
@@ -46,7 +47,8 @@ def contact_sheet(folder: Path, files: list[str], out: Path, columns: int = 8, r
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+@ends_in_words("contact_sheet")
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,13 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=2, help="rows of real and rows of generated meshes")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of real meshes")
     options = parser.parse_args(argv)
-    try:
-        contact_sheet(options.folder, options.data, options.out, options.columns, options.rows, options.seed)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    contact_sheet(options.folder, options.data, options.out, options.columns, options.rows, options.seed)
     print(options.out)
-    return 0
 
 
 if __name__ == "__main__":

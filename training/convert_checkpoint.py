@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
+from training.ending import ends_in_words
 
 # The original's six lists of blocks in the order in which they run, and the stage of the hourglass each belongs to.
 STAGES = {
@@ -76,12 +77,12 @@ def load_original(path: str | os.PathLike) -> Weights:
         raise ValueError(f"{path} cannot be read as a torch checkpoint of plain tensors: {reason}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise ValueError(f"{path} is not a checkpoint of the original iFlame code: it has no 'model_state_dict'")
-    weights = {WRAPPERS.sub("", name): tensor for name, tensor in checkpoint["model_state_dict"].items()}
-    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    weights = checkpoint["model_state_dict"]
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
         raise ValueError(
-            f"{path} is not a checkpoint of the original iFlame code: its model_state_dict holds non-tensors"
+            f"{path} is not a checkpoint of the original iFlame code: its model_state_dict holds other than tensors"
         )
-    return weights
+    return {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
 
 
 def convert_weights(weights: Weights, num_attention_heads: int) -> tuple[IFlameConfig, Weights]:
@@ -184,7 +185,8 @@ def convert_checkpoint(
     return model
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@ends_in_words("convert_checkpoint")
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.convert_checkpoint", description=__doc__.strip().splitlines()[0]
     )
@@ -198,15 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="whether the checkpoint was trained on faces with reversed winding (networkx 3.2 or newer)",
     )
     options = parser.parse_args(arguments)
-    try:
-        model = convert_checkpoint(
-            options.checkpoint, options.output_dir, options.num_attention_heads, options.reversed_winding
-        )
-    except (OSError, ValueError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return 1
+    model = convert_checkpoint(
+        options.checkpoint, options.output_dir, options.num_attention_heads, options.reversed_winding
+    )
     print(f"{options.output_dir}: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,28 @@
 """What a run begins with: Accelerate's object, the model with its tokenizer, and the model's compilation."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
+from iflame_hf.names import model_folder
 from training.arguments import Arguments
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
 # mesh a row or several.
 MOST_COMPILED_BLOCKS = 24
+# Options that a model to start from has decided.
+SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "stage_layers",
+    "full_attention_interval",
+    "initializer_range",
+)
 
 
 def create_accelerator(arguments: Arguments) -> Accelerator:
@@ -48,13 +60,25 @@ def _check_trackers(names: list[str]) -> None:
 
 
 def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
-    """A fresh model of the sizes asked for, or a trained one to go on from."""
+    """
+    A fresh model of the sizes asked for, or a trained one to go on from.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it contradicts an option that was given.
+    """
     sizes = arguments.model
     implementations = {"linear_attn_implementation": sizes.linear_attn_implementation}
     if sizes.attn_implementation is not None:
         implementations["attn_implementation"] = sizes.attn_implementation
     if sizes.model_name_or_path is not None:
+        model_folder(sizes.model_name_or_path)
+        settings, _ = IFlameConfig.get_config_dict(sizes.model_name_or_path)
+        if settings.get("model_type") != IFlameConfig.model_type:
+            raise ValueError(
+                f"{sizes.model_name_or_path} is no iFlame model: its model_type is {settings.get('model_type')!r}"
+            )
         tokenizer = IFlameTokenizer.from_pretrained(sizes.model_name_or_path)
+        _check_sizes(arguments, IFlameConfig.from_dict(settings), tokenizer)
         model = IFlameForCausalLM.from_pretrained(sizes.model_name_or_path, dtype=torch.float32, **implementations)
     else:
         tokenizer = IFlameTokenizer(up_axis=arguments.data.up_axis)
@@ -81,6 +105,26 @@ def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
         model.activation_checkpointing_enable()
     else:
         model.gradient_checkpointing_enable()
+
+
+def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTokenizer) -> None:
+    """Raises ValueError if an option was given that the model to start from does not have so."""
+
+    def shown(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    own = {name: getattr(config, name) for name in SIZES} | {"up_axis": tokenizer.up_axis}
+    given = arguments.to_dict()
+    others = [
+        f"--{name} {shown(given[name])} (its own is {shown(value)})"
+        for name, value in own.items()
+        if name in arguments.given and shown(given[name]) != shown(value)
+    ]
+    if others:
+        raise ValueError(
+            f"{arguments.model.model_name_or_path} is as it is made and cannot have {', '.join(others)}: leave that "
+            "out, or leave out --model_name_or_path to train a new model"
+        )
 
 
 def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from training.ending import ends_in_words
+
 WIDTH, HEIGHT, MARGIN = 860, 460, 60
 COLOURS = ("#1f6fb2", "#c8553d", "#3d8a5f", "#8457a0", "#a07b1f")
 # What stands at the lower edge, by the name in the log.
@@ -93,7 +95,8 @@ def draw_curves(runs: dict[str, tuple[list[Point], list[Point]]], over: str) -> 
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@ends_in_words("curves")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m training.curves"
     )
@@ -101,14 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the drawing, an svg")
     parser.add_argument("--over", choices=list(AXES), default="step")
     options = parser.parse_args(argv)
-    try:
-        runs = {str(folder): read_curves(folder, options.over) for folder in options.folders}
-        options.out.write_text(draw_curves(runs, options.over), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    runs = {str(folder): read_curves(folder, options.over) for folder in options.folders}
+    options.out.write_text(draw_curves(runs, options.over), encoding="utf-8")
     print(options.out)
-    return 0
 
 
 if __name__ == "__main__":

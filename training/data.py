@@ -7,6 +7,7 @@ of devices changes what is learnt, and a place in the data is two numbers: an ep
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -27,6 +28,8 @@ from training.procedural import make_dataset
 from training.sequences import MeshEncoder, MeshTable, count_triangles
 from training.streaming import stream_rows
 
+# Meshes that are read together in search of a usable one.
+MESHES_AT_ONCE = 256
 # What a worker sends at once: so many rows cost little more than one.
 ROWS_IN_MESSAGE = 32
 # Another number when the same seed comes to mean other rows: checkpoints from before are then refused.
@@ -221,6 +224,29 @@ def mesh_sizes(meshes: Meshes, row_length: int, long_meshes: str) -> tuple[np.nd
     return np.minimum(sizes, capacity), used
 
 
+def require_usable(rows: MeshRows, used: np.ndarray, option: str, files: Sequence[str]) -> None:
+    """
+    Raises ValueError, with the reason of the first, if not one of the meshes to use becomes tokens; reads no further
+    than to the first that does.
+
+    Args:
+        used: (M,) their indices.
+        option: of the command line, by which the files were given.
+    """
+    reason = ""
+    for first in range(0, len(used), MESHES_AT_ONCE):
+        indices = used[first : first + MESHES_AT_ONCE].tolist()
+        meshes = rows.meshes.read(indices)
+        for number, index in enumerate(indices):
+            try:
+                rows.encode(meshes[number], 0, index)
+                return
+            except ValueError as error:
+                reason = reason or f"{rows.meshes.describe(index)}: {error}"
+    named = f"{option} {' '.join(files[:3])}{' ...' if len(files) > 3 else ''}"
+    raise ValueError(f"not one of the {len(used):,} meshes of {named} can be used: {reason}")
+
+
 class RowStream:
     """
     The endless stream of training rows: one epoch after the other, each in its own random order and company.
@@ -354,7 +380,7 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
     meshes: Meshes | None = None
     validation: Meshes | None = None
     if options.train_file:
-        with accelerator.main_process_first():  # which fills the cache of `datasets` for the others
+        with _main_process_first(accelerator):  # which fills the cache of `datasets` for the others
             if not options.streaming:
                 meshes = ParquetMeshes(options.train_file, options.max_train_samples)
             if options.validation_file:
@@ -378,15 +404,35 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
         sizes, used = mesh_sizes(meshes, length, options.long_meshes)
         balanced = meshes.categories if options.balance == "category" else None
         stream = RowStream(sizes, used, capacity, train.seed, balanced)
-        rows = MappedRows(MeshRows(meshes, tokenizer, length, *varied), stream)
+        mapped = MeshRows(meshes, tokenizer, length, *varied)
+        if options.train_file:
+            require_usable(mapped, used, "--train_file", options.train_file)
+        rows = MappedRows(mapped, stream)
     loader = None
     if validation is not None:
+        sizes, used = mesh_sizes(validation, length, options.long_meshes)
+        fixed = MeshRows(validation, tokenizer, length, with_categories=True)
+        if options.validation_file:
+            require_usable(fixed, used, "--validation_file", options.validation_file)
         batches = evaluation_batches(
-            *mesh_sizes(validation, length, options.long_meshes),
+            sizes,
+            used,
             capacity,
             train.per_device_eval_batch_size or train.per_device_train_batch_size,
             accelerator.process_index,
             accelerator.num_processes,
         )
-        loader = DataLoader(MeshRows(validation, tokenizer, length, with_categories=True), batch_sampler=batches)
+        loader = DataLoader(fixed, batch_sampler=batches)
     return Data(rows, validation, loader)
+
+
+@contextmanager
+def _main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Accelerate's leaves the others waiting where the main process fails: here they go on, and fail as it did."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            accelerator.wait_for_everyone()

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 
 from iflame_cli.render import render_meshes
 from iflame_hf.export_iflame import export_mesh
@@ -29,6 +29,7 @@ def evaluate(
     accelerator: Accelerator,
     category_names: list[str],
     coordinate_levels: int,
+    check: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """
     Loss, perplexity and accuracies of the next token, given the true ones before it, over all ranks' batches.
@@ -39,6 +40,7 @@ def evaluate(
     Args:
         batches: this rank's rows, each with `labels` and `categories` (B, T).
         coordinate_levels: number of token ids that are coordinates.
+        check: called before each batch; what it raises ends the evaluation.
 
     Returns:
         `eval_loss` (nats per token), `eval_perplexity`, `eval_token_accuracy`, `eval_vertex_accuracy`,
@@ -47,13 +49,16 @@ def evaluate(
     was_training = model.training
     model.eval()
     counts = torch.zeros(len(category_names), len(COUNTS), dtype=torch.float64)
-    for batch in batches:
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        labels, categories = batch.pop("labels"), batch.pop("categories")
-        with torch.no_grad(), accelerator.autocast():
-            logits = model(**batch, use_cache=False).logits
-        counts += count_right(logits, labels, categories, len(category_names), coordinate_levels).cpu()
-    model.train(was_training)
+    try:
+        for batch in batches:
+            check()
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            labels, categories = batch.pop("labels"), batch.pop("categories")
+            with torch.no_grad(), accelerator.autocast():
+                logits = model(**batch, use_cache=False).logits
+            counts += count_right(logits, labels, categories, len(category_names), coordinate_levels).cpu()
+    finally:
+        model.train(was_training)
     if accelerator.num_processes > 1:
         counts = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
     metrics: dict[str, Any] = {f"eval_{name}": value for name, value in _metrics(counts.sum(dim=0)).items()}
@@ -116,11 +121,12 @@ def draw_samples(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    check: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
     """
     Generate `count` meshes, write them to `folder` as sample-00.glb, sample-01.glb, ... and a picture of all as
     samples.png; the state of torch's random numbers is as before. What of the model is compiled runs uncompiled: no
-    two steps of generate have the same shapes.
+    two steps of generate have the same shapes. `check` is called after each face; what it raises ends the drawing.
 
     Returns:
         For each sample its number of faces and whether it came to an end by itself. One without a face has no file.
@@ -128,21 +134,24 @@ def draw_samples(
     was_training = model.training
     model.eval()
     device = accelerator.device
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        accelerator.autocast(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        torch.manual_seed(seed)
-        sequences = model.generate(
-            do_sample=True,
-            num_return_sequences=count,
-            max_new_tokens=TOKENS_PER_FACE * max_faces + 1,  # the last may say that the mesh ends
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        ).cpu()
-    model.train(was_training)
+    try:
+        with (
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            accelerator.autocast(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            torch.manual_seed(seed)
+            sequences = model.generate(
+                do_sample=True,
+                num_return_sequences=count,
+                max_new_tokens=TOKENS_PER_FACE * max_faces + 1,  # the last may say that the mesh ends
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                stopping_criteria=[_AfterEachFace(check)],
+            ).cpu()
+    finally:
+        model.train(was_training)
     folder.mkdir(parents=True, exist_ok=True)
     meshes, samples = tokenizer.batch_decode_mesh(sequences), []
     for index, (mesh, ids) in enumerate(zip(meshes, sequences, strict=True)):
@@ -154,6 +163,18 @@ def draw_samples(
         samples.append({"faces": len(mesh.faces), "ended": bool((ids == tokenizer.eos_token_id).any())})
     render_meshes(meshes, folder / "samples.png", titles=[f"{sample['faces']} faces" for sample in samples])
     return samples
+
+
+class _AfterEachFace(StoppingCriteria):
+    """Stops nothing by itself: what it calls may raise."""
+
+    def __init__(self, check: Callable[[], Any]):
+        self.check = check
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.shape[1] % TOKENS_PER_FACE == 0:
+            self.check()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def write_whole(path: Path, content: bytes) -> None:

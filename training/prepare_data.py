@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from training.data_card import data_card, summary_of
+from training.ending import ends_in_words
 from training.isolation import Limits, Pool, preload
 from training.items import Selection, chosen_categories
 from training.mesh_worker import Recipe, can_decimate, make_handler
@@ -214,6 +215,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@ends_in_words("prepare_data")
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the set is finished, 1 on an error or if it has no mesh, 130 and 143 after Ctrl-C and SIGTERM."""
     options = parse_options(arguments)
@@ -229,12 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _Terminated:
         print(f"\nprepare_data: ended by a signal; {again}", file=sys.stderr)
         return 143
-    except ValueError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 1
     except (SourceLostError, RuntimeError, OSError, sqlite3.Error) as error:
-        print(f"prepare_data: {error}; {again} when that is mended", file=sys.stderr)
-        return 1
+        raise CommandError(f"{error}; {again} when that is mended") from error
     finally:
         signal.signal(signal.SIGTERM, before)
     total = sum(summary["meshes"].values())

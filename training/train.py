@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -31,9 +31,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
-from training.checkpointing import Checkpoints, Interruption, Progress
+from training.checkpointing import Checkpoints, Interruption, Progress, Stopped
 from training.create import compile_blocks, create_accelerator, create_model
 from training.data import Data, load_data
+from training.ending import ends_in_words
 from training.evaluate import draw_samples, evaluate, write_whole
 from training.loader import Batch, Place
 from training.model_card import RunRecord, model_card
@@ -52,29 +53,39 @@ from training.resuming import (
 
 WEIGHTS = "model.safetensors"
 AVERAGE = "average.safetensors"
-# Steps whose gradient is not finite are left out; so many in a row end the run.
+# Steps whose gradient is not finite are left out; so many in a row, or all there are, end the run.
 MOST_STEPS_LEFT_OUT = 10
 # Steps before the speed of a machine is taken for known.
 STEPS_TO_MEASURE = 20
 
 
-def main(argv: list[str] | None = None) -> None:
+@ends_in_words("train")
+def main(argv: list[str] | None = None) -> int:
+    """
+    Train as the command line says. The status is 0 after an interruption that could be saved, too, and 1 where the
+    model has not learnt what required_eval_loss asks for.
+    """
     arguments = parse_arguments(argv)
     disable_progress_bar()  # of transformers, for writing files; there is one for training
     accelerator = create_accelerator(arguments)
     set_seed(arguments.train.seed)
     tokenizer, model = create_model(arguments)
     data = load_data(arguments, tokenizer, accelerator)
-    run = Run(arguments, accelerator, tokenizer, model, data)
-    output_dir = Path(arguments.train.output_dir)
-    with lock(output_dir) if accelerator.is_main_process else nullcontext():
+    run = Run(arguments, accelerator, tokenizer, model, data, Interruption())
+    with ExitStack() as stack:
+        failure = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(lock(Path(arguments.train.output_dir)))
+            except (OSError, ValueError) as error:
+                failure = error
+        if (failure := next(filter(None, gather_object([failure])), None)) is not None:
+            raise failure
         run.start()
-        with Interruption() as interruption:
-            finished = run.train(interruption)
-        learnt = run.finish() if finished else True
+        with run.interruption:
+            learnt = run.finish() if run.train() else True
     accelerator.end_training()
-    if not learnt:
-        sys.exit(1)
+    return 0 if learnt else 1
 
 
 class Run:
@@ -87,12 +98,14 @@ class Run:
         tokenizer: IFlameTokenizer,
         model: IFlameForCausalLM,
         data: Data,
+        interruption: Interruption,
     ):
         self.arguments = arguments
         self.options = options = arguments.train
         self.accelerator = accelerator
         self.tokenizer = tokenizer
         self.data = data
+        self.interruption = interruption
         self.output_dir = Path(options.output_dir)
         self.log = RunLog(self.output_dir, accelerator)
         self.checkpoints = Checkpoints(self.output_dir, options.save_total_limit, accelerator, self.log.report)
@@ -221,7 +234,7 @@ class Run:
         if self.average is not None:
             self.average.load_state_dict(load_file(Path(folder) / AVERAGE))
 
-    def train(self, interruption: Interruption) -> bool:
+    def train(self) -> bool:
         """Train until the last step or an interruption; whether it was the former."""
         progress, options = self.progress, self.options
         batches = self.data.rows.batches(
@@ -242,7 +255,9 @@ class Run:
         left_out = 0
         self.model.train()
         batch, place = self.fetch(batches)
-        labels, stop = self.agree(batch, interruption.asked, pace)
+        labels, stop = self.agree(batch, pace)
+        if progress.due:
+            stop = self.end_step(save=True) or stop
         while progress.step < self.max_steps and not stop:
             began = time.monotonic()
             loss = self.backward(batch, labels)
@@ -250,14 +265,14 @@ class Run:
             if progress.step + 1 < self.max_steps:
                 # The device is still at work, and is waited for once a step: here.
                 batch, place = self.fetch(batches)
-                labels, stop = self.agree(batch, interruption.asked, pace)
+                labels, stop = self.agree(batch, pace)
             loss, gradient_norm = self.update(loss)
             left_out = 0 if gradient_norm is not None else left_out + 1
-            if left_out == MOST_STEPS_LEFT_OUT:
+            if left_out >= min(MOST_STEPS_LEFT_OUT, self.max_steps):
                 advice = "lower --learning_rate, or train in bf16 instead of fp16"
                 if learnt == 0:
                     advice = "not one mesh of their rows could be used, as the warnings above say"
-                raise RuntimeError(f"the gradient was not finite in {left_out} steps in a row: {advice}")
+                raise CommandError(f"the gradient was not finite in {left_out} steps in a row: {advice}")
             if gradient_norm is not None:
                 progress.loss_sum += loss
                 progress.loss_steps += 1
@@ -275,21 +290,52 @@ class Run:
                 window = Window()
             self.bar.update()
             if self.due(options.eval_steps or options.save_steps, at_end=True):
-                self.evaluate()
+                progress.due.append("evaluation")
             if self.due(options.sample_steps, at_end=False):
-                self.sample(self.output_dir / f"samples-{progress.step}")
-            if self.due(options.save_steps, at_end=options.save_steps > 0):
-                self.save()
+                progress.due.append("samples")
+            stop = self.end_step(save=self.due(options.save_steps, at_end=options.save_steps > 0)) or stop
         self.bar.close()
-        if progress.step < self.max_steps:
+        if progress.step < self.max_steps or progress.due:
             stopped = f"stopped after step {progress.step} of {self.max_steps}"
             is_saved = self.save()
             if self.failure is not None:
                 raise self.failure
             if not is_saved:
-                raise RuntimeError(f"{stopped}, which could not be saved: the checkpoints before it are what is left")
+                raise CommandError(f"{stopped}, which could not be saved: the checkpoints before it are what is left")
             self.log.report(f"{stopped}; --resume_from_checkpoint latest goes on")
-        return progress.step >= self.max_steps
+            return False
+        return True
+
+    def end_step(self, save: bool) -> bool:
+        """Evaluate, sample and save as is due after a step; whether the run was asked to stop meanwhile."""
+        due = self.progress.due
+        if not due and not save:
+            return False
+        try:
+            while due:
+                if due[0] == "evaluation":
+                    self.evaluate()
+                else:
+                    self.sample(self.output_dir / f"samples-{self.progress.step}")
+                due.pop(0)
+                self.saved_step = None  # where a checkpoint says that this is still to be done
+            if save:
+                self.save()
+            self.check()
+        except Stopped:
+            return True
+        return False
+
+    def check(self, done: bool = False) -> bool:
+        """
+        Called on all processes together: whether any is done with what the others wait for. Raises Stopped if none is,
+        and any was asked to stop.
+        """
+        known = torch.tensor([self.interruption.asked, done], dtype=torch.long, device=self.accelerator.device)
+        asked, done = self.accelerator.reduce(known, "sum").tolist()
+        if asked and not done:
+            raise Stopped
+        return done > 0
 
     def fetch(self, batches: Iterator[tuple[Batch, Place]]) -> tuple[list[Batch], Place]:
         """
@@ -305,7 +351,7 @@ class Run:
             return [], self.place
         return list(rows), places[-1]
 
-    def agree(self, batch: list[Batch], asked: bool, pace: Window) -> tuple[int, bool]:
+    def agree(self, batch: list[Batch], pace: Window) -> tuple[int, bool]:
         """
         What all processes must know before they learn from a batch: the number of labels that all of them together
         learn from, and whether any was asked to stop or has no rows. Sets the number of the last step, too.
@@ -319,11 +365,11 @@ class Run:
                 max_steps = fitting
         labels = sum(int((rows["labels"] != IGNORED).sum()) for rows in batch)
         main = self.accelerator.is_main_process
-        failed = self.failure is not None
+        asked, failed = self.interruption.asked, self.failure is not None
         known = torch.tensor([labels, asked, failed, max_steps if main else 0], device=self.accelerator.device)
         labels, asked, failed, max_steps = self.accelerator.reduce(known, "sum").tolist()
         if failed and self.failure is None:
-            self.failure = RuntimeError("another process could not read its rows; it says why")
+            self.failure = CommandError("another process could not read its rows; it says why")
         if max_steps < planned == self.max_steps:
             self.log.report(
                 f"a step takes {pace.seconds / pace.steps:.2g} s, so that max_minutes: {minutes:g} leaves time for "
@@ -398,6 +444,7 @@ class Run:
             self.accelerator,
             self.data.validation.category_names,
             self.tokenizer.coordinate_resolution + 1,
+            self.check,
         )
         self.progress.eval_loss = metrics["eval_loss"]
         self.log.write(self.progress.step, metrics)
@@ -433,14 +480,18 @@ class Run:
                 options.temperature,
                 options.top_k,
                 options.top_p,
+                self.check,
             )
+            self.check(done=True)
             ended = sum(sample["ended"] for sample in samples)
             self.log.write(
                 self.progress.step,
                 {"samples": str(folder), "samples_ended": ended, "sample_faces": [x["faces"] for x in samples]},
             )
             self.log.report(f"{len(samples)} samples, {ended} of them complete: {folder / 'samples.png'}")
-        self.accelerator.wait_for_everyone()
+        else:
+            while not self.check():
+                pass
 
     def save(self) -> bool:
         """Save a checkpoint, unless this very step has one; whether it has one now."""
@@ -502,7 +553,15 @@ class Run:
                 self.write_model(Path(beside), weights)
                 for path in Path(beside).iterdir():
                     os.replace(path, self.output_dir / path.name)
-        self.sample(self.output_dir)
+        try:
+            self.sample(self.output_dir)
+        except Stopped:
+            if best is None:
+                self.save()
+            self.log.report(
+                f"the model is in {self.output_dir}, without samples: --resume_from_checkpoint latest draws them"
+            )
+            return
         if self.accelerator.is_main_process and self.options.num_samples:
             self.write_card(self.accelerator.unwrap_model(self.model), self.output_dir, ["samples.png"])
         self.log.report(f"the model is in {self.output_dir}")
@@ -553,4 +612,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    record(main)()  # a process that fails tells the launcher, which names it and ends the others
+    sys.exit(record(main)())  # a process that fails tells the launcher, which names it and ends the others

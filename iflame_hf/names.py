@@ -1,4 +1,7 @@
-"""What the name of a model means: a folder on this machine, or a repository on the Hugging Face Hub."""
+"""
+What the name of a model means to a program: a folder on this machine, or a repository on the Hugging Face Hub. The
+model itself does not need this file, which is not published with it.
+"""
 
 import difflib
 import os
