@@ -173,7 +173,7 @@ def test_sizes_of_a_file_count_as_given_and_those_of_the_model_itself_are_no_con
     start = ["--model_name_or_path", str(model)]
     with pytest.raises(ValueError, match="hidden_size 64 .*num_attention_heads 8 "):
         create_model(parse_arguments([write(tmp_path, "hidden_size: 64\nnum_attention_heads: 8"), *start]))
-    own = "hidden_size: 32\nstage_layers: [1, 1, 2, 1, 1]\ninitializer_range: null\nup_axis: y"
+    own = "hidden_size: 32\nstage_layers: [1, 1, 2, 1, 1]\nmax_train_samples: null\nup_axis: y"
     for argv in (start, [write(tmp_path, own), "--num_attention_heads", "4", *start]):
         assert create_model(parse_arguments(argv))[1].config.hidden_size == 32
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from iflame_cli.errors import CommandError
 from training.data_card import data_card, summary_of
 from training.ending import ends_in_words
 from training.isolation import Limits, Pool, preload

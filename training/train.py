@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from iflame_cli.errors import CommandError
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
 from training.checkpointing import Checkpoints, Interruption, Progress, Stopped
@@ -561,7 +562,7 @@ class Run:
             self.log.report(
                 f"the model is in {self.output_dir}, without samples: --resume_from_checkpoint latest draws them"
             )
-            return
+            return self.report_shortfall()
         if self.accelerator.is_main_process and self.options.num_samples:
             self.write_card(self.accelerator.unwrap_model(self.model), self.output_dir, ["samples.png"])
         self.log.report(f"the model is in {self.output_dir}")
