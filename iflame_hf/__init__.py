@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .attributes_iflame import lost_attributes
+from .attributes import lost_attributes
 from .cache_iflame import IFlameCache
 from .configuration_iflame import IFlameConfig
 from .export_iflame import export_mesh

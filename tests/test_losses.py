@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mesh_fixtures import gltf_square, write_gltf_binary
 from PIL import Image
 
-from iflame_hf.attributes_iflame import LOST_ATTRIBUTES, lost_attributes
+from iflame_hf.attributes import LOST_ATTRIBUTES, lost_attributes
 from iflame_hf.mesh_iflame import MESH_SUFFIXES, MeshError, load_mesh
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 
