@@ -1,4 +1,4 @@
-"""What is behind the page, and what it needs on a Space."""
+"""What the page does without a browser, and what it needs on a Space."""
 
 import configparser
 import json

@@ -20,7 +20,7 @@ def test_a_folder_with_a_model_is_one_however_it_is_called(place):
         assert model_folder(name).samefile(place / "runs" / "chairs")
 
 
-@pytest.mark.parametrize("name", ["user/name", "openai/chairs-v1.2", "user/runs"])
+@pytest.mark.parametrize("name", ["user/name", "studio/chairs-v1.2", "user/runs"])
 def test_a_name_of_the_hub_stays_one(name):
     assert model_folder(name) is None
 
