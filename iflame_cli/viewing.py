@@ -3,7 +3,6 @@
 import argparse
 import html
 import math
-import os
 import sys
 import webbrowser
 from pathlib import Path
@@ -13,6 +12,7 @@ import trimesh
 from trimesh.viewer import scene_to_html
 
 from iflame_cli.errors import CommandError
+from iflame_cli.light.files_iflame import write_whole
 from iflame_cli.light.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 from iflame_cli.reading import mesh_files
 
@@ -51,9 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if not meshes:
         raise CommandError("none of the meshes can be read")
     text = build_page(meshes, title=first.name or str(first))
-    beside = page.with_name(f".{page.name}.{os.getpid()}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, page)
+    write_whole(page, text)
     print(page)
     if not options.no_browser and not webbrowser.open(page.resolve().as_uri()):
         print("iflame: no browser could be opened: open the page yourself", file=sys.stderr)

@@ -4,6 +4,8 @@ import re
 
 from transformers import PreTrainedConfig
 
+from .format_iflame import DEFAULT_MESH_FORMAT, known_format
+
 VERTICES_PER_FACE = 3
 COORDINATES_PER_VERTEX = 3
 TOKENS_PER_FACE = VERTICES_PER_FACE * COORDINATES_PER_VERTEX
@@ -42,6 +44,8 @@ class IFlameConfig(PreTrainedConfig):
         coordinate_resolution (`int`): intervals of the coordinate grid; there are one more levels, with the token ids
             0 to `coordinate_resolution`.
         pad_token_id, bos_token_id, eos_token_id (`int`): special ids, by default the three ids after the levels.
+        mesh_format (`str`): how a mesh becomes a sequence, a key of `format_iflame.MESH_FORMATS`. What a face is to
+            the model follows from it: `tokens_per_face`, `level_strides`.
         use_cache (`bool`): whether the model returns its decoding state by default.
         linear_attn_implementation (`str`): how linear attention is computed: `"eager"` (the recurrence itself),
             `"chunked"` (plain torch), `"lightning_attn"` or `"fla"` (the packages of those names), or `"auto"`: the
@@ -70,6 +74,7 @@ class IFlameConfig(PreTrainedConfig):
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
+        mesh_format=DEFAULT_MESH_FORMAT,
         use_cache=True,
         tie_word_embeddings=False,
         linear_attn_implementation="auto",
@@ -86,6 +91,7 @@ class IFlameConfig(PreTrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.coordinate_resolution = coordinate_resolution
+        self.mesh_format = mesh_format
         self.use_cache = use_cache
         self.linear_attn_implementation = linear_attn_implementation
 
@@ -131,6 +137,15 @@ class IFlameConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def tokens_per_face(self) -> int:
+        return known_format(self.mesh_format).tokens_per_face
+
+    @property
+    def level_strides(self) -> tuple[int, int, int]:
+        """Tokens that one item of a level spans: a coordinate, a vertex, a face."""
+        return known_format(self.mesh_format).level_strides
 
     @property
     def linear_attn_implementation(self) -> str:
@@ -208,6 +223,7 @@ class IFlameConfig(PreTrainedConfig):
                 "hidden_size / num_attention_heads must be a multiple of 4 (half of the rotary frequencies are zero), "
                 f"got {self.head_dim}"
             )
+        known_format(self.mesh_format)
         specials = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         for name, value in specials.items():
             if isinstance(value, bool) or not isinstance(value, int):
