@@ -4,9 +4,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .attributes import lost_attributes
-from .cache_iflame import IFlameCache
+from .cache_iflame import IFlameCache, StaticIFlameCache
 from .configuration_iflame import IFlameConfig
 from .export_iflame import export_mesh
+from .layout_iflame import RowLayout
 from .mesh_iflame import MeshError
 from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
 from .pipeline_iflame import TASK, MeshGenerationPipeline
@@ -23,6 +24,8 @@ __all__ = [
     "IFlameTokenizer",
     "MeshError",
     "MeshGenerationPipeline",
+    "RowLayout",
+    "StaticIFlameCache",
     "export_mesh",
     "lost_attributes",
     "stream_faces",

@@ -145,6 +145,14 @@ class IFlameConfig(PreTrainedConfig):
             )
         self._linear_attn_implementation = name
 
+    @property
+    def level_strides(self) -> tuple[int, ...]:
+        return LEVEL_STRIDES
+
+    @property
+    def tokens_per_face(self) -> int:
+        return TOKENS_PER_FACE
+
     def stage_slices(self) -> list[slice]:
         """Where the blocks of each of the five stages lie in the stack of all blocks."""
         slices, first = [], 0
