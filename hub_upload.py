@@ -32,8 +32,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
-from training.ending import CommandError, ends_in_words
-from training.model_card import model_card, read_run
+from training.run.card import model_card, read_run
+from training.run.ending import CommandError, ends_in_words
 
 # Files of ours: what may go up, and of an earlier upload what goes away if it is not in the new one.
 PUBLISHED = (

@@ -28,12 +28,12 @@ from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.oracle import WrongResult
 from iflame_hf import IFlameTokenizer
-from training.data import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
-from training.ending import ends_in_words
-from training.loader import TrainingRows
-from training.packing import EXTRA_FACES, TOKENS_PER_FACE
-from training.sequences import MeshEncoder
-from training.streaming import StreamedRows, open_stream
+from training.rows.encode import MeshEncoder
+from training.rows.load import TrainingRows
+from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE
+from training.rows.stream import StreamedRows, open_stream
+from training.run.ending import ends_in_words
 
 COLUMNS = {
     "source": "source",

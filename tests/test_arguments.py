@@ -8,7 +8,7 @@ from small_models import small_model
 
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
-from training.create import create_accelerator, create_model
+from training.run.create import create_accelerator, create_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 

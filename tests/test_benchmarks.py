@@ -13,7 +13,7 @@ from benchmarks.oracle import Oracle, WrongResult, require_close
 from iflame_hf import IFlameConfig, ops_iflame
 from iflame_hf.ops_iflame import recurrent_linear_attention
 from training.convert_checkpoint import BLOCK_NAMES, OTHER_NAMES, SKIP_WEIGHTS, STAGES
-from training.packing import pack_ids
+from training.rows.pack import pack_ids
 
 CPU = torch.device("cpu")
 SIZES = (
@@ -138,8 +138,8 @@ def turns_a_face_over(sequences, *arguments):
 
 @pytest.mark.parametrize("fault", [loses_the_last_mesh, turns_a_face_over])
 def test_a_loader_whose_rows_are_not_the_meshes_has_no_figures(capsys, monkeypatch, fault):
-    monkeypatch.setattr("training.data.pack_ids", fault)
-    monkeypatch.setattr("training.streaming.pack_ids", fault)
+    monkeypatch.setattr("training.rows.map.pack_ids", fault)
+    monkeypatch.setattr("training.rows.stream.pack_ids", fault)
     status, _, result = run(capsys, bench_loader.main, [*LOADER, "--row_length", "6921"])
     assert status == 1
     for row in result["rows"]:

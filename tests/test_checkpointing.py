@@ -8,7 +8,7 @@ import psutil
 import pytest
 from accelerate import Accelerator
 
-from training.checkpointing import MANIFEST, Checkpoints, Interruption, Progress, find_defect
+from training.run.checkpoint import MANIFEST, Checkpoints, Interruption, Progress, find_defect
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from small_models import relative_error, small_model
 
 from iflame_hf import IFlameTokenizer
-from training.create import compile_blocks
-from training.evaluate import draw_samples
-from training.packing import pack_row
+from training.measure.metrics import draw_samples
+from training.rows.pack import pack_row
+from training.run.create import compile_blocks
 
 FACES = 40
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from iflame_hf import IFlameTokenizer
-from training.data import (
+from training.procedural.make import make_dataset
+from training.rows.encode import augment
+from training.rows.map import (
     MappedRows,
     MeshRows,
     ParquetMeshes,
@@ -21,9 +23,7 @@ from training.data import (
     evaluation_batches,
     mesh_sizes,
 )
-from training.packing import IGNORED
-from training.procedural import make_dataset
-from training.sequences import augment
+from training.rows.pack import IGNORED
 
 ROW = 9 * 202
 

@@ -19,9 +19,10 @@ from training_processes import command_line, log_of
 import hub_upload
 from iflame_cli.errors import CommandError
 from iflame_hf import IFlameTokenizer
-from training import contact_sheet, convert_checkpoint, curves, prepare_data, train
+from training import convert_checkpoint, prepare_data, train
 from training.arguments import parse_arguments
-from training.ending import ends_in_words
+from training.drawing import contact_sheet, curves
+from training.run.ending import ends_in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ("vertices", "faces")

@@ -9,8 +9,8 @@ from small_models import EOS, PAD, mesh_rows, small_model
 from torch.nn import functional as F
 
 from iflame_hf import IFlameTokenizer
-from training.evaluate import COUNTS, count_right, draw_samples, evaluate
-from training.packing import IGNORED, pack_row
+from training.measure.metrics import COUNTS, count_right, draw_samples, evaluate
+from training.rows.pack import IGNORED, pack_row
 
 CATEGORIES = ["chair", "lamp", "table"]
 

@@ -29,7 +29,9 @@ from hub_upload import (
     verify_folder,
 )
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
-from training import checkpointing, model_card, reporting
+from training.run import card as model_card
+from training.run import checkpoint as checkpointing
+from training.run import log as reporting
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO_ID = "someone/small-meshes"

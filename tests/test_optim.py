@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from training.optim import MuonAdamW, create_average, create_optimizer, learning_rate_curve, parameter_groups
+from training.optim.groups import MuonAdamW, create_average, create_optimizer, learning_rate_curve, parameter_groups
 
 MATRIX = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 EMBEDDING = r"model\.embed_tokens\.weight|lm_head\.weight"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import mesh_rows, small_model
 
-from training.packing import IGNORED, best_fit, pack_ids, pack_row, plan_rows, row_inputs
+from training.rows.pack import IGNORED, best_fit, pack_ids, pack_row, plan_rows, row_inputs
 
 PAD, BOS, EOS = 129, 130, 131
 

@@ -17,9 +17,9 @@ from mesh_fixtures import signed_volume
 from prepared_fixtures import content, prepare, rejected, rows, summary, write_boxes
 
 from iflame_hf import IFlameTokenizer
-from training import mesh_worker, prepared_set
-from training.data import ParquetMeshes
-from training.synsets import SYNSETS
+from training.prepare import mesh_worker, prepared_set
+from training.prepare.synsets import SYNSETS
+from training.rows.map import ParquetMeshes
 
 
 @pytest.fixture(scope="module")

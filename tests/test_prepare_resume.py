@@ -15,8 +15,9 @@ import pyarrow.parquet
 import pytest
 from prepared_fixtures import content, prepare, rows, write_boxes, write_rows
 
-from training import prepare_data, prepared_set
-from training.prepared_set import SPLITS
+from training import prepare_data
+from training.prepare import prepared_set
+from training.prepare.prepared_set import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -7,7 +7,7 @@ import pytest
 import trimesh
 
 from iflame_hf.mesh_iflame import canonicalise, normalise, quantise
-from training.procedural import KINDS, ProceduralMesh, make_dataset, make_mesh
+from training.procedural.make import KINDS, ProceduralMesh, make_dataset, make_mesh
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from training_processes import ENVIRONMENT, Trainer, command_line, log_of, losses_of, wait_for_step
 
-from training.checkpointing import find_defect
-from training.model_card import read_run
-from training.procedural import make_dataset
-from training.reporting import RunLog
+from training.procedural.make import make_dataset
+from training.run.card import read_run
+from training.run.checkpoint import find_defect
+from training.run.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = {"num_procedural_validation_meshes": 0}

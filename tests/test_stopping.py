@@ -8,7 +8,7 @@ import pytest
 from training_processes import Trainer, command_line, log_of, losses_of, wait_for_step
 
 from training import train
-from training.checkpointing import Progress, find_defect
+from training.run.checkpoint import Progress, find_defect
 
 OPTIONS = {"save_steps": 4, "eval_steps": 2, "sample_steps": 4, "num_samples": 1, "sample_max_faces": 6}
 

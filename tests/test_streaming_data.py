@@ -19,10 +19,10 @@ from training_processes import Trainer, command_line, log_of, losses_of
 
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
-from training.checkpointing import Progress
-from training.data import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
-from training.sequences import MeshEncoder
-from training.streaming import StreamedRows, open_stream
+from training.rows.encode import MeshEncoder
+from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.stream import StreamedRows, open_stream
+from training.run.checkpoint import Progress
 
 ROW = 9 * 30
 BOS, PAD = 130, 129
@@ -220,7 +220,7 @@ def test_unusable_meshes_are_left_out_and_named(tmp_path, meshes):
 
 
 def test_a_row_group_too_large_for_memory_is_refused_with_advice(files, encode, monkeypatch):
-    monkeypatch.setattr("training.streaming.MOST_MESHES", 9)
+    monkeypatch.setattr("training.rows.stream.MOST_MESHES", 9)
     with pytest.raises(ValueError, match="more than 9 meshes.*smaller row groups"):
         next(StreamedRows(open_stream(files), encode).batches([], 1))
 

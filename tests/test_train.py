@@ -19,8 +19,8 @@ from training_processes import SHARDED, Trainer, log_of, losses_of, wait_for_ste
 from transformers import GenerationConfig
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
-from training.checkpointing import find_defect
-from training.procedural import make_dataset
+from training.procedural.make import make_dataset
+from training.run.checkpoint import find_defect
 
 FULL = {"ema_decay": 0.9, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "dataloader_num_workers": 1}
 

@@ -10,9 +10,9 @@ from small_models import BOS, EOS, PAD, small_model
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from iflame_hf import IFlameTokenizer
-from training.collator import MeshCollator
-from training.data import MeshRows, ProceduralMeshes, RowStream, mesh_sizes
-from training.procedural import make_dataset
+from training.procedural.make import make_dataset
+from training.rows.collate import MeshCollator
+from training.rows.map import MeshRows, ProceduralMeshes, RowStream, mesh_sizes
 
 ROW = 9 * 80
 CORNERS = [[0, 0, 0], [2, 0, 0], [0, 0, 2], [0, 4, 0]]

@@ -19,9 +19,9 @@ from transformers.dynamic_module_utils import resolve_trust_remote_code
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer, names, ops_iflame
 from training.arguments import parse_arguments
-from training.create import create_model
-from training.data import MeshRows, ProceduralMeshes, mesh_sizes, require_usable
-from training.procedural import ProceduralMesh, make_dataset
+from training.procedural.make import ProceduralMesh, make_dataset
+from training.rows.map import MeshRows, ProceduralMeshes, mesh_sizes, require_usable
+from training.run.create import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from training.ending import is_first_to_say
-from training.optim import OPTIMIZERS, SCHEDULES
-from training.packing import TOKENS_PER_FACE
-from training.procedural import KINDS
+from training.optim.groups import OPTIMIZERS, SCHEDULES
+from training.procedural.make import KINDS
+from training.rows.pack import TOKENS_PER_FACE
+from training.run.ending import is_first_to_say
 
 LONG_MESHES = ("error", "crop", "drop")
 # What train.py does without arguments.

@@ -26,14 +26,14 @@ from typing import Any
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
-from training.data_card import data_card, summary_of
-from training.ending import ends_in_words
-from training.isolation import Limits, Pool, preload
-from training.items import Selection, chosen_categories
-from training.mesh_worker import Recipe, can_decimate, make_handler
-from training.prepared_set import SUMMARY, UNPACKED, PreparedSet, remove_earlier, write_whole
-from training.rejection import NOT_CHOSEN, Rejected
-from training.sources import SourceLostError, Sources
+from training.prepare.card import data_card, summary_of
+from training.prepare.isolation import Limits, Pool, preload
+from training.prepare.items import Selection, chosen_categories
+from training.prepare.mesh_worker import Recipe, can_decimate, make_handler
+from training.prepare.prepared_set import SUMMARY, UNPACKED, PreparedSet, remove_earlier, write_whole
+from training.prepare.rejection import NOT_CHOSEN, Rejected
+from training.prepare.sources import SourceLostError, Sources
+from training.run.ending import ends_in_words
 
 _COMMIT_SECONDS = 5
 _RESOLUTION = 128  # of the published model
@@ -220,7 +220,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the set is finished, 1 on an error or if it has no mesh, 130 and 143 after Ctrl-C and SIGTERM."""
     options = parse_options(arguments)
-    preload("training.mesh_worker", "training.containers")
+    preload("training.prepare.mesh_worker", "training.prepare.containers")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     before = signal.signal(signal.SIGTERM, _terminate)
     again = "run the same command again to go on"

@@ -32,17 +32,17 @@ from transformers.utils.logging import disable_progress_bar
 from iflame_cli.errors import CommandError
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
-from training.checkpointing import Checkpoints, Interruption, Progress, Stopped
-from training.create import compile_blocks, create_accelerator, create_model
-from training.data import Data, load_data
-from training.ending import ends_in_words
-from training.evaluate import draw_samples, evaluate, write_whole
-from training.loader import Batch, Place
-from training.model_card import RunRecord, model_card
-from training.optim import create_average, create_optimizer, learning_rate_curve
-from training.packing import IGNORED
-from training.reporting import RunLog, Window
-from training.resuming import (
+from training.measure.metrics import draw_samples, evaluate, write_whole
+from training.optim.groups import create_average, create_optimizer, learning_rate_curve
+from training.rows.load import Batch, Place
+from training.rows.map import Data, load_data
+from training.rows.pack import IGNORED
+from training.run.card import RunRecord, model_card
+from training.run.checkpoint import Checkpoints, Interruption, Progress, Stopped
+from training.run.create import compile_blocks, create_accelerator, create_model
+from training.run.ending import ends_in_words
+from training.run.log import RunLog, Window
+from training.run.resume import (
     OF_THE_OPTIMISER,
     apply_settings,
     check_folder,

@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch.optim.lr_scheduler import LambdaLR
 
-from training.checkpointing import Progress
+from training.run.checkpoint import Progress
 
 # What weights, optimiser and average of a checkpoint belong to.
 FIXED = (

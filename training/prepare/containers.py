@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from training.archives import archive_items
-from training.items import PICKLE_SUFFIXES, Item, Selection, suffix_of
-from training.rejection import SOURCE_LOST, Rejected, as_rejected, ran_out_of_memory
-from training.safe_pickle import UnsafePickleError
-from training.tables import hub_items, parquet_items, parquet_length, pickle_items
+from training.prepare.archives import archive_items
+from training.prepare.items import PICKLE_SUFFIXES, Item, Selection, suffix_of
+from training.prepare.rejection import SOURCE_LOST, Rejected, as_rejected, ran_out_of_memory
+from training.prepare.safe_pickle import UnsafePickleError
+from training.prepare.tables import hub_items, parquet_items, parquet_length, pickle_items
 
 HUB = "hub:"
 _BATCH_ITEMS, _BATCH_BYTES, _BATCH_SECONDS = 32, 2**22, 0.5

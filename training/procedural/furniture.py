@@ -6,7 +6,7 @@ side. Sizes are multiples of 4, heights and widths of 8: so the corners of a cen
 
 import numpy as np
 
-from training.procedural_parts import (
+from training.procedural.parts import (
     Solid,
     Span,
     around,

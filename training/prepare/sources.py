@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from training.containers import HUB, Batch, Opening, make_reader
-from training.isolation import LimitedProcess, Limits
-from training.items import (
+from training.prepare.containers import HUB, Batch, Opening, make_reader
+from training.prepare.isolation import LimitedProcess, Limits
+from training.prepare.items import (
     ARCHIVE_SUFFIXES,
     CONTAINER_SUFFIXES,
     OTHER_SUFFIXES,
@@ -21,7 +21,7 @@ from training.items import (
     suffix_of,
     unknown_format,
 )
-from training.rejection import SOURCE_LOST, Rejected, as_rejected
+from training.prepare.rejection import SOURCE_LOST, Rejected, as_rejected
 
 # A container may take longer than one mesh: a pickle is read whole, an archive may begin with much else.
 _CONTAINER_SECONDS = 10

@@ -30,9 +30,9 @@ import numpy as np
 import pyarrow
 from fsspec.core import has_magic
 
-from training.loader import Batch, Place, TrainingRows, batch_inputs, in_workers
-from training.packing import EXTRA_FACES, TOKENS_PER_FACE, pack_ids, plan_rows
-from training.sequences import MeshEncoder, MeshTable
+from training.rows.encode import MeshEncoder, MeshTable
+from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, pack_ids, plan_rows
 
 # Meshes that are made arrays of at once, and the most that a row group may hold: it is in memory while it is packed.
 MESHES_AT_ONCE = 1000

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.arguments import Arguments
-from training.loader import Batch, Place, TrainingRows, batch_inputs, in_workers
-from training.packing import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_ids, pack_row, plan_rows
-from training.procedural import make_dataset
-from training.sequences import MeshEncoder, MeshTable, count_triangles
-from training.streaming import stream_rows
+from training.procedural.make import make_dataset
+from training.rows.encode import MeshEncoder, MeshTable, count_triangles
+from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_ids, pack_row, plan_rows
+from training.rows.stream import stream_rows
 
 # Meshes that are read together in search of a usable one.
 MESHES_AT_ONCE = 256
@@ -53,7 +53,7 @@ class Meshes(Protocol):
 
 
 class ProceduralMeshes:
-    """Meshes of `training.procedural`, in memory; their kind is their category."""
+    """Meshes of `training.procedural.make`, in memory; their kind is their category."""
 
     def __init__(self, meshes: Sequence[Any]):
         self._meshes = meshes

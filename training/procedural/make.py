@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training import procedural_buildings as buildings
-from training import procedural_furniture as furniture
-from training.procedural_parts import Solid, merge, pick
+from training.procedural import buildings, furniture
+from training.procedural.parts import Solid, merge, pick
 
 _MAKERS: dict[str, Callable[[np.random.Generator], list[Solid]]] = {
     "table": furniture.table,

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from training.evaluate import write_whole
+from training.measure.metrics import write_whole
 
 LOG = "log.jsonl"
 

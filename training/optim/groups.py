@@ -66,7 +66,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ImportError(
                 f"Muon needs torch 2.9 or newer, this is {torch.__version__}; --optim adamw_torch does not"
             )
-        from training.muon import BatchedMuon
+        from training.optim.muon import BatchedMuon
 
         self._muon = BatchedMuon(muon_groups, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps)

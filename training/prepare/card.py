@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from training.containers import HUB
-from training.prepared_set import FACE_BINS, SPLITS
+from training.prepare.containers import HUB
+from training.prepare.prepared_set import FACE_BINS, SPLITS
 
 _LARGEST_TABLE = 60
 # Of the Hub's identifiers of licences (huggingface.co/docs/hub/repositories-licenses) those that data sets have.

@@ -2,7 +2,7 @@
 
 import os
 
-from training.geometry import MeshError
+from training.prepare.geometry import MeshError
 
 NOT_CHOSEN = "not chosen"
 DUPLICATE = "duplicate"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from training.items import (
+from training.prepare.items import (
     CONTAINER_SUFFIXES,
     OTHER_SUFFIXES,
     Item,
@@ -22,7 +22,7 @@ from training.items import (
     suffix_of,
     unknown_format,
 )
-from training.rejection import Rejected, as_rejected
+from training.prepare.rejection import Rejected, as_rejected
 
 # Meshes rarely shrink to a tenth in an archive; bombs shrink to a thousandth or much less.
 _GROWTH, _GROWTH_FLOOR = 200, 2**26

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from training.rejection import CRASH, MEMORY_LIMIT, TIME_LIMIT, Rejected, as_rejected, ran_out_of_memory
+from training.prepare.rejection import CRASH, MEMORY_LIMIT, TIME_LIMIT, Rejected, as_rejected, ran_out_of_memory
 
 try:
     import resource

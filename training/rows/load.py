@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from training.packing import row_inputs
+from training.rows.pack import row_inputs
 
 Batch = dict[str, torch.Tensor]
 # Where a process goes on in the data: two numbers whose meaning is the source's own.

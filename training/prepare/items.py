@@ -7,9 +7,9 @@ from typing import Any
 
 from trimesh.exchange.load import mesh_formats
 
-from training.geometry import MESH_SUFFIXES
-from training.rejection import NOT_CHOSEN, Rejected
-from training.synsets import SYNSETS, category_name, synset_category
+from training.prepare.geometry import MESH_SUFFIXES
+from training.prepare.rejection import NOT_CHOSEN, Rejected
+from training.prepare.synsets import SYNSETS, category_name, synset_category
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2")
 PICKLE_SUFFIXES = (".pkl", ".pickle")

@@ -10,11 +10,11 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from training.geometry import triangulate
-from training.items import READ_SUFFIXES, Item, printable, suffix_of
-from training.rejection import Rejected
-from training.safe_pickle import safe_load
-from training.synsets import synset_category
+from training.prepare.geometry import triangulate
+from training.prepare.items import READ_SUFFIXES, Item, printable, suffix_of
+from training.prepare.rejection import Rejected
+from training.prepare.safe_pickle import safe_load
+from training.prepare.synsets import synset_category
 
 Build = Callable[[], None]
 _ROWS = 32

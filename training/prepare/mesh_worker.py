@@ -9,9 +9,17 @@ from urllib.parse import unquote
 import numpy as np
 import trimesh
 
-from training.geometry import MESH_SUFFIXES, canonicalise, declared_up_axis, load_mesh, normalise, quantise, to_y_up
-from training.items import printable
-from training.rejection import Rejected, as_rejected
+from training.prepare.geometry import (
+    MESH_SUFFIXES,
+    canonicalise,
+    declared_up_axis,
+    load_mesh,
+    normalise,
+    quantise,
+    to_y_up,
+)
+from training.prepare.items import printable
+from training.prepare.rejection import Rejected, as_rejected
 
 try:
     import fast_simplification

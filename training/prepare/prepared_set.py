@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from training.items import Item
-from training.mesh_worker import Prepared
-from training.rejection import DUPLICATE, NOT_CHOSEN, Rejected
-from training.sources import chain
+from training.prepare.items import Item
+from training.prepare.mesh_worker import Prepared
+from training.prepare.rejection import DUPLICATE, NOT_CHOSEN, Rejected
+from training.prepare.sources import chain
 
 SPLITS = ("train", "validation")
 SCHEMA = pyarrow.schema(

@@ -16,7 +16,7 @@ from iflame_cli.render import render_meshes
 from iflame_hf.export_iflame import export_mesh
 from iflame_hf.mesh_iflame import to_y_up
 from iflame_hf.tokenization_iflame import IFlameTokenizer
-from training.packing import IGNORED, TOKENS_PER_FACE
+from training.rows.pack import IGNORED, TOKENS_PER_FACE
 
 TOKENS_PER_VERTEX = 3
 # What is counted for each category, in this order.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from training.procedural_parts import (
+from training.procedural.parts import (
     Solid,
     around,
     box,

@@ -1,0 +1,98 @@
+"""Batches for `transformers.Trainer` from the rows of a prepared data set."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from iflame_hf.tokenization_iflame import IFlameTokenizer
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_row
+
+
+@dataclass
+class MeshCollator:
+    """
+    Makes the model's inputs of a list of meshes, unaugmented: each padded to the longest, or packed into rows.
+
+    An example has `vertices` (V, 3) and `faces` (F, 3), nested lists, arrays or tensors, in any unit; or `input_ids`
+    (T,), the ids of one mesh as the tokenizer encodes it without padding, which go before the others. Give Trainer
+    `remove_unused_columns=False`, or it takes these columns away.
+
+    Args:
+        tokenizer: the model's; also the copy of its code that AutoTokenizer loads.
+        row_length: tokens of a row, a multiple of nine, if meshes are to share rows; None pads.
+
+    Raises:
+        ValueError: a row length that is no multiple of nine or holds no mesh.
+    """
+
+    tokenizer: IFlameTokenizer
+    row_length: int | None = None
+
+    def __post_init__(self):
+        least = TOKENS_PER_FACE * (EXTRA_FACES + 1)
+        if self.row_length is not None and (self.row_length < least or self.row_length % TOKENS_PER_FACE):
+            raise ValueError(f"row_length must be a multiple of 9, at least {least}, got {self.row_length}")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Int64 tensors of N meshes, at least one. Padded on the right: `input_ids`, `attention_mask` and `labels`,
+        (N, longest). Packed: `input_ids`, `position_ids` and `labels`, (R, row_length), R as few rows as best fit
+        finds. Labels are the ids, which the model shifts, but -100 on start faces and padding.
+
+        Raises:
+            ValueError: naming the mesh's place in the batch, for one that the tokenizer refuses or that is longer than
+                a row, and for ids that are no whole mesh.
+        """
+        sequences = [self._encode(place, example) for place, example in enumerate(examples)]
+        rows = self._pad(sequences) if self.row_length is None else self._pack(sequences, self.row_length)
+        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+    def _encode(self, place: int, example: Mapping[str, Any]) -> np.ndarray:
+        try:
+            if "input_ids" in example:
+                return self._checked(np.asarray(example["input_ids"]))
+            missing = {"vertices", "faces"} - example.keys()
+            if missing:
+                raise ValueError(
+                    f"it has no {' and no '.join(sorted(missing))}; with Trainer give remove_unused_columns=False"
+                )
+            return np.array(self.tokenizer.encode_mesh((example["vertices"], example["faces"])), dtype=np.int64)
+        except ValueError as error:
+            raise ValueError(f"mesh {place} of the batch: {error}") from error
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        """Ids (T,) of a mesh. Raises ValueError unless they are whole faces behind a start face, without padding."""
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0 or len(ids) % TOKENS_PER_FACE:
+            raise ValueError(f"input_ids must be whole faces of nine ids, got {ids.dtype} of the shape {ids.shape}")
+        is_start = ids == self.tokenizer.bos_token_id
+        if not is_start[:TOKENS_PER_FACE].all() or is_start[TOKENS_PER_FACE:].any():
+            raise ValueError("input_ids must begin with nine start tokens, and have no others: one mesh an example")
+        if (ids == self.tokenizer.pad_token_id).any():
+            raise ValueError("input_ids must have no padding: encode with padding=False, the collator pads")
+        return ids.astype(np.int64)
+
+    def _pad(self, sequences: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        longest, rows = max(map(len, sequences)), []
+        for ids in sequences:
+            row = pack_row([ids], longest, self.tokenizer.pad_token_id)
+            mask = (np.arange(longest) < len(ids)).astype(np.int64)
+            rows.append({"input_ids": row["input_ids"], "attention_mask": mask, "labels": row["labels"]})
+        return rows
+
+    def _pack(self, sequences: list[np.ndarray], row_length: int) -> list[dict[str, np.ndarray]]:
+        for place, ids in enumerate(sequences):
+            if len(ids) > row_length:
+                raise ValueError(
+                    f"mesh {place} of the batch takes {len(ids)} tokens, 9 x (faces + 2), and does not fit into a row "
+                    f"of {row_length}: give a row_length of at least {len(ids)}, or leave long meshes out of the data "
+                    "set"
+                )
+        sequences = sorted(sequences, key=len, reverse=True)  # which packs tightly; equally long ones keep their order
+        sizes = [len(ids) // TOKENS_PER_FACE for ids in sequences]
+        return [
+            pack_row([sequences[item] for item in row], row_length, self.tokenizer.pad_token_id)
+            for row in best_fit(sizes, row_length // TOKENS_PER_FACE)
+        ]
