@@ -25,6 +25,8 @@ from transformers import Pipeline
 from waiting_line import Line, Place
 
 HERE = Path(__file__).resolve().parent
+# The viewer is that of `iflame view`; a Space has a copy beside this file.
+VIEWER = HERE / "viewer" if (HERE / "viewer").is_dir() else HERE.parent / "iflame_cli" / "viewer"
 DEFAULT_MODEL = "outputs/demo"
 PART_SUFFIXES = [".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae"]
 MOST_MESHES = 9
@@ -157,9 +159,9 @@ class Page:
 
     def _build_results(self) -> None:
         self.viewer = gr.HTML(
-            html_template=(HERE / "viewer.html").read_text(encoding="utf-8"),
-            css_template=(HERE / "viewer.css").read_text(encoding="utf-8"),
-            js_on_load=(HERE / "viewer.js").read_text(encoding="utf-8"),
+            html_template=(VIEWER / "viewer.html").read_text(encoding="utf-8"),
+            css_template=(VIEWER / "viewer.css").read_text(encoding="utf-8"),
+            js_on_load=(VIEWER / "viewer.js").read_text(encoding="utf-8"),
             elem_id="viewer",
         )
         self.status = gr.Markdown("", elem_id="status")
