@@ -167,8 +167,7 @@ def build_folder(
         run = read_run(checkpoint)
     except ValueError as error:
         raise UploadError(str(error)) from error
-    card = model_card(model, run, repo_id, revision, license, datasets, samples)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    model_card(model, run, repo_id, revision, license, datasets, samples).save(folder / "README.md")
 
 
 def _copy_samples(checkpoint: Path, folder: Path) -> list[str]:

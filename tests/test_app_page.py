@@ -194,7 +194,7 @@ def test_what_fails_on_the_way_is_told_and_what_was_made_is_kept(page, generator
 def test_complete_goes_on_from_the_part_and_generate_does_not(page, tmp_path):
     part, settings = str(box(tmp_path, ".obj")), {**SETTINGS, "faces": 16}
     completed, generated = Screen(page), Screen(page)
-    asyncio.run(completed.follow(page.complete(**settings, part=part, **PART, request=ANN)))
+    asyncio.run(completed.follow(page.generate(**settings, part=part, **PART, request=ANN)))
     asyncio.run(generated.follow(page.generate(**settings, request=ANN)))
     assert [mesh["given"] for mesh in completed.meshes] == [12, 12] and min(completed.faces) > 12
     assert [mesh["given"] for mesh in generated.meshes] == [0, 0]
@@ -210,7 +210,7 @@ def test_without_a_usable_part_complete_makes_nothing(page, tmp_path, name):
         part = str(box(tmp_path, ".obj"))
     screen = Screen(page)
     with pytest.raises(gr.Error, match={None: "give a part", "box.obj": "12 faces.*allow more"}.get(name, name)):
-        asyncio.run(screen.follow(page.complete(**SETTINGS, part=part, **PART, request=ANN)))
+        asyncio.run(screen.follow(page.generate(**SETTINGS, part=part, **PART, request=ANN)))
     assert screen.history == []
 
 

@@ -4,7 +4,7 @@ Turns collections of meshes into a data set that `datasets.load_dataset` and tra
     python -m training.prepare_data SOURCE... --out DIR
 
 A SOURCE is a folder, searched through for every format that trimesh reads; a mesh file; a zip or tar archive; a
-parquet file with vertices and faces; MeshGPT's processed ShapeNet (a pickle); or hub:user/name, a data set of the Hub.
+parquet file with vertices and faces; or hub:user/name, a data set of the Hub.
 Folders may hold all of these. Run the same command again to go on after an interruption.
 """
 
@@ -173,7 +173,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     flag = {"action": argparse.BooleanOptionalAction}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("sources", nargs="+", metavar="SOURCE", help="folder, file, archive, parquet, pickle, or hub:user/name")
+    add("sources", nargs="+", metavar="SOURCE", help="folder, file, archive, parquet, or hub:user/name")
     add("--out", required=True, metavar="DIR", help="folder to write, new or of the same run")
     add("--ids", metavar="FILE", help="take only the files in this list, one name a line, wherever they lie")
     add("--categories", nargs="+", metavar="NAME", help="take only these, by name or by ShapeNet's synset id")

@@ -534,7 +534,7 @@ class Run:
     def write_card(self, model: IFlameForCausalLM, folder: Path, samples: Sequence[str] = ()) -> None:
         """The page that the Hub shows of a model, with what this run knows; hub_upload.py writes a fuller one."""
         card = model_card(model, self.run_record(), repo_id=str(self.output_dir), samples=samples)
-        write_whole(folder / "README.md", card.encode())
+        write_whole(folder / "README.md", str(card).encode())
 
     def finish(self) -> bool:
         """

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from training.prepare.containers import HUB
 from training.prepare.prepared_set import FACE_BINS, SPLITS
@@ -21,6 +21,46 @@ _HUB_LICENSES = {
     *("gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "eupl-1.1", "eupl-1.2"),
     *("unknown", "other"),
 }
+# In Jinja2, as DatasetCard.from_template takes it.
+_CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ meshes }} triangle meshes of {{ settings.min_faces }} to {{ settings.max_faces }} faces, {{ faces }} faces in all,
+{{ meshes_of_splits }}. Made by `python -m training.prepare_data`; `settings.json` has its settings, `summary.json` its
+figures, `rejected.jsonl` what was left out and why.
+
+```python
+from datasets import load_dataset
+
+meshes = load_dataset("path/of/this/folder")["train"]
+```
+
+| column | type | meaning |
+|---|---|---|
+| name | string | unique in the set |
+| category | string | null where not known |
+| source | string | the file or row it came from |
+| license | string | null where not known |
+| vertices | list of 3 x float32 | y up, box centred at 0, longest side 1, not quantised, no two equal |
+| faces | list of 3 x int32 | indices of vertices, counter-clockwise seen from outside as in the source |
+| num_faces | int32 | faces |
+| num_faces_q | int32 | faces left after quantisation to {{ settings.resolution + 1 }} levels |
+
+## How it was made
+
+- Sources: {{ sources }}; their vertical axis was {{ settings.up_axis }}, or what a dae file declared.
+- Scenes were flattened with their transforms, polygons cut into triangles, equal vertices merged; faces with repeated
+  corners, or on the same three vertices as an earlier face, were dropped.
+{% for line in how -%}
+- {{ line }}
+{% endfor %}
+{% for line in tables -%}
+{{ line }}
+{% endfor %}"""
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
 
 
@@ -54,46 +94,25 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
             }
         ],
     )
-    lines = ["---", data.to_yaml(), "---", "", f"# {name}", ""]
-    lines += [
-        f"{total:,} triangle meshes of {settings['min_faces']} to {settings['max_faces']} faces, "
-        f"{summary['faces']:,} faces in all, "
-        + " and ".join(f"{summary['meshes'][split]:,} for {split}" for split in splits)
-        + ". Made by `python -m training.prepare_data`; `settings.json` has its settings, `summary.json` its figures, "
-        "`rejected.jsonl` what was left out and why.",
-        "",
-        "```python",
-        "from datasets import load_dataset",
-        "",
-        'meshes = load_dataset("path/of/this/folder")["train"]',
-        "```",
-        "",
-        "| column | type | meaning |",
-        "|---|---|---|",
-        "| name | string | unique in the set |",
-        "| category | string | null where not known |",
-        "| source | string | the file or row it came from |",
-        "| license | string | null where not known |",
-        "| vertices | list of 3 x float32 | y up, box centred at 0, longest side 1, not quantised, no two equal |",
-        "| faces | list of 3 x int32 | indices of vertices, counter-clockwise seen from outside as in the source |",
-        "| num_faces | int32 | faces |",
-        f"| num_faces_q | int32 | faces left after quantisation to {settings['resolution'] + 1} levels |",
-        "",
-        "## How it was made",
-        "",
-        f"- Sources: {', '.join(_code(_shown(source)) for source in settings['sources'])}; their vertical axis was "
-        f"{settings['up_axis']}, or what a dae file declared.",
-        "- Scenes were flattened with their transforms, polygons cut into triangles, equal vertices merged; faces "
-        "with repeated corners, or on the same three vertices as an earlier face, were dropped.",
-        *_how(settings),
-        "",
-    ]
-    faces = Counter({_bin_name(int(key)): n for key, n in sorted(counts.get("faces", {}).items(), key=_by_bin)})
-    lines += _table("Faces after quantisation", "faces", faces, ranked=False)
-    lines += _table("Categories", "category", counts.get("category", Counter()))
-    lines += _table("Licences", "license", licenses)
-    lines += _table("Left out", "reason", Counter(summary["rejected"]))
-    return "\n".join(lines)
+    binned = Counter({_bin_name(int(key)): n for key, n in sorted(counts.get("faces", {}).items(), key=_by_bin)})
+    card = DatasetCard.from_template(
+        data,
+        template_str=_CARD,
+        name=name,
+        settings=settings,
+        meshes=f"{total:,}",
+        faces=f"{summary['faces']:,}",
+        meshes_of_splits=" and ".join(f"{summary['meshes'][split]:,} for {split}" for split in splits),
+        sources=", ".join(_code(_shown(source)) for source in settings["sources"]),
+        how=_how(settings),
+        tables=[
+            *_table("Faces after quantisation", "faces", binned, ranked=False),
+            *_table("Categories", "category", counts.get("category", Counter())),
+            *_table("Licences", "license", licenses),
+            *_table("Left out", "reason", Counter(summary["rejected"])),
+        ],
+    )
+    return str(card)
 
 
 def _hub_licenses(licenses: Iterable[str]) -> str | list[str] | None:
@@ -109,16 +128,16 @@ def _how(settings: dict[str, Any]) -> list[str]:
     lines = []
     if settings["decimate"]:
         lines.append(
-            f"- Meshes of more than {settings['max_faces']} faces were decimated, first where they are plane, then by "
+            f"Meshes of more than {settings['max_faces']} faces were decimated, first where they are plane, then by "
             f"the quadric error, and left out where the surface moved by more than {settings['max_deviation']}."
         )
     if settings["deduplicate"]:
-        lines.append("- Of meshes that are equal after quantisation the first was kept.")
+        lines.append("Of meshes that are equal after quantisation the first was kept.")
     share = settings["validation_share"]
     rule = f"A mesh is for validation if the first 8 bytes of SHA-1 of its name, over 2**64, are below {share}"
-    lines.append(f"- {rule}{', where the source did not say' if settings['splits'] == 'source' else ''}.")
+    lines.append(f"{rule}{', where the source did not say' if settings['splits'] == 'source' else ''}.")
     if settings["categories"]:
-        lines.append(f"- Only the categories {', '.join(settings['categories'])}.")
+        lines.append(f"Only the categories {', '.join(settings['categories'])}.")
     return lines
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from training.prepare.archives import archive_items
-from training.prepare.items import PICKLE_SUFFIXES, Item, Selection, suffix_of
+from training.prepare.items import Item, Selection, suffix_of
 from training.prepare.rejection import SOURCE_LOST, Rejected, as_rejected, ran_out_of_memory
-from training.prepare.safe_pickle import UnsafePickleError
-from training.prepare.tables import hub_items, parquet_items, parquet_length, pickle_items
+from training.prepare.tables import hub_items, parquet_items, parquet_length
 
 HUB = "hub:"
 _BATCH_ITEMS, _BATCH_BYTES, _BATCH_SECONDS = 32, 2**22, 0.5
@@ -89,8 +88,6 @@ class Reader:
                 yield item
         except MemoryError:
             raise
-        except UnsafePickleError as error:
-            yield _lost(request, Rejected("unsafe pickle", str(error)))
         except Exception as error:
             if ran_out_of_memory(error):
                 raise MemoryError from error
@@ -103,11 +100,8 @@ class Reader:
         path, label, prefix, folder = request.path, request.label, request.prefix, self._folder
         if path.startswith(HUB):
             return hub_items(path.removeprefix(HUB), label, prefix, folder)
-        suffix = suffix_of(path)
-        if suffix == ".parquet":
+        if suffix_of(path) == ".parquet":
             return parquet_items(path, label, prefix, folder)
-        if suffix in PICKLE_SUFFIXES:
-            return pickle_items(path, label, prefix)
         return archive_items(path, label, prefix, self._selection, folder, self._max_size)
 
 

@@ -13,7 +13,7 @@ from training.prepare.synsets import SYNSETS, category_name, synset_category
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2")
 PICKLE_SUFFIXES = (".pkl", ".pickle")
-CONTAINER_SUFFIXES = (*ARCHIVE_SUFFIXES, *PICKLE_SUFFIXES, ".parquet")
+CONTAINER_SUFFIXES = (*ARCHIVE_SUFFIXES, ".parquet")
 # The seven formats of iflame_hf, and what trimesh reads besides with the packages that are installed; .xyz are points.
 READ_SUFFIXES = (
     *MESH_SUFFIXES,
@@ -22,7 +22,8 @@ READ_SUFFIXES = (
 # Formats of meshes that are not read: named in the record, where other files are passed over in silence.
 OTHER_SUFFIXES = tuple(
     sorted(
-        {".3dm", ".3ds", ".3mf", ".abc", ".blend", ".c4d", ".fbx", ".lwo", ".ma", ".max", ".mb", ".usd", ".usda"}
+        {*PICKLE_SUFFIXES}
+        | {".3dm", ".3ds", ".3mf", ".abc", ".blend", ".c4d", ".fbx", ".lwo", ".ma", ".max", ".mb", ".usd", ".usda"}
         | {".iges", ".igs", ".step", ".stp", ".usdc", ".usdz", ".wrl", ".x3d", ".zae", ".7z", ".rar", ".tar.xz"}
         - {*READ_SUFFIXES}
     )
@@ -127,4 +128,9 @@ def printable(text: str) -> str:
 
 
 def unknown_format(suffix: str) -> Rejected:
+    if suffix in PICKLE_SUFFIXES:
+        return Rejected(
+            "unknown format",
+            "a pickle is not read; MeshGPT's becomes parquet with python -m training.recipes.meshgpt_to_parquet",
+        )
     return Rejected("unknown format", f"the format {suffix} is not read; convert it, for example to .glb")

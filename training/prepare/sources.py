@@ -1,4 +1,4 @@
-"""Finds meshes in what the user names: folders, files, archives, parquet, MeshGPT's pickle, data sets of the Hub."""
+"""Finds meshes in what the user names: folders, files, archives, parquet, data sets of the Hub."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ from training.prepare.items import (
 )
 from training.prepare.rejection import SOURCE_LOST, Rejected, as_rejected
 
-# A container may take longer than one mesh: a pickle is read whole, an archive may begin with much else.
+# A container may take longer than one mesh: an archive may begin with much else.
 _CONTAINER_SECONDS = 10
 _LINK = Rejected(
     "link to a folder", "it is a link to a folder, which is not followed; name the folder itself as a source"
@@ -214,8 +214,10 @@ def check_source(name: str) -> None:
         return
     if not path.is_file():
         raise ValueError(f"{name} is neither a folder nor a file")
-    if not suffix_of(name) or suffix_of(name) in OTHER_SUFFIXES:
+    if not suffix_of(name):
         raise ValueError(f"{name} is of no format that is read here")
+    if suffix_of(name) in OTHER_SUFFIXES:
+        raise ValueError(f"{name}: {unknown_format(suffix_of(name))}")
 
 
 def _is_utf8(path: str) -> bool:

@@ -1,9 +1,9 @@
-"""Meshes in rows: parquet files, data sets of the Hub, and the pickle of MeshGPT's authors."""
+"""Meshes in rows: parquet files and data sets of the Hub."""
 
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -13,7 +13,6 @@ import pyarrow.parquet
 from training.prepare.geometry import triangulate
 from training.prepare.items import READ_SUFFIXES, Item, printable, suffix_of
 from training.prepare.rejection import Rejected
-from training.prepare.safe_pickle import safe_load
 from training.prepare.synsets import synset_category
 
 Build = Callable[[], None]
@@ -76,40 +75,6 @@ def hub_items(name: str, label: str, prefix: str, folder: str) -> Iterator[tuple
                 rows_prefix = f"{prefix}{split}/"
                 yield from _table_items(batch, columns, first, where, rows_prefix, held_out, folder, classes, fetch)
                 first += len(batch)
-
-
-def pickle_items(path: str, label: str, prefix: str) -> Iterator[tuple[Item, Build]]:
-    """The meshes of MeshGPT's processed ShapeNet: a dictionary of lists, `name_`, `vertices_` and `faces_` of each of
-    `train` and `val`. It is read whole, and runs no code.
-
-    Raises UnsafePickleError, and ValueError for a file of another kind.
-    """
-    with open(path, "rb") as file:
-        content = safe_load(file)
-    splits = {"train": "train", "val": "validation"}
-    if not isinstance(content, dict) or not any(f"vertices_{split}" in content for split in splits):
-        raise ValueError("not MeshGPT's data: no dictionary with name_train, vertices_train and faces_train")
-    for split, kind in splits.items():
-        parts = [content.get(f"{part}_{split}", []) for part in ("name", "vertices", "faces")]
-        if not all(isinstance(part, (list, tuple, np.ndarray)) for part in parts) or len(set(map(len, parts))) != 1:
-            raise ValueError(f"not MeshGPT's data: name_{split}, vertices_{split} and faces_{split} do not match")
-        for index, (name, vertices, faces) in enumerate(zip(*parts, strict=True)):
-            name = printable(str(name)) or f"{prefix}{split}/{index:08d}"
-            item = Item(name, f"{label}#{split}/{index}", category=synset_category(name), split=kind)
-            yield item, _array_build(item, vertices, faces)
-
-
-def _array_build(item: Item, vertices: Any, faces: Any) -> Build:
-    def build() -> None:
-        if len(vertices) == 0 or len(faces) == 0:
-            raise Rejected("empty", "the mesh has no faces")
-        corners = faces
-        if not isinstance(faces, np.ndarray) or faces.ndim != 2:
-            flat = np.array([index for face in faces for index in face])
-            corners = triangulate(flat, np.array([len(face) for face in faces]))
-        item.payload = (np.asarray(vertices), np.asarray(corners))
-
-    return build
 
 
 def _columns(schema: pyarrow.Schema) -> Columns:

@@ -35,6 +35,78 @@ CITATION = """\
   journal = {arXiv preprint arXiv:2503.16653},
   year    = {2025}
 }"""
+# In Jinja2, as ModelCard.from_template takes it.
+CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+An [iFlame](https://arxiv.org/abs/2503.16653) model: it generates triangle meshes, coordinate by coordinate, from
+nothing or from a part of a mesh. It takes no text.
+
+{{ "{:,}".format(parameters) }} parameters;
+{{ config.num_hidden_layers }} blocks of {{ config.hidden_size }} channels over coordinates, vertices and faces,
+with linear and full attention; {{ config.coordinate_resolution + 1 }} levels of each coordinate.
+
+{% if "samples.png" in samples -%}
+![Meshes that the model generated](samples.png)
+
+{% endif -%}
+{% if number_of_sample_meshes -%}
+The folder `samples` holds {{ number_of_sample_meshes }} generated meshes as glb files.
+
+{% endif -%}
+## Use
+
+```bash
+pip install torch "transformers>=5.17,<6" trimesh
+```
+
+```python
+{{ usage }}
+```
+
+Or, with seeds, files that other programs open, and faces as they come (`generator.stream()`):
+
+```python
+{{ pipeline }}
+```
+
+To complete a part of a mesh: `generator("part.obj", room_above=1.0)`, where the whole may become twice as high as the
+part. A part of a generated mesh keeps its place without `room_above`. A mesh is generated from its lowest vertex
+upwards, so that what is added lies above.
+
+{% if evaluation -%}
+## Evaluation
+
+On held-out {{ judged_on }}, every token predicted from the true ones before it:
+
+| |{% for title in metrics.values() %} {{ title }} |{% endfor %}
+|---|{% for metric in metrics %}---|{% endfor %}
+{% for row, values in evaluation.items() -%}
+| {{ row }} |{% for metric in metrics %} {{ "%.4g" % values[metric] if metric in values }} |{% endfor %}
+{% endfor %}
+{% endif -%}
+{% if training -%}
+## Training
+
+{{ training | join("\n\n") }}
+
+{% endif -%}
+## Licence
+
+{{ "The weights: %s." % license if license else "The licence of the weights has not been stated." }}
+The code, `*_iflame.py`: MIT.
+
+## Citation
+
+```bibtex
+{{ citation }}
+```
+
+"""  # Jinja2 takes the last newline away
 
 
 @dataclass
@@ -101,7 +173,7 @@ def read_run(folder: Path) -> RunRecord:
     path = card
     try:
         if card.is_file():
-            run.metadata = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+            run.metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
         evaluated: dict[float, int] = {}  # the steps of checkpoints by their loss
         for path in states:
             progress = json.loads(path.read_text(encoding="utf-8"))
@@ -130,9 +202,9 @@ def model_card(
     license: str | None = None,
     datasets: Sequence[str] = (),
     samples: Sequence[str] = (),
-) -> str:
+) -> ModelCard:
     """
-    The text of README.md for an iFlame model.
+    The README.md of an iFlame model.
 
     Args:
         repo_id: name on the Hub, as the snippet uses it; `revision` likewise, if it is not the main branch.
@@ -170,16 +242,23 @@ def model_card(
             )
             for metric, value in figures.items()
         ]
-    sections = [
-        f"---\n{data.to_yaml()}\n---\n\n# {name}",
-        _introduction(model, samples),
-        _usage(model, run, repo_id, revision),
-        _evaluation({"all": figures, **run.evaluation.get("eval_by_category", {})}, judged_on) if figures else "",
-        _training(run, datasets),
-        _licence(license),
-        f"## Citation\n\n```bibtex\n{CITATION}\n```",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return ModelCard.from_template(
+        data,
+        template_str=CARD,
+        name=name,
+        config=model.config,
+        parameters=model.num_parameters(),
+        samples=samples,
+        number_of_sample_meshes=sum(sample.endswith(".glb") for sample in samples),
+        usage=usage_snippet(model, run, repo_id, revision),
+        pipeline=pipeline_snippet(model, run, repo_id, revision),
+        metrics=METRICS,
+        evaluation={"all": figures, **run.evaluation.get("eval_by_category", {})} if figures else {},
+        judged_on=judged_on,
+        training=_training(run, datasets),
+        license=license,
+        citation=CITATION,
+    )
 
 
 def usage_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
@@ -228,44 +307,8 @@ def _base_model(run: RunRecord) -> str | None:
     return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name) else None
 
 
-def _introduction(model: PreTrainedModel, samples: Sequence[str]) -> str:
-    config = model.config
-    lines = [
-        "An [iFlame](https://arxiv.org/abs/2503.16653) model: it generates triangle meshes, coordinate by coordinate, "
-        "from nothing or from a part of a mesh. It takes no text.",
-        f"{model.num_parameters():,} parameters; {config.num_hidden_layers} blocks of {config.hidden_size} channels "
-        "over coordinates, vertices and faces, with linear and full attention; "
-        f"{config.coordinate_resolution + 1} levels of each coordinate.",
-    ]
-    if "samples.png" in samples:
-        lines.append("![Meshes that the model generated](samples.png)")
-    if meshes := [sample for sample in samples if sample.endswith(".glb")]:
-        lines.append(f"The folder `samples` holds {len(meshes)} generated meshes as glb files.")
-    return "\n\n".join(lines)
-
-
-def _usage(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None) -> str:
-    return (
-        '## Use\n\n```bash\npip install torch "transformers>=5.17,<6" trimesh\n```\n\n'
-        f"```python\n{usage_snippet(model, run, repo_id, revision)}\n```\n\n"
-        "Or, with seeds, files that other programs open, and faces as they come (`generator.stream()`):\n\n"
-        f"```python\n{pipeline_snippet(model, run, repo_id, revision)}\n```\n\n"
-        'To complete a part of a mesh: `generator("part.obj", room_above=1.0)`, where the whole may become twice as '
-        "high as the part. A part of a generated mesh keeps its place without `room_above`. A mesh is generated from "
-        "its lowest vertex upwards, so that what is added lies above."
-    )
-
-
-def _evaluation(rows: dict[str, dict[str, float]], judged_on: str) -> str:
-    table = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for row, values in rows.items():
-        cells = [f"{values[metric]:.4g}" if metric in values else "" for metric in METRICS]
-        table.append(f"| {row} | " + " | ".join(cells) + " |")
-    lines = "\n".join(table)
-    return f"## Evaluation\n\nOn held-out {judged_on}, every token predicted from the true ones before it:\n\n{lines}"
-
-
-def _training(run: RunRecord, datasets: Sequence[str]) -> str:
+def _training(run: RunRecord, datasets: Sequence[str]) -> list[str]:
+    """The paragraphs about the data and the length of the run."""
     lines = []
     if run.procedural:
         lines.append(f"Trained on {PROCEDURAL}, which the project generates itself.")
@@ -277,9 +320,4 @@ def _training(run: RunRecord, datasets: Sequence[str]) -> str:
         lines.append(f"{run.progress['step']:,} steps, {labels:,} tokens learnt from, {minutes:,.1f} minutes.")
     if shortfall := run.shortfall():
         lines.append(f"{shortfall[0].upper()}{shortfall[1:]}.")
-    return "\n\n".join(["## Training", *lines]) if lines else ""
-
-
-def _licence(license: str | None) -> str:
-    weights = f"The weights: {license}." if license else "The licence of the weights has not been stated."
-    return f"## Licence\n\n{weights} The code, `*_iflame.py`: MIT."
+    return lines

@@ -1,8 +1,10 @@
-// The body of a function of gr.HTML(js_on_load=...): `element`, `props`, `watch` and `trigger` are gradio's.
+// The body of a function of gr.HTML(js_on_load=...): `element`, `props`, `watch` and `trigger` are gradio's, or those of
+// page.html.
 //
-// props.value is {run, meshes: [{faces, given, ended, seed}], is_over, hint}: `faces` holds, in base64, nine
-// little-endian float32 a face (three corners of x, y, z; y up, within half a unit of the origin). Within a run the text
-// only grows at its end. When the run is over, meshes can be chosen, and scrubbed back.
+// props.value is {run, meshes: [{faces, given, ended, seed, name}], is_over, is_still, hint}: `faces` holds, in base64,
+// nine little-endian float32 a face (three corners of x, y, z; y up, within half a unit of the origin). A mesh without
+// `name` is called by its number. Within a run the text only grows at its end. When the run is over, meshes can be
+// chosen, and scrubbed back. In a run that `is_still` no face is shown as new.
 
 const VALUES = 5; // of a corner: x, y, z, the second it appears at, 1 for a corner of the part that was given
 const TEXT = 48; // characters of a face
@@ -128,7 +130,7 @@ function show(value) {
     shown = Infinity;
   }
   while (meshes.length < value.meshes.length) meshes.push(newMesh());
-  value.meshes.forEach((given, index) => extend(meshes[index], given));
+  value.meshes.forEach((given, index) => extend(meshes[index], given, value.is_still));
   if (gl) say(meshes.length ? "" : value.hint || hint.dataset.empty);
   const most = Math.max(0, ...meshes.map((mesh) => mesh.faces));
   scrub.disabled = !value.is_over || !most;
@@ -138,7 +140,7 @@ function show(value) {
   draw();
 }
 
-function extend(mesh, { faces, given }) {
+function extend(mesh, { faces, given }, isStill) {
   const bytes = Uint8Array.from(atob(faces.slice(mesh.faces * TEXT)), (letter) => letter.charCodeAt(0));
   const places = new Float32Array(bytes.buffer);
   const added = places.length / 9;
@@ -153,14 +155,14 @@ function extend(mesh, { faces, given }) {
   for (let corner = 0; corner < added * 3; corner++) {
     const face = Math.floor(corner / 3);
     const isGiven = mesh.faces + face < given;
-    const birth = isGiven ? time - GLOW : time + (SPREAD * face) / added;
+    const birth = isGiven || isStill ? time - GLOW : time + (SPREAD * face) / added;
     mesh.corners.set(places.subarray(corner * 3, corner * 3 + 3), used + corner * VALUES);
     mesh.corners.set([birth, isGiven ? 1 : 0], used + corner * VALUES + 3);
     mesh.floor = Math.min(mesh.faces + face === 0 && corner === 0 ? Infinity : mesh.floor, places[corner * 3 + 1]);
   }
   mesh.faces += added;
   mesh.isNew = true;
-  lastBirth = time + SPREAD;
+  if (!isStill) lastBirth = time + SPREAD;
 }
 
 function count(mesh) {
@@ -169,12 +171,12 @@ function count(mesh) {
 
 function describe(value) {
   meshes.forEach((mesh, index) => {
-    const { ended, seed } = value.meshes[index];
+    const { ended, seed, name } = value.meshes[index];
     const faces = count(mesh) < mesh.faces ? `${count(mesh)} of ${mesh.faces}` : mesh.faces;
-    const ofSeed = seed === null ? "" : ` · seed ${seed}`;
+    const ofSeed = seed == null ? "" : ` · seed ${seed}`;
     mesh.label.classList.toggle("growing", !ended);
     mesh.label.classList.toggle("chosen", index === chosen && meshes.length > 1);
-    mesh.label.textContent = `${index + 1} · ${faces} ${mesh.faces === 1 ? "face" : "faces"}${ofSeed}`;
+    mesh.label.textContent = `${name ?? index + 1} · ${faces} ${mesh.faces === 1 ? "face" : "faces"}${ofSeed}`;
   });
   root.dataset.faces = meshes.reduce((sum, mesh) => sum + mesh.faces, 0);
   root.dataset.shown = meshes.reduce((sum, mesh) => sum + count(mesh), 0);
