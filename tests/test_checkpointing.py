@@ -8,7 +8,8 @@ import psutil
 import pytest
 from accelerate import Accelerator
 
-from training.run.checkpoint import MANIFEST, Checkpoints, Interruption, Progress, find_defect
+from training.run.checkpoint import MANIFEST, Checkpoints, Progress, find_defect
+from training.run.interruption import Interruption
 
 
 @pytest.fixture

@@ -9,14 +9,11 @@ import json
 import os
 import re
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -49,6 +46,27 @@ class Progress:
         content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         names = {entry.name for entry in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in names})
+
+    def take(self, other: "Progress") -> None:
+        """Stand where another does."""
+        for entry in fields(self):
+            setattr(self, entry.name, getattr(other, entry.name))
+
+    def add_step(self, loss: float | None, labels: int, seconds: float) -> None:
+        """Count a step that learnt from so many labels; its loss is None if it was left out."""
+        if loss is not None:
+            self.loss_sum += loss
+            self.loss_steps += 1
+            self.labels += labels
+        self.step += 1
+        self.eval_loss = None
+        self.seconds += seconds
+
+    def take_mean_loss(self) -> float:
+        """The mean loss of the steps since it was last taken."""
+        loss = self.loss_sum / self.loss_steps
+        self.loss_sum, self.loss_steps = 0.0, 0
+        return loss
 
     def write(self, folder: Path) -> None:
         (folder / STATE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -130,6 +148,16 @@ class Checkpoints:
         losses = {path: loss for path, loss in losses.items() if loss is not None}
         return min(losses, key=losses.__getitem__) if losses else None
 
+    def load_best(self) -> int | None:
+        """Load the best checkpoint into what Accelerate has prepared, and tell its step; None if there is none."""
+        best = self.best()
+        if best is None:
+            self.report("no checkpoint was evaluated: the model of the last step is published")
+            return None
+        self.report(f"the checkpoint with the lowest evaluation loss is {best}")
+        self.accelerator.load_state(str(best))
+        return Progress.read(best).step
+
     def prune(self, newest: Path) -> None:
         """Delete the oldest checkpoints beyond the limit, but never the one just written or the best."""
         if self.limit is None:
@@ -205,51 +233,6 @@ class Checkpoints:
             failure = f"{type(error).__name__}: {error}"
         failures = gather_object([failure]) if self.accelerator.num_processes > 1 else [failure]
         return next((failure for failure in failures if failure is not None), None)
-
-
-class Stopped(Exception):
-    """The run was asked to stop, in the middle of what can be done again."""
-
-
-class Interruption:
-    """
-    While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once. The
-    end of `accelerate launch`, which dies of a SIGTERM without a word to the process it has started, counts as one.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._first = 0.0
-        self._before: dict[int, Any] = {}
-        parent = os.getppid()
-        self._launcher = parent if _is_accelerate(parent) else None
-
-    @property
-    def asked(self) -> bool:
-        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
-
-    def __enter__(self) -> "Interruption":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if not self._asked:
-            self._asked, self._first = True, time.monotonic()
-            os.write(2, b"\nstopping, once a checkpoint is saved\n")  # print must not be used in a handler
-        elif number == signal.SIGINT and time.monotonic() - self._first > 5:
-            raise KeyboardInterrupt
-
-
-def _is_accelerate(process: int) -> bool:
-    try:
-        words = psutil.Process(process).cmdline()
-    except psutil.Error:
-        return False
-    return "accelerate.commands.launch" in words or any(Path(word).stem.startswith("accelerate") for word in words[:2])
 
 
 def find_defect(checkpoint: Path, contents: bool = True) -> str | None:

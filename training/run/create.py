@@ -1,15 +1,19 @@
-"""What a run begins with: Accelerate's object, the model with its tokenizer, and the model's compilation."""
+"""What a run begins with: Accelerate's object, the model with its tokenizer, and the model made ready for training."""
 
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import DistributedType, LoggerType
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.names import model_folder
-from training.arguments import Arguments
+from training.arguments import Arguments, TrainArguments
+from training.optim.groups import create_average, create_optimizer
+from training.run.length import curve_of
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
 # mesh a row or several.
@@ -94,6 +98,9 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
             **implementations,
         )
         model = IFlameForCausalLM(config)
+    train = arguments.train
+    # With these settings the model is sampled during the run, and by whoever loads it.
+    model.generation_config.update(do_sample=True, temperature=train.temperature, top_k=train.top_k, top_p=train.top_p)
     if sizes.gradient_checkpointing:
         enable_activation_checkpointing(model)
     return tokenizer, model
@@ -105,6 +112,51 @@ def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
         model.activation_checkpointing_enable()
     else:
         model.gradient_checkpointing_enable()
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether every process has a part of the weights only."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def prepare(
+    model: IFlameForCausalLM, arguments: Arguments, max_steps: int, accelerator: Accelerator
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR, AveragedModel | None]:
+    """
+    What trains a model for so many steps: the model and its optimiser as Accelerate makes them, the schedule of
+    learning rates, and the moving average of the weights, if there is to be one.
+
+    Raises:
+        ValueError: an average is asked for, and the weights are sharded.
+    """
+    options, average = arguments.train, None
+    if options.ema_decay is not None:
+        if is_sharded(accelerator):
+            raise ValueError(
+                "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
+            )
+        average = create_average(model, options.ema_decay).to(accelerator.device)
+    optimizer = create_optimizer(
+        model,
+        options.optim,
+        options.learning_rate,
+        options.weight_decay,
+        (options.adam_beta1, options.adam_beta2),
+        options.adam_epsilon,
+    )
+    schedule = LambdaLR(optimizer, curve_of(arguments, max_steps))
+    if options.torch_compile:
+        compile_blocks(model, options.torch_compile_mode)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return model, optimizer, schedule, average
+
+
+def start_trackers(accelerator: Accelerator, options: TrainArguments, arguments: dict[str, Any]) -> None:
+    """Let the trackers asked for begin, with all options of the run."""
+    if options.report_to:
+        settings = {name: str(value) for name, value in arguments.items()}
+        names = {"wandb": {"name": options.run_name}} if options.run_name else {}
+        accelerator.init_trackers("iflame", config=settings, init_kwargs=names)
 
 
 def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTokenizer) -> None:
