@@ -8,7 +8,9 @@ import pytest
 import torch
 from small_models import small_model
 
-from training.optim.groups import MuonAdamW, create_average, create_optimizer, learning_rate_curve, parameter_groups
+from training.optim.average import create_average
+from training.optim.groups import MuonAdamW, create_optimizer, parameter_groups
+from training.optim.schedule import learning_rate_curve
 
 MATRIX = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 EMBEDDING = r"model\.embed_tokens\.weight|lm_head\.weight"
@@ -40,6 +42,18 @@ def test_a_parameter_that_fits_no_group_is_named():
     model.model.layers[0].strange = torch.nn.Parameter(torch.zeros(2, 2, 2))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.strange"):
         parameter_groups(model)
+
+
+def test_adapters_are_matrices_and_a_head_trained_with_them_stays_an_embedding():
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    model = peft.get_peft_model(small_model(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **options))
+    groups = parameter_groups(model)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(name for group in groups.values() for name in group) == sorted(trained)
+    assert groups["matrices"] and all(".lora_" in name for name in groups["matrices"])
+    assert [name.rpartition(".")[2] for name in groups["embeddings"]] == ["weight"]
+    assert [name.rpartition(".")[2] for name in groups["others"]] == ["bias"]
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw_torch"])

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.names import model_folder
 from training.arguments import Arguments, TrainArguments
-from training.optim.groups import create_average, create_optimizer
+from training.optim.average import create_average
+from training.optim.groups import create_optimizer
 from training.run.length import curve_of
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
@@ -135,7 +136,7 @@ def prepare(
             raise ValueError(
                 "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
             )
-        average = create_average(model, options.ema_decay).to(accelerator.device)
+        average = create_average(model, options.ema_decay, accelerator.device)
     optimizer = create_optimizer(
         model,
         options.optim,

@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from iflame_cli.errors import CommandError
 from training.arguments import Arguments
-from training.optim.groups import learning_rate_curve
+from training.optim.schedule import learning_rate_curve
 from training.run.checkpoint import Progress
 from training.run.log import Window
 
