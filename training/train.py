@@ -113,7 +113,7 @@ class Run:
         self.progress = Progress(data_digest=data.rows.digest(), arguments=arguments.to_dict())
         self.saved_step: int | None = None
         self.published_step: int | None = None  # if it is not the last one
-        self.place: Place | None = None  # in the data, behind the last step
+        self.place: Place | None = None  # in the data, after the last step
         self.bar: tqdm | None = None
         self.failure: Exception | None = None  # of the rows that come next
 
@@ -340,7 +340,7 @@ class Run:
 
     def fetch(self, batches: Iterator[tuple[Batch, Place]]) -> tuple[list[Batch], Place]:
         """
-        This process's rows of one step, as often as gradients are accumulated, and the place behind them. Rows that
+        This process's rows of one step, as often as gradients are accumulated, and the place after them. Rows that
         cannot be had end the run, but not before the step at work is done and saved.
         """
         try:
