@@ -9,7 +9,8 @@ from small_models import EOS, mesh_rows, small_model
 from torch.nn import functional as F
 
 from iflame_hf import IFlameTokenizer
-from training.measure.metrics import COUNTS, count_right, draw_samples, evaluate
+from training.measure.metrics import COUNTS, count_right, evaluate
+from training.measure.samples import draw_samples
 from training.rows.pack import IGNORED, pack, row_inputs
 
 CATEGORIES = ["chair", "lamp", "table"]
@@ -88,13 +89,14 @@ def test_samples_are_files_and_a_picture_and_leave_the_random_numbers_alone(tmp_
     samples = draw_samples(model, IFlameTokenizer(), Accelerator(cpu=True), tmp_path, count=3, max_faces=4, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert [sample["ended"] for sample in samples] == [False] * 3
-    for index, sample in enumerate(samples):
-        mesh = trimesh.load(tmp_path / f"sample-{index:02d}.glb", force="mesh", process=False)
-        assert 0 < len(mesh.faces) == sample["faces"] <= 4
+    meshes = [trimesh.load(tmp_path / f"sample-0{index}.glb", force="mesh", process=False) for index in range(3)]
+    assert [len(mesh.faces) for mesh in meshes] == [sample["faces"] for sample in samples]
+    assert all(0 < len(mesh.faces) <= 4 for mesh in meshes)
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
-    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.glb")}
-    draw_samples(model, IFlameTokenizer(), Accelerator(cpu=True), tmp_path / "again", count=3, max_faces=4, seed=1)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.glb")} == files
+    # Each has a seed of its own, those that follow the first.
+    draw_samples(model, IFlameTokenizer(), Accelerator(cpu=True), tmp_path / "later", count=1, max_faces=4, seed=2)
+    later = trimesh.load(tmp_path / "later" / "sample-00.glb", force="mesh", process=False)
+    assert later.triangles.tolist() == meshes[1].triangles.tolist() != meshes[0].triangles.tolist()
 
 
 def test_a_sample_without_a_face_leaves_no_file(tmp_path):

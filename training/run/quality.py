@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from training.arguments import TrainArguments
-from training.measure.metrics import draw_samples, evaluate
+from training.measure.metrics import evaluate
+from training.measure.samples import draw_samples
 from training.rows.map import Data
 from training.run.checkpoint import Progress
 from training.run.log import RunLog
