@@ -1,8 +1,8 @@
 """Procedural meshes: furniture and buildings of many kinds, numbers of parts and proportions.
 
 A mesh is 128 units long on its longest side, and its corners lie on multiples of 4 from its middle: the usual 129
-levels represent it exactly, and only every fourth is used, which a small model learns several times sooner than all.
-Every part is a closed solid with outward winding; parts touch or cross, but hardly ever share a triangle.
+coordinates represent it exactly, and only every fourth is used, which a small model learns several times sooner than
+all. Every part is a closed solid with outward winding; parts touch or cross, but hardly ever share a triangle.
 """
 
 from collections.abc import Callable, Sequence

@@ -19,8 +19,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
-_LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(partial|deleted)")
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED_NAME = re.compile(r"\.checkpoint-\d+\.(partial|deleted)")
 
 
 @dataclass
@@ -92,7 +92,11 @@ class Checkpoints:
 
     def folders(self) -> list[Path]:
         """All checkpoints, whole or not, the latest last."""
-        found = [path for path in self.output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+        found = [
+            path
+            for path in self.output_dir.glob("checkpoint-*")
+            if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()
+        ]
         return sorted(found, key=_step)
 
     def save(self, step: int, write: Callable[[Path], None]) -> bool:
@@ -174,7 +178,7 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """
         On the main process: rename checkpoints of later steps than `step`, from where a run goes on. They are broken,
-        or of a way that was left, and must be neither taken for the latest nor kept in the place of new ones.
+        or the run does their steps anew: they must be neither taken for the latest nor kept in the place of new ones.
         """
         for path in self.folders():
             if _step(path) > step:
@@ -189,7 +193,7 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what an earlier process left half-written or half-deleted."""
         for path in self.output_dir.glob(".checkpoint-*"):
-            if _LEFT_OVER.fullmatch(path.name):
+            if _UNFINISHED_NAME.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _find(self, wanted: str) -> Path | None:
@@ -301,4 +305,4 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(_NAME.fullmatch(checkpoint.name)[1])
+    return int(_CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])

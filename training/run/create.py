@@ -18,9 +18,9 @@ from training.run.length import curve_of
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
 # mesh a row or several.
-MOST_COMPILED_BLOCKS = 24
+MAX_COMPILED_BLOCKS = 24
 # Options that a model to start from has decided.
-SIZES = (
+ARCHITECTURE_OPTIONS = (
     "hidden_size",
     "num_attention_heads",
     "intermediate_size",
@@ -166,7 +166,7 @@ def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTo
     def shown(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
-    own = {name: getattr(config, name) for name in SIZES} | {"up_axis": tokenizer.up_axis}
+    own = {name: getattr(config, name) for name in ARCHITECTURE_OPTIONS} | {"up_axis": tokenizer.up_axis}
     given = arguments.to_dict()
     others = [
         f"--{name} {shown(given[name])} (its own is {shown(value)})"
@@ -188,6 +188,6 @@ def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: s
     Rows have one length, so the shapes of the first step are those of all; evaluation and training compile apart, and
     so do rows of one mesh and of several.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED_BLOCKS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_BLOCKS)
     for block in model.model.layers:
         block.compile(mode=mode, backend=backend, dynamic=False)

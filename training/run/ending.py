@@ -20,12 +20,12 @@ from iflame_cli.errors import CommandError
 DEBUG = "IFLAME_DEBUG"
 # Set by torch's launcher: a file in a folder of this process, which lies in one of all its processes on this machine.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-LOST = re.compile(r"Connection (closed|reset) by peer")
-# In which a launcher ends the processes whose companion has failed.
+CONNECTION_LOST = re.compile(r"Connection (closed|reset) by peer")
+# Seconds in which a launcher ends the other processes after one has failed.
 SECONDS_TO_BE_ENDED = 10
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate", re.IGNORECASE)
-# What a loader process died of, in the message of the exception that tells it.
-IN_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker.*\n(?:[\w.]+\.)?\w+: (.*)", re.DOTALL)
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate", re.IGNORECASE)
+# The message of an exception in a loader process, and in it that of the cause.
+LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker.*\n(?:[\w.]+\.)?\w+: (.*)", re.DOTALL)
 
 
 def ends_in_words(program: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
@@ -60,9 +60,9 @@ def ends_in_words(program: str) -> Callable[[Callable[..., int | None]], Callabl
 def in_words(error: Exception) -> str | None:
     """What a user reads of an error, in one line; None if it is none that a user could mend."""
     text = str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(text)):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         return f"memory does not suffice, docs/troubleshooting.md says what helps: {text.partition(chr(10))[0]}"
-    if isinstance(error, RuntimeError) and LOST.search(text):
+    if isinstance(error, RuntimeError) and CONNECTION_LOST.search(text):
         if ERROR_FILE in os.environ:
             time.sleep(SECONDS_TO_BE_ENDED)
         return "another process of the run has ended; it says why"
@@ -73,7 +73,7 @@ def in_words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{named}: {error.strerror}"
-    if found := IN_A_WORKER.match(text):
+    if found := LOADER_ERROR.match(text):
         text = found[1]
     return " ".join(text.split()) or type(error).__name__
 

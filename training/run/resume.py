@@ -15,7 +15,7 @@ from training.run.checkpoint import Checkpoints, Progress
 from training.run.length import Length
 from training.run.processes import Processes
 
-# What weights, optimiser and average of a checkpoint belong to.
+# What cannot change, as the weights, the optimiser and the average of a checkpoint belong to it.
 FIXED_OPTIONS = (
     "hidden_size",
     "num_attention_heads",
@@ -28,8 +28,8 @@ FIXED_OPTIONS = (
 LENGTH_OPTIONS = {"max_steps", "num_train_epochs", "max_minutes"}
 # Settings of the optimiser, which a checkpoint holds too.
 OPTIMIZER_OPTIONS = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
-# Seconds in which processes of a run that was killed let go of its folder.
-SECONDS_TO_DIE = 10
+# Seconds that a run waits for a folder: processes of one that was killed let go of it late.
+LOCK_TIMEOUT = 10
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def lock(folder: Path, processes: Processes) -> Iterator[None]:
         if processes.accelerator.is_main_process:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / ".lock").acquire(timeout=SECONDS_TO_DIE))
+                held.enter_context(FileLock(folder / ".lock").acquire(timeout=LOCK_TIMEOUT))
             except Timeout:
                 failure = ValueError(
                     f"another process trains in {folder}: wait for its end or stop it, or choose another --output_dir"
