@@ -168,8 +168,6 @@ def test_other_programs_end_in_a_sentence_too(model, tmp_path, capsys, monkeypat
 
 
 def test_a_script_ends_with_the_status_that_its_main_function_returns():
-    for script in ("training/train.py", "hub_upload.py", "benchmarks/bench_loader.py"):
-        assert "sys.exit(" in (ROOT / script).read_text().rpartition("__main__")[2]
     command = [sys.executable, "training/train.py", "--train_file=nowhere.parquet", "--use_cpu", "--max_steps=1"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.startswith("train: ") and len(process.stderr.splitlines()) == 1
