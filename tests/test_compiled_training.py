@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from small_models import relative_error, small_model
 
 from iflame_hf import IFlameTokenizer
-from training.measure.metrics import draw_samples
+from training.measure.samples import draw_samples
 from training.rows.pack import pack_row
 from training.run.create import compile_blocks
 

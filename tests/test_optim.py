@@ -8,7 +8,9 @@ import pytest
 import torch
 from small_models import small_model
 
-from training.optim.groups import MuonAdamW, create_average, create_optimizer, learning_rate_curve, parameter_groups
+from training.optim.average import create_average
+from training.optim.groups import MuonAdamW, create_optimizer, parameter_groups
+from training.optim.schedule import learning_rate_curve
 
 MATRIX = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 EMBEDDING = r"model\.embed_tokens\.weight|lm_head\.weight"

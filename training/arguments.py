@@ -11,7 +11,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from training.optim.groups import OPTIMIZERS, SCHEDULES
+from training.optim.groups import OPTIMIZERS
+from training.optim.schedule import SCHEDULES
 from training.procedural.make import KINDS
 from training.rows.pack import TOKENS_PER_FACE
 from training.run.ending import is_first_to_say

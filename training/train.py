@@ -32,8 +32,11 @@ from transformers.utils.logging import disable_progress_bar
 from iflame_cli.errors import CommandError
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
-from training.measure.metrics import draw_samples, evaluate, write_whole
-from training.optim.groups import create_average, create_optimizer, learning_rate_curve
+from training.measure.metrics import evaluate
+from training.measure.samples import draw_samples
+from training.optim.average import create_average
+from training.optim.groups import create_optimizer
+from training.optim.schedule import learning_rate_curve
 from training.rows.load import Batch, Place
 from training.rows.map import Data, load_data
 from training.rows.pack import IGNORED
@@ -41,7 +44,7 @@ from training.run.card import RunRecord, model_card
 from training.run.checkpoint import Checkpoints, Interruption, Progress, Stopped
 from training.run.create import compile_blocks, create_accelerator, create_model
 from training.run.ending import ends_in_words
-from training.run.log import RunLog, Window
+from training.run.log import RunLog, Window, write_whole
 from training.run.resume import (
     OF_THE_OPTIMISER,
     apply_settings,

@@ -1,17 +1,12 @@
-"""Which parameter is trained by which optimiser, learning rates over a run, and the moving average of the weights."""
+"""Which parameter is trained by which optimiser."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
-from transformers import get_scheduler
 
 OPTIMIZERS = ("muon", "adamw_torch")
-SCHEDULES = ("constant_with_warmup", "linear", "cosine", "cosine_with_min_lr", "warmup_stable_decay")
-# Share of a run in which "warmup_stable_decay" decays, where lr_scheduler_kwargs do not say otherwise.
-DECAY_SHARE = 0.2
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -118,45 +113,3 @@ def create_optimizer(
     if name == "muon" and groups["matrices"]:
         return MuonAdamW(matrices, rest, lr, betas, eps)
     return torch.optim.AdamW(matrices + rest, lr=lr, betas=betas, eps=eps)
-
-
-def learning_rate_curve(
-    name: str, warmup_steps: float, max_steps: int, lr_scheduler_kwargs: dict[str, Any] | None = None
-) -> Callable[[int], float]:
-    """
-    The factor of the learning rate at every step, from transformers' `get_scheduler`. `warmup_steps` below 1 is a
-    share of `max_steps`.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    kwargs = dict(lr_scheduler_kwargs or {})
-    warmup = warmup_count(warmup_steps, max_steps)
-    if name == "warmup_stable_decay":
-        kwargs.setdefault("num_decay_steps", min(max_steps - warmup, round(DECAY_SHARE * max_steps)))
-    # get_scheduler wants an optimiser, and changes its learning rate; it gets one that nobody uses.
-    stand_in = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    return get_scheduler(name, stand_in, warmup, max_steps, scheduler_specific_kwargs=kwargs).lr_lambdas[0]
-
-
-def warmup_count(warmup_steps: float, max_steps: int) -> int:
-    """Steps of the warm-up: `warmup_steps`, or that share of `max_steps` if it is below 1."""
-    return round(warmup_steps * max_steps) if warmup_steps < 1 else min(round(warmup_steps), max_steps)
-
-
-def create_average(model: nn.Module, decay: float) -> AveragedModel:
-    """
-    The exponential moving average of a model's weights: at the n-th update the average so far counts
-    min(decay, (1 + n) / (10 + n)), so that a short run is not averaged with its random beginning. `average.module` is
-    a model of the same class.
-    """
-
-    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor | int) -> None:
-        count = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
-
-    average = AveragedModel(model, multi_avg_fn=update)
-    average.requires_grad_(False)
-    return average.eval()

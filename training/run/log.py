@@ -10,8 +10,6 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from training.measure.metrics import write_whole
-
 LOG = "log.jsonl"
 
 
@@ -81,3 +79,10 @@ class Window:
         self.seconds += seconds
         self.rows += rows
         self.labels += labels
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that nobody ever sees half of it."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content)
+    os.replace(beside, path)

@@ -9,7 +9,8 @@ from small_models import EOS, PAD, mesh_rows, small_model
 from torch.nn import functional as F
 
 from iflame_hf import IFlameTokenizer
-from training.measure.metrics import COUNTS, count_right, draw_samples, evaluate
+from training.measure.metrics import COUNTS, count_right, evaluate
+from training.measure.samples import draw_samples
 from training.rows.pack import IGNORED, pack_row
 
 CATEGORIES = ["chair", "lamp", "table"]
