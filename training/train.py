@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -139,7 +140,7 @@ class Run:
                 "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
             )
         if options.ema_decay is not None:
-            self.average = create_average(model, options.ema_decay).to(accelerator.device)
+            self.average = create_average(model, options.ema_decay, accelerator.device)
         optimizer = create_optimizer(
             model,
             options.optim,
@@ -267,7 +268,7 @@ class Run:
             loss = self.backward(batch, labels)
             learnt, self.place = labels, place
             if progress.step + 1 < self.max_steps:
-                # The device is still at work, and is waited for once a step: here.
+                # While the device is at work on this step: the rows of the next one.
                 batch, place = self.fetch(batches)
                 labels, stop = self.agree(batch, pace)
             loss, gradient_norm = self.update(loss)
@@ -335,11 +336,17 @@ class Run:
         Called on all processes together: whether any is done with what the others wait for. Raises Stopped if none is,
         and any was asked to stop.
         """
-        known = torch.tensor([self.interruption.asked, done], dtype=torch.long, device=self.accelerator.device)
-        asked, done = self.accelerator.reduce(known, "sum").tolist()
+        asked, done = self.sums(self.interruption.asked, done)
         if asked and not done:
             raise Stopped
         return done > 0
+
+    def sums(self, *numbers: int) -> list[int]:
+        """The sum of each number over all processes, in one collective. With one process no device is asked."""
+        if self.accelerator.num_processes == 1:
+            return [int(number) for number in numbers]
+        numbers = torch.tensor(numbers, dtype=torch.long, device=self.accelerator.device)
+        return self.accelerator.reduce(numbers, "sum").tolist()
 
     def fetch(self, batches: Iterator[tuple[Batch, Place]]) -> tuple[list[Batch], Place]:
         """
@@ -370,8 +377,7 @@ class Run:
         labels = sum(int((rows["labels"] != IGNORED).sum()) for rows in batch)
         main = self.accelerator.is_main_process
         asked, failed = self.interruption.asked, self.failure is not None
-        known = torch.tensor([labels, asked, failed, max_steps if main else 0], device=self.accelerator.device)
-        labels, asked, failed, max_steps = self.accelerator.reduce(known, "sum").tolist()
+        labels, asked, failed, max_steps = self.sums(labels, asked, failed, max_steps if main else 0)
         if failed and self.failure is None:
             self.failure = CommandError("another process could not read its rows; it says why")
         if max_steps < planned == self.max_steps:
@@ -408,7 +414,10 @@ class Run:
         """
         accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
-        norm, total = float(norm), float(accelerator.reduce(loss, "sum"))
+        if isinstance(norm, DTensor):  # of weights that are sharded
+            norm = norm.full_tensor()
+        total = accelerator.reduce(loss, "sum")
+        norm, total = torch.stack([norm.to(total.device), total]).tolist()  # the step's one wait for the device
         finite = math.isfinite(norm) and math.isfinite(total)
         if finite or accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
             self.optimizer.step()

@@ -13,7 +13,7 @@ from training.arguments import Arguments
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
 # mesh a row or several.
-MOST_COMPILED_BLOCKS = 24
+MAX_COMPILED_BLOCKS = 24
 # Options that a model to start from has decided.
 SIZES = (
     "hidden_size",
@@ -135,6 +135,6 @@ def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: s
     Rows have one length, so the shapes of the first step are those of all; evaluation and training compile apart, and
     so do rows of one mesh and of several.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED_BLOCKS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_BLOCKS)
     for block in model.model.layers:
         block.compile(mode=mode, backend=backend, dynamic=False)
