@@ -50,6 +50,10 @@ class Progress:
         names = {entry.name for entry in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in names})
 
+    def become(self, other: "Progress") -> None:
+        """Take over all that another holds, so that whoever holds this one goes on from there."""
+        vars(self).update(vars(other))
+
     def write(self, folder: Path) -> None:
         (folder / STATE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
@@ -146,7 +150,7 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """
         On the main process: rename checkpoints of later steps than `step`, from where a run goes on. They are broken,
-        or of a way that was left, and must be neither taken for the latest nor kept in the place of new ones.
+        or of a run that this one replaces, and must be neither taken for the latest nor kept in the place of new ones.
         """
         for path in self.folders():
             if _step(path) > step:
@@ -199,9 +203,7 @@ class Checkpoints:
         failure = None
         try:
             action()
-        except (
-            Exception
-        ) as error:  # a full disk is an OSError, RuntimeError or SafetensorError, depending on who writes
+        except Exception as error:  # who writes decides if a full disk is an OSError, RuntimeError or SafetensorError
             failure = f"{type(error).__name__}: {error}"
         failures = gather_object([failure]) if self.accelerator.num_processes > 1 else [failure]
         return next((failure for failure in failures if failure is not None), None)

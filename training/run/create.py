@@ -1,4 +1,4 @@
-"""What a run begins with: Accelerate's object, the model with its tokenizer, and the model's compilation."""
+"""What a run begins with: Accelerate's object, the model with its tokenizer, the optimiser, compiled blocks."""
 
 from typing import Any
 
@@ -6,10 +6,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from torch.optim.swa_utils import AveragedModel
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.names import model_folder
-from training.arguments import Arguments
+from training.arguments import Arguments, TrainArguments
+from training.optim.average import create_average
+from training.optim.groups import create_optimizer
+from training.run.weights import are_sharded
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
 # mesh a row or several.
@@ -125,6 +129,33 @@ def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTo
             f"{arguments.model.model_name_or_path} is as it is made and cannot have {', '.join(others)}: leave that "
             "out, or leave out --model_name_or_path to train a new model"
         )
+
+
+def create_optimization(
+    options: TrainArguments, model: IFlameForCausalLM, accelerator: Accelerator
+) -> tuple[torch.optim.Optimizer, AveragedModel | None]:
+    """
+    The optimiser that the options name, and the moving average of the weights if they ask for one.
+
+    Raises:
+        ValueError: an average is asked for while the weights are sharded.
+    """
+    average = None
+    if options.ema_decay is not None:
+        if are_sharded(accelerator):
+            raise ValueError(
+                "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
+            )
+        average = create_average(model, options.ema_decay, accelerator.device)
+    optimizer = create_optimizer(
+        model,
+        options.optim,
+        options.learning_rate,
+        options.weight_decay,
+        (options.adam_beta1, options.adam_beta2),
+        options.adam_epsilon,
+    )
+    return optimizer, average
 
 
 def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:
