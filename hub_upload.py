@@ -65,7 +65,7 @@ SECRETS = {
     "a password in an address": rb"\w://[^/\s:@]+:[^/\s:@]+@",
     "a password or key": rb"(?i:[\"'](api_?key|secret|password|access_token|auth_token)[\"']\s*:\s*[\"'][^\"']{6})",
 }
-STATUS = {
+STATUS_IN_WORDS = {
     400: "the Hub takes the request for a wrong one",
     401: "the Hub does not accept the access token: it is wrong or has expired. Make one that may write at "
     "https://huggingface.co/settings/tokens, then run `hf auth login`",
@@ -386,7 +386,7 @@ def in_plain_words(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        words = STATUS.get(
+        words = STATUS_IN_WORDS.get(
             status, SERVER_FAULT.format(status=status) if status >= 500 else f"the Hub answers {status}"
         )
         return f"{words}. It says: {error.server_message}" if error.server_message else words

@@ -20,13 +20,15 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from sampling import FACE, Growing, Prompt, grow, load, read_part, write, write_all
+from sampling import TOKENS_PER_FACE, Growing, Prompt, grow, load, read_part, write, write_all
 from transformers import Pipeline
 from waiting_line import Line, Place
 
-HERE = Path(__file__).resolve().parent
+APP_FOLDER = Path(__file__).resolve().parent
 # The viewer is that of `iflame view`; a Space has a copy beside this file.
-VIEWER = HERE / "viewer" if (HERE / "viewer").is_dir() else HERE.parent / "iflame_cli" / "viewer"
+VIEWER_FOLDER = (
+    APP_FOLDER / "viewer" if (APP_FOLDER / "viewer").is_dir() else APP_FOLDER.parent / "iflame_cli" / "viewer"
+)
 DEFAULT_MODEL = "outputs/demo"
 PART_SUFFIXES = [".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae"]
 MOST_MESHES = 9
@@ -109,7 +111,7 @@ class Page:
 
     def __init__(self, generator: Pipeline, name: str, examples: bool = True):
         self.generator = generator
-        self.most_faces = min(MOST_FACES, generator.model.config.max_position_embeddings // FACE - 2)
+        self.most_faces = min(MOST_FACES, generator.model.config.max_position_embeddings // TOKENS_PER_FACE - 2)
         self.default_faces = min(200, self.most_faces)
         self._line = Line()
         self._runs = itertools.count(1)
@@ -159,9 +161,9 @@ class Page:
 
     def _build_results(self) -> None:
         self.viewer = gr.HTML(
-            html_template=(VIEWER / "viewer.html").read_text(encoding="utf-8"),
-            css_template=(VIEWER / "viewer.css").read_text(encoding="utf-8"),
-            js_on_load=(VIEWER / "viewer.js").read_text(encoding="utf-8"),
+            html_template=(VIEWER_FOLDER / "viewer.html").read_text(encoding="utf-8"),
+            css_template=(VIEWER_FOLDER / "viewer.css").read_text(encoding="utf-8"),
+            js_on_load=(VIEWER_FOLDER / "viewer.js").read_text(encoding="utf-8"),
             elem_id="viewer",
         )
         self.status = gr.Markdown("", elem_id="status")

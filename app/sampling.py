@@ -17,7 +17,7 @@ from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, pipel
 from transformers.generation.streamers import BaseStreamer
 
 TASK = "mesh-generation"
-FACE = 9  # tokens of a face; a sequence begins with a start face
+TOKENS_PER_FACE = 9  # tokens of a face; a sequence begins with a start face
 FORMATS = ("glb", "obj")
 
 
@@ -30,7 +30,7 @@ class Prompt:
 
     @property
     def faces(self) -> int:
-        return len(self.ids) // FACE - 1
+        return len(self.ids) // TOKENS_PER_FACE - 1
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def read_part(generator: Pipeline, path: str | Path, share: float = 1.0, room_ab
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).replace(str(path), path.name)
         raise ValueError(reason if path.name in reason else f"{path.name}: {reason}") from error
-    faces = len(row["input_ids"]) // FACE - 1
-    return Prompt(row["input_ids"][: FACE * (1 + max(1, round(share * faces)))], row["bounds"])
+    faces = len(row["input_ids"]) // TOKENS_PER_FACE - 1
+    return Prompt(row["input_ids"][: TOKENS_PER_FACE * (1 + max(1, round(share * faces)))], row["bounds"])
 
 
 class _Steps(BaseStreamer):
@@ -147,7 +147,7 @@ def grow(
     early, the generation stops.
     """
     model, tokenizer = generator.model, generator.tokenizer
-    prompt = prompt or Prompt([tokenizer.bos_token_id] * FACE)
+    prompt = prompt or Prompt([tokenizer.bos_token_id] * TOKENS_PER_FACE)
     room = max_faces - prompt.faces
     if room < 1:
         raise ValueError(
@@ -165,7 +165,7 @@ def grow(
                 torch.tensor([prompt.ids], device=model.device),
                 do_sample=True,
                 num_return_sequences=number,
-                max_new_tokens=FACE * room + 1,  # the last may say that the mesh ends
+                max_new_tokens=TOKENS_PER_FACE * room + 1,  # the last may say that the mesh ends
                 temperature=temperature,
                 top_k=0,
                 top_p=top_p,

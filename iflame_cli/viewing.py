@@ -17,7 +17,7 @@ from iflame_cli.light.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 from iflame_cli.reading import mesh_files
 
 MARK = "<!-- written by iflame view -->"
-VIEWER = Path(__file__).with_name("viewer")
+VIEWER_FOLDER = Path(__file__).with_name("viewer")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,7 +57,8 @@ def build_page(meshes: dict[Path, tuple[np.ndarray, np.ndarray]], title: str) ->
         shown.append({"faces": encoded, "given": 0, "ended": True, "seed": None, "name": path.name})
     value = {"run": title, "meshes": shown, "is_over": True, "is_still": True, "hint": None}
     page, viewer, css, js = (
-        (VIEWER / name).read_text(encoding="utf-8") for name in ("page.html", "viewer.html", "viewer.css", "viewer.js")
+        (VIEWER_FOLDER / name).read_text(encoding="utf-8")
+        for name in ("page.html", "viewer.html", "viewer.css", "viewer.js")
     )
     return Template(page).substitute(
         mark=MARK,

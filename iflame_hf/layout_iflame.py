@@ -26,7 +26,7 @@ class MeshBounds(NamedTuple):
     longest: int | None = None  # items of the longest mesh
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowLayout:
     """
     Which meshes lie in the rows of a batch, and where.

@@ -1,13 +1,16 @@
 """What the page does for its visitors, without a browser."""
 
 import asyncio
+import shutil
+import subprocess
+import sys
 import threading
 from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from app_fixtures import box, closes_meshes, sampling, save_endless_model
+from app_fixtures import APP, box, closes_meshes, sampling, save_endless_model
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[app-test]'")
 
@@ -302,3 +305,12 @@ def test_examples_can_be_switched_off(generator):
 
     assert on_load(Page(generator, "someone/meshes"))
     assert not on_load(Page(generator, "someone/meshes", examples=False))
+
+
+def test_the_folder_of_a_space_holds_the_viewer_too(tmp_path):
+    space = tmp_path / "space"
+    shutil.copytree(APP, space)
+    shutil.copytree(APP.parent / "iflame_cli" / "viewer", space / "viewer")
+    source = "import app; print(app.VIEWER_FOLDER)"
+    run = subprocess.run([sys.executable, "-c", source], cwd=space, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == str(space / "viewer")

@@ -68,7 +68,7 @@ def test_view_opens_the_browser_unless_told_not_to(tmp_path, monkeypatch, capsys
     assert "open the page yourself" in capsys.readouterr().err
 
 
-def test_view_leaves_others_pages_alone_and_says_what_is_not_there(tmp_path, capsys):
+def test_view_leaves_others_pages_alone_and_says_where_there_is_nothing_to_see(tmp_path, capsys):
     box = export_mesh(trimesh.creation.box(), tmp_path / "box.glb")
     (tmp_path / "view.html").write_text("my own page")
     assert main(["view", str(tmp_path), "--no-browser"]) == 1
@@ -76,9 +76,8 @@ def test_view_leaves_others_pages_alone_and_says_what_is_not_there(tmp_path, cap
     assert (tmp_path / "view.html").read_text() == "my own page"
     assert main(["view", str(box), "--page", str(tmp_path / "b.html"), "--no-browser"]) == 0
     (tmp_path / "empty").mkdir()
-    for source, reason in (("empty", "holds no mesh files"), ("none", "no such file or folder")):
-        assert main(["view", str(tmp_path / source), "--no-browser"]) == 1
-        assert reason in capsys.readouterr().err
+    assert main(["view", str(tmp_path / "empty"), "--no-browser"]) == 1
+    assert "holds no mesh files" in capsys.readouterr().err
     (tmp_path / "empty" / "bad.obj").write_text("nothing")
     assert main(["view", str(tmp_path / "empty"), "--no-browser"]) == 1
     assert "left out" in capsys.readouterr().err

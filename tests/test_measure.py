@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from small_models import EOS, PAD, mesh_rows, small_model
+from small_models import EOS, mesh_rows, small_model
 from torch.nn import functional as F
 
 from iflame_hf import IFlameTokenizer
 from training.measure.metrics import COUNTS, count_right, evaluate
 from training.measure.samples import draw_samples
-from training.rows.pack import IGNORED, pack_row
+from training.rows.pack import IGNORED, pack, row_inputs
 
 CATEGORIES = ["chair", "lamp", "table"]
 
@@ -19,13 +19,8 @@ CATEGORIES = ["chair", "lamp", "table"]
 @pytest.fixture(scope="module")
 def batch():
     """Two rows of four meshes, of the categories chair, table, table, chair."""
-    meshes = [row.tolist() for row in mesh_rows(4, faces=4, end=True)]
-    rows = [pack_row(meshes[:2], 9 * 14, PAD), pack_row(meshes[2:], 9 * 14, PAD)]
-    batch = {name: torch.tensor([row[name].tolist() for row in rows]) for name in rows[0]}
-    batch["categories"] = torch.full_like(batch["labels"], -1)
-    for row, start, category in ((0, 0, 0), (0, 54, 2), (1, 0, 2), (1, 54, 0)):
-        batch["categories"][row, start : start + 54] = category
-    return batch
+    meshes, tokenizer = list(mesh_rows(4, faces=4, end=True).numpy()), IFlameTokenizer()
+    return row_inputs(pack([meshes[:2], meshes[2:]], 9 * 14, tokenizer, {"category": [0, 2, 2, 0]}), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +59,9 @@ def counted_one_by_one(logits, labels, categories):
 
 
 def test_tokens_vertices_and_faces_are_counted_by_category(batch, logits):
-    expected = counted_one_by_one(logits, batch["labels"], batch["categories"])
-    counts = count_right(logits, batch["labels"], batch["categories"], len(CATEGORIES), 129)
+    categories = batch["layout"].attribute("category")
+    expected = counted_one_by_one(logits, batch["labels"], categories)
+    counts = count_right(logits, batch["labels"], categories, len(CATEGORIES), 129)
     torch.testing.assert_close(counts.double(), expected, rtol=1e-5, atol=1e-5)
     assert expected[:, 1].tolist() == [90, 0, 90] and expected[:, 5].tolist() == [8, 0, 8]
     assert 0 < expected[0, 6] < 8, "some faces right and some wrong"
@@ -75,8 +71,7 @@ def test_metrics_are_those_of_the_model(batch):
     model = small_model().train()
     metrics = evaluate(model, [batch, batch], Accelerator(cpu=True), CATEGORIES, 129)
     assert model.training
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
-    assert metrics["eval_loss"] == pytest.approx(model(**inputs).loss.item(), rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert set(metrics["eval_by_category"]) == {"chair", "table"}
     losses = [part["loss"] for part in metrics["eval_by_category"].values()]

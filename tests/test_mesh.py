@@ -139,7 +139,7 @@ def test_triangles_of_off_files_are_those_that_trimesh_reads(tmp_path):
     vertices, faces = load_mesh(path)
     np.testing.assert_array_equal(vertices, oracle.vertices)
     np.testing.assert_array_equal(faces, oracle.faces)
-    path.write_text(path.read_text().replace("OFF\n", "OFF"))  # as in ModelNet, the counts behind the word
+    path.write_text(path.read_text().replace("OFF\n", "OFF"))  # as in ModelNet, the counts right after the word
     np.testing.assert_array_equal(load_mesh(path)[1], oracle.faces)
 
 

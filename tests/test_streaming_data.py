@@ -79,14 +79,15 @@ def names(meshes):
 
 def sequences_in(batch):
     """The token ids of every mesh in a batch, row by row."""
-    for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+    for ids, positions in zip(batch["input_ids"], batch["layout"].positions(), strict=True):
         for part in torch.tensor_split(ids, (positions == 0).nonzero()[1:, 0]):
             if part[0] != PAD:
                 yield tuple(part.tolist())
 
 
 def same(batch, other):
-    return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
+    known = [(each["input_ids"], each["labels"], each["layout"].positions()) for each in (batch, other)]
+    return batch.keys() == other.keys() and all(map(torch.equal, *known))
 
 
 def until_block(rows, last, *arguments, **options):

@@ -19,9 +19,9 @@ from training.run.ending import is_first_to_say
 
 LONG_MESHES = ("error", "crop", "drop")
 # What train.py does without arguments.
-DEMO = Path(__file__).with_name("configs") / "demo.yaml"
+DEMO_CONFIG = Path(__file__).with_name("configs") / "demo.yaml"
 # What a file says of the end of its run, and the options that make the run another one if the command line gives them.
-REPLACED_BY = {
+REPLACING_OPTIONS = {
     "max_steps": ("num_train_epochs",),
     "max_minutes": ("max_steps", "num_train_epochs"),
     "required_eval_loss": ("max_steps", "num_train_epochs", "train_file"),
@@ -276,7 +276,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        argv, settings = argv or [str(DEMO)], {}
+        argv, settings = argv or [str(DEMO_CONFIG)], {}
         if not argv[0].startswith("-"):
             settings, argv = _read_yaml(Path(argv[0]), parser.options), argv[1:]
         # Options are never None on the command line, so None stands for those that it does not give.
@@ -287,7 +287,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
         given = {
             name: value
             for name, value in settings.items()
-            if command_line.keys().isdisjoint(REPLACED_BY.get(name, ()))
+            if command_line.keys().isdisjoint(REPLACING_OPTIONS.get(name, ()))
         } | command_line
         return Arguments(*parser.parse_dict(given), given=frozenset(given))
     except ValueError as error:

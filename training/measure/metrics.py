@@ -17,7 +17,7 @@ COUNTS = ("loss", "tokens", "right_tokens", "vertices", "right_vertices", "faces
 
 def evaluate(
     model: torch.nn.Module,
-    batches: Iterable[dict[str, torch.Tensor]],
+    batches: Iterable[dict[str, Any]],
     accelerator: Accelerator,
     category_names: list[str],
     coordinate_levels: int,
@@ -30,7 +30,7 @@ def evaluate(
     of its three or nine coordinates are.
 
     Args:
-        batches: this rank's rows, each with `labels` and `categories` (B, T).
+        batches: this rank's rows, each with `labels` (B, T) and a `layout` that knows the `category` of each mesh.
         coordinate_levels: number of token ids that are coordinates.
         check: called before each batch; what it raises ends the evaluation.
 
@@ -45,7 +45,7 @@ def evaluate(
         for batch in batches:
             check()
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            labels, categories = batch.pop("labels"), batch.pop("categories")
+            labels, categories = batch.pop("labels"), batch["layout"].attribute("category")
             with torch.no_grad(), accelerator.autocast():
                 logits = model(**batch, use_cache=False).logits
             counts += count_right(logits, labels, categories, len(category_names), coordinate_levels).cpu()

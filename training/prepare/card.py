@@ -10,7 +10,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from training.prepare.containers import HUB
 from training.prepare.prepared_set import FACE_BINS, SPLITS
 
-_LARGEST_TABLE = 60
+_MOST_TABLE_ROWS = 60
 # Of the Hub's identifiers of licences (huggingface.co/docs/hub/repositories-licenses) those that data sets have.
 _HUB_LICENSES = {
     *("cc0-1.0", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"),
@@ -22,7 +22,7 @@ _HUB_LICENSES = {
     *("unknown", "other"),
 }
 # In Jinja2, as DatasetCard.from_template takes it.
-_CARD = """\
+_CARD_TEMPLATE = """\
 ---
 {{ card_data }}
 ---
@@ -61,7 +61,7 @@ meshes = load_dataset("path/of/this/folder")["train"]
 {% for line in tables -%}
 {{ line }}
 {% endfor %}"""
-_SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
+_SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
 
 
 def summary_of(counts: dict[str, Counter], shards: Counter, items: int) -> dict[str, Any]:
@@ -81,7 +81,9 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
     total = sum(summary["meshes"].values())
     licenses = counts.get("license", Counter())
     splits = [split for split in SPLITS if summary["meshes"][split]]
-    size = next((name for power, name in enumerate(_SIZES) if total < 10 ** (power + 3)), _SIZES[-1])
+    size = next(
+        (name for power, name in enumerate(_SIZE_CATEGORIES) if total < 10 ** (power + 3)), _SIZE_CATEGORIES[-1]
+    )
     data = DatasetCardData(
         pretty_name=name,
         size_categories=size,
@@ -97,7 +99,7 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
     binned = Counter({_bin_name(int(key)): n for key, n in sorted(counts.get("faces", {}).items(), key=_by_bin)})
     card = DatasetCard.from_template(
         data,
-        template_str=_CARD,
+        template_str=_CARD_TEMPLATE,
         name=name,
         settings=settings,
         meshes=f"{total:,}",
@@ -144,7 +146,7 @@ def _how(settings: dict[str, Any]) -> list[str]:
 def _table(title: str, head: str, counts: Counter, ranked: bool = True) -> list[str]:
     if not counts:
         return []
-    rows = counts.most_common(_LARGEST_TABLE) if ranked else list(counts.items())
+    rows = counts.most_common(_MOST_TABLE_ROWS) if ranked else list(counts.items())
     lines = [f"## {title}", "", f"| {head} | meshes |", "|---|---|"]
     lines += [f"| {_cell(key)} | {number:,} |" for key, number in rows]
     if len(counts) > len(rows):

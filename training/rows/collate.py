@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from iflame_hf.tokenization_iflame import IFlameTokenizer
-from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_row
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack, row_inputs
 
 
 @dataclass
@@ -36,19 +36,22 @@ class MeshCollator:
         if self.row_length is not None and (self.row_length < least or self.row_length % TOKENS_PER_FACE):
             raise ValueError(f"row_length must be a multiple of 9, at least {least}, got {self.row_length}")
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
         Int64 tensors of N meshes, at least one. Padded on the right: `input_ids`, `attention_mask` and `labels`,
         (N, longest). Packed: `input_ids`, `position_ids` and `labels`, (R, row_length), R as few rows as best fit
-        finds. Labels are the ids, which the model shifts, but -100 on start faces and padding.
+        finds, and their `layout`, which spares the model looking at the positions; it knows of each mesh its number
+        of `faces` and, where all examples have a whole number of that name, its `category`. Labels are the ids, which
+        the model shifts, but -100 on start faces and padding.
 
         Raises:
             ValueError: naming the mesh's place in the batch, for one that the tokenizer refuses or that is longer than
                 a row, and for ids that are no whole mesh.
         """
         sequences = [self._encode(place, example) for place, example in enumerate(examples)]
-        rows = self._pad(sequences) if self.row_length is None else self._pack(sequences, self.row_length)
-        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        if self.row_length is None:
+            return self._pad(sequences)
+        return self._pack(sequences, self.row_length, [example.get("category") for example in examples])
 
     def _encode(self, place: int, example: Mapping[str, Any]) -> np.ndarray:
         try:
@@ -64,7 +67,7 @@ class MeshCollator:
             raise ValueError(f"mesh {place} of the batch: {error}") from error
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
-        """Ids (T,) of a mesh. Raises ValueError unless they are whole faces behind a start face, without padding."""
+        """Ids (T,) of a mesh. Raises ValueError unless they are whole faces after a start face, without padding."""
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) == 0 or len(ids) % TOKENS_PER_FACE:
             raise ValueError(f"input_ids must be whole faces of nine ids, got {ids.dtype} of the shape {ids.shape}")
         is_start = ids == self.tokenizer.bos_token_id
@@ -74,15 +77,14 @@ class MeshCollator:
             raise ValueError("input_ids must have no padding: encode with padding=False, the collator pads")
         return ids.astype(np.int64)
 
-    def _pad(self, sequences: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        longest, rows = max(map(len, sequences)), []
-        for ids in sequences:
-            row = pack_row([ids], longest, self.tokenizer.pad_token_id)
-            mask = (np.arange(longest) < len(ids)).astype(np.int64)
-            rows.append({"input_ids": row["input_ids"], "attention_mask": mask, "labels": row["labels"]})
-        return rows
+    def _pad(self, sequences: list[np.ndarray]) -> dict[str, Any]:
+        longest = max(map(len, sequences))
+        inputs = row_inputs(pack([[ids] for ids in sequences], longest, self.tokenizer), self.tokenizer)
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        mask = (torch.arange(longest) < lengths[:, None]).long()
+        return {"input_ids": inputs["input_ids"], "attention_mask": mask, "labels": inputs["labels"]}
 
-    def _pack(self, sequences: list[np.ndarray], row_length: int) -> list[dict[str, np.ndarray]]:
+    def _pack(self, sequences: list[np.ndarray], row_length: int, categories: list[Any]) -> dict[str, Any]:
         for place, ids in enumerate(sequences):
             if len(ids) > row_length:
                 raise ValueError(
@@ -90,9 +92,13 @@ class MeshCollator:
                     f"of {row_length}: give a row_length of at least {len(ids)}, or leave long meshes out of the data "
                     "set"
                 )
-        sequences = sorted(sequences, key=len, reverse=True)  # which packs tightly; equally long ones keep their order
-        sizes = [len(ids) // TOKENS_PER_FACE for ids in sequences]
-        return [
-            pack_row([sequences[item] for item in row], row_length, self.tokenizer.pad_token_id)
-            for row in best_fit(sizes, row_length // TOKENS_PER_FACE)
-        ]
+        # From long to short, which packs tightly; equally long ones keep their order.
+        order = sorted(range(len(sequences)), key=lambda mesh: -len(sequences[mesh]))
+        sizes = [len(sequences[mesh]) // TOKENS_PER_FACE for mesh in order]
+        rows = [[order[item] for item in row] for row in best_fit(sizes, row_length // TOKENS_PER_FACE)]
+        known = {}
+        if all(isinstance(category, (int, np.integer)) for category in categories):
+            known["category"] = [categories[mesh] for row in rows for mesh in row]
+        packed = pack([[sequences[mesh] for mesh in row] for row in rows], row_length, self.tokenizer, known)
+        inputs = row_inputs(packed, self.tokenizer)
+        return {**inputs, "position_ids": inputs["layout"].positions()}

@@ -1,8 +1,8 @@
 """Rows made by worker processes, on their way into a training step.
 
-A row travels as its token ids in the smallest type that holds them, many rows at a time: positions and labels follow
-from the ids, and a row in full takes 24 times the bytes of its ids in one byte each. Arrays go through a pipe; shared
-memory, torch's way, costs more for messages of this size and is scarce in containers.
+Many rows travel at a time, as token ids in the smallest type that holds them: their layout and labels follow from
+these. Arrays go through a pipe; shared memory, torch's way, costs more for messages of this size and is scarce in
+containers.
 """
 
 import multiprocessing
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import fsspec.asyn
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from training.rows.pack import row_inputs
+from iflame_hf.tokenization_iflame import IFlameTokenizer
+from training.rows.pack import PackedRows, row_inputs
 
-Batch = dict[str, torch.Tensor]
+# What `forward` takes: tensors by name, and the layout of their rows.
+Batch = dict[str, Any]
 # Where a process goes on in the data: two numbers whose meaning is the source's own.
 Place = list[int]
 Task = TypeVar("Task")
@@ -45,7 +46,7 @@ class TrainingRows(Protocol):
         pin_memory: bool = False,
     ) -> Iterator[tuple[Batch, Place]]:
         """
-        The batches of process `rank`, `size` rows each, with the place behind each of them.
+        The batches of process `rank`, `size` rows each, with the place after each of them.
 
         Args:
             places: where every process, in the order of ranks, stopped; empty at the beginning.
@@ -61,7 +62,9 @@ class TrainingRows(Protocol):
         """Changes with everything that the meaning of a place depends on."""
 
 
-def in_workers(function: Callable[[Task], np.ndarray], tasks: Iterable[Task], num_workers: int) -> Iterator[Any]:
+def in_workers(
+    function: Callable[[Task], PackedRows], tasks: Iterable[Task], num_workers: int
+) -> Iterator[PackedRows]:
     """The function's result for every task, in their order, computed by worker processes if there are any."""
     return iter(
         DataLoader(
@@ -77,14 +80,14 @@ def in_workers(function: Callable[[Task], np.ndarray], tasks: Iterable[Task], nu
 
 
 class _Results(Dataset, Generic[Task]):
-    def __init__(self, function: Callable[[Task], np.ndarray]):
+    def __init__(self, function: Callable[[Task], PackedRows]):
         self.function = function
 
-    def __getitem__(self, task: Task) -> np.ndarray:
+    def __getitem__(self, task: Task) -> PackedRows:
         return self.function(task)
 
 
-def _as_it_is(result: np.ndarray) -> np.ndarray:
+def _as_it_is(result: PackedRows) -> PackedRows:
     return result
 
 
@@ -104,7 +107,7 @@ def _die_with_the_parent() -> None:
     os._exit(1)
 
 
-def batch_inputs(ids: np.ndarray, bos_token_id: int, pad_token_id: int, pin_memory: bool = False) -> Batch:
-    """The model's inputs, (B, T) int64 each, for rows of token ids (B, T)."""
-    batch = {name: torch.from_numpy(values) for name, values in row_inputs(ids, bos_token_id, pad_token_id).items()}
-    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin_memory else batch
+def batch_inputs(rows: PackedRows, tokenizer: IFlameTokenizer, pin_memory: bool = False) -> Batch:
+    """The model's inputs for packed rows, see `row_inputs`, in page-locked memory if asked for."""
+    batch = row_inputs(rows, tokenizer)
+    return {name: value.pin_memory() for name, value in batch.items()} if pin_memory else batch

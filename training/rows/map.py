@@ -18,14 +18,13 @@ import fsspec
 import numpy as np
 import pyarrow.parquet
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
 
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.arguments import Arguments
 from training.procedural.make import make_dataset
 from training.rows.encode import MeshEncoder, MeshTable, count_triangles
 from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
-from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack_ids, pack_row, plan_rows
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, best_fit, pack, plan_rows
 from training.rows.stream import stream_rows
 
 # Meshes that are read together in search of a usable one.
@@ -114,7 +113,7 @@ class ParquetMeshes:
 
 def expand(pattern: str) -> list[str]:
     """
-    The files that a pattern names, on this machine or, with hf:// in front, on the Hub; a plain name is itself. Raises
+    The files that a pattern names, on this machine or, of hf:// addresses, on the Hub; a plain name is itself. Raises
     ValueError if there is none.
     """
     if not fsspec.core.has_magic(pattern):
@@ -143,10 +142,10 @@ class RowKey(NamedTuple):
     draws: np.ndarray
 
 
-class MeshRows(Dataset):
+class MeshRows:
     """
-    Rows of the model's inputs by their keys: `input_ids`, `position_ids` and `labels`, and for evaluation
-    `categories`, the index of each token's category or -1; all (row_length,) int64.
+    Packed rows by their keys, for training and evaluation. Of each mesh its category is known: `category`, an index
+    into the names of the meshes' categories.
 
     A mesh that turns out to be unusable, for example flat to a point once it is quantised, is left out with a warning.
     """
@@ -159,30 +158,22 @@ class MeshRows(Dataset):
         seed: int = 0,
         scale: bool = False,
         shift: bool = False,
-        with_categories: bool = False,
     ):
         self.meshes = meshes
         self.tokenizer = tokenizer
         self.row_length = row_length
         self.encode = MeshEncoder(tokenizer, row_length, seed, scale, shift)
-        self.with_categories = with_categories
 
-    def __getitem__(self, key: RowKey) -> dict[str, np.ndarray]:
-        found = self._sequences([key])[0]
-        sequences = [sequence for _, sequence in found]
-        row = pack_row(sequences, self.row_length, self.tokenizer.pad_token_id)
-        if self.with_categories:
-            lengths = [len(sequence) for sequence in sequences]
-            categories = [self.meshes.categories[index] for index, _ in found] + [-1]
-            lengths.append(self.row_length - sum(lengths))
-            row["categories"] = np.repeat(np.array(categories, dtype=np.int64), lengths)
-        return row
+    def pack(self, keys: Sequence[RowKey]) -> PackedRows:
+        """The rows of N keys, in the order of these."""
+        found = self._sequences(keys)
+        categories = [self.meshes.categories[index] for of_row in found for index, _ in of_row]
+        sequences = [[sequence for _, sequence in of_row] for of_row in found]
+        return pack(sequences, self.row_length, self.tokenizer, {"category": categories}, self.encode.id_type)
 
-    def ids(self, keys: Sequence[RowKey]) -> np.ndarray:
-        """Token ids (N, row_length) of N rows, in the smallest type that holds them."""
-        pad, dtype = self.tokenizer.pad_token_id, self.encode.id_type
-        rows = [[sequence for _, sequence in found] for found in self._sequences(keys)]
-        return np.stack([pack_ids(sequences, self.row_length, pad, dtype) for sequences in rows])
+    def batch(self, keys: Sequence[RowKey]) -> Batch:
+        """The model's inputs for the rows of N keys."""
+        return batch_inputs(self.pack(keys), self.tokenizer)
 
     def _sequences(self, keys: Sequence[RowKey]) -> list[list[tuple[int, np.ndarray]]]:
         """For every row the indices of its meshes and their token ids."""
@@ -283,7 +274,7 @@ class RowStream:
         return [draws[row] for row in rows]
 
     def advance(self, epoch: int, row: int, count: int) -> tuple[int, int]:
-        """The place `count` rows behind row `row` of `epoch`."""
+        """The place `count` rows after row `row` of `epoch`."""
         row += count
         while row >= len(self.rows_of(epoch)):
             row -= len(self.rows_of(epoch))
@@ -343,16 +334,14 @@ class MappedRows(TrainingRows):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> Iterator[tuple[Batch, Place]]:
-        tokenizer = self.rows.tokenizer
         epoch, row = places[0] if places else (0, 0)
         batches = self.stream.batches(epoch, row, size, rank, world_size)
         at_once = max(1, ROWS_IN_MESSAGE // size)
         tasks = iter(lambda: list(chain.from_iterable(islice(batches, at_once))), [])
-        for ids in in_workers(self.rows.ids, tasks, num_workers):
-            for first in range(0, len(ids), size):
-                batch = ids[first : first + size]
+        for rows in in_workers(self.rows.pack, tasks, num_workers):
+            for first in range(0, len(rows.ids), size):
                 epoch, row = self.stream.advance(epoch, row, world_size * size)
-                yield batch_inputs(batch, tokenizer.bos_token_id, tokenizer.pad_token_id, pin_memory), [epoch, row]
+                yield batch_inputs(rows[first : first + size], self.rows.tokenizer, pin_memory), [epoch, row]
 
     def epochs(self, place: Place) -> float:
         epoch, row = place
@@ -365,13 +354,24 @@ class MappedRows(TrainingRows):
         return self.stream.digest()
 
 
+@dataclass(frozen=True)
+class HeldOutRows:
+    """The batches of an evaluation, made anew whenever they are gone through."""
+
+    rows: MeshRows
+    keys: list[list[RowKey]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.rows.batch, self.keys)
+
+
 @dataclass
 class Data:
     """What a run learns from and is judged by."""
 
     rows: TrainingRows
     validation: Meshes | None
-    validation_loader: DataLoader | None
+    validation_loader: HeldOutRows | None
 
 
 def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
@@ -389,10 +389,10 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
         chosen = {"max_faces": options.procedural_max_faces, "kinds": tuple(options.procedural_kinds)}
         count = min(options.num_procedural_meshes, options.max_train_samples or options.num_procedural_meshes)
         meshes = ProceduralMeshes(make_dataset(count, train.seed, **chosen))
-        held_out = options.num_procedural_validation_meshes
-        held_out = min(held_out, options.max_eval_samples or held_out)
-        if held_out:
-            validation = ProceduralMeshes(make_dataset(held_out, train.seed + VALIDATION_SEED, **chosen))
+        count = options.num_procedural_validation_meshes
+        count = min(count, options.max_eval_samples or count)
+        if count:
+            validation = ProceduralMeshes(make_dataset(count, train.seed + VALIDATION_SEED, **chosen))
 
     length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
     varied = (train.seed, options.scale_augmentation, options.shift_augmentation)
@@ -408,10 +408,10 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
         if options.train_file:
             require_usable(mapped, used, "--train_file", options.train_file)
         rows = MappedRows(mapped, stream)
-    loader = None
+    held_out = None
     if validation is not None:
         sizes, used = mesh_sizes(validation, length, options.long_meshes)
-        fixed = MeshRows(validation, tokenizer, length, with_categories=True)
+        fixed = MeshRows(validation, tokenizer, length)
         if options.validation_file:
             require_usable(fixed, used, "--validation_file", options.validation_file)
         batches = evaluation_batches(
@@ -422,8 +422,8 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
             accelerator.process_index,
             accelerator.num_processes,
         )
-        loader = DataLoader(fixed, batch_sampler=batches)
-    return Data(rows, validation, loader)
+        held_out = HeldOutRows(fixed, batches)
+    return Data(rows, validation, held_out)
 
 
 @contextmanager

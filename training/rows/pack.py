@@ -3,10 +3,15 @@
 Sizes and capacities are counted in faces, start and end face included; lengths in tokens, nine to a face.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+from iflame_hf.configuration_iflame import LEVEL_STRIDES
+from iflame_hf.layout_iflame import RowLayout
+from iflame_hf.tokenization_iflame import IFlameTokenizer
 
 TOKENS_PER_FACE = 9
 # Start and end face.
@@ -67,67 +72,99 @@ def plan_rows(sizes: np.ndarray, capacity: int, rng: np.random.Generator, window
     return [order[rows[row]] for row in rng.permutation(len(rows))]
 
 
-def pack_ids(
-    sequences: Iterable[Sequence[int]], row_length: int, pad_token_id: int, dtype: Any = np.int64
-) -> np.ndarray:
+class PackedRows(NamedTuple):
     """
-    The token ids (row_length,) of a row: whole token sequences, one behind the other, then padding.
+    Rows of meshes as they go from process to process: everything else follows from their ids, and a row in full takes
+    many times the bytes of its ids in one byte each.
+    """
+
+    ids: np.ndarray  # (N, T) in the smallest type that holds them
+    meshes: np.ndarray  # (N,) meshes in each row
+    attributes: dict[str, np.ndarray]  # (M,) what is known of each mesh, row after row
+
+    def __getitem__(self, rows: slice) -> "PackedRows":
+        """Some rows that follow one another."""
+        ends = np.concatenate([[0], np.cumsum(self.meshes)])
+        first, last, _ = rows.indices(len(self.ids))
+        own = slice(ends[first], ends[max(first, last)])
+        attributes = {name: values[own] for name, values in self.attributes.items()}
+        return PackedRows(self.ids[rows], self.meshes[rows], attributes)
+
+    @classmethod
+    def joined(cls, parts: Sequence["PackedRows"]) -> "PackedRows":
+        """The rows of several, which know the same of their meshes."""
+        names = parts[0].attributes
+        return cls(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.meshes for part in parts]),
+            {name: np.concatenate([part.attributes[name] for part in parts]) for name in names},
+        )
+
+
+def pack(
+    rows: Sequence[Sequence[np.ndarray]],
+    row_length: int,
+    tokenizer: IFlameTokenizer,
+    attributes: Mapping[str, Sequence[int]] | None = None,
+    dtype: Any = np.int64,
+) -> PackedRows:
+    """
+    Rows of whole token sequences, one after the other, then padding.
+
+    Args:
+        rows: for each row the token sequences of its meshes, each (tokens,).
+        attributes: what is known of each mesh, whole numbers from 0 on, row after row. The number of its faces,
+            `faces`, start and end face not counted, is added.
 
     Raises:
         ValueError: a sequence is not made of whole faces, or they do not fit into the row together.
     """
-    ids, end = np.full(row_length, pad_token_id, dtype=dtype), 0
-    for sequence in sequences:
-        start, end = end, end + len(sequence)
-        if len(sequence) % TOKENS_PER_FACE:
-            raise ValueError(f"a mesh must be made of whole faces of nine tokens, got {len(sequence)} tokens")
-        if end > row_length:
-            raise ValueError(f"meshes of {end} tokens together do not fit into a row of {row_length}")
-        ids[start:end] = sequence
-    return ids
+    ids = np.full((len(rows), row_length), tokenizer.pad_token_id, dtype=dtype)
+    faces, eos_token_id = [], tokenizer.eos_token_id
+    for row, sequences in zip(ids, rows, strict=True):
+        end = 0
+        for sequence in sequences:
+            start, end = end, end + len(sequence)
+            if len(sequence) % TOKENS_PER_FACE:
+                raise ValueError(f"a mesh must be made of whole faces of nine tokens, got {len(sequence)} tokens")
+            if end > row_length:
+                raise ValueError(f"meshes of {end} tokens together do not fit into a row of {row_length}")
+            row[start:end] = sequence
+            faces.append(len(sequence) // TOKENS_PER_FACE - 1 - int(sequence[-1] == eos_token_id))
+    known = {"faces": faces, **(attributes or {})}
+    return PackedRows(
+        ids,
+        np.array([len(sequences) for sequences in rows], dtype=np.int64),
+        {name: np.asarray(values, dtype=np.int64) for name, values in known.items()},
+    )
 
 
-def row_inputs(ids: np.ndarray, bos_token_id: int, pad_token_id: int) -> dict[str, np.ndarray]:
+def row_inputs(rows: PackedRows, tokenizer: IFlameTokenizer) -> dict[str, Any]:
     """
-    The model's inputs for rows of token ids (B, T), T a multiple of nine: `input_ids`, `position_ids` and `labels`,
-    (B, T) int64.
+    The model's inputs for rows of T tokens, T a multiple of nine: `input_ids` and `labels`, (B, T) int64, and their
+    `layout`, whose attributes are those of the rows.
 
-    Positions restart at 0 at the start of every mesh and of the padding behind the last one, so that the padding is a
-    segment of its own. Labels are the ids (the model shifts them), but -100 on start faces and padding: nothing is
-    predicted across the border of two meshes.
+    A mesh begins at each start face, and the padding after the last one is a mesh of its own, whose attributes are -1.
+    Labels are the ids (the model shifts them), but -100 on start faces and padding: nothing is predicted across the
+    border of two meshes.
     """
-    first = ids[:, ::TOKENS_PER_FACE]  # (B, F), one id of every face
-    padding = first == pad_token_id
-    starts = first == bos_token_id
-    starts[:, :1] = True
-    starts[:, 1:] |= padding[:, 1:] & ~padding[:, :-1]
-    place = np.arange(starts.shape[1])
-    place = place - np.maximum.accumulate(np.where(starts, place, 0), axis=1)  # (B, F), of a face in its mesh
-    positions = TOKENS_PER_FACE * place[:, :, None] + np.arange(TOKENS_PER_FACE)
-    input_ids = ids.astype(np.int64)
-    labels = input_ids.reshape(positions.shape).copy()
-    labels[starts | padding] = IGNORED
+    first = rows.ids[:, ::TOKENS_PER_FACE]  # (B, F), one id of every face
+    padding = first == tokenizer.pad_token_id
+    begins = first == tokenizer.bos_token_id
+    begins[:, :1] = True
+    begins[:, 1:] |= padding[:, 1:] & ~padding[:, :-1]
+    input_ids = rows.ids.astype(np.int64)
+    labels = input_ids.reshape(*first.shape, TOKENS_PER_FACE).copy()
+    labels[begins | padding] = IGNORED
+    is_mesh = ~padding[begins]
+    attributes = {}
+    for name, values in rows.attributes.items():
+        attributes[name] = torch.full(is_mesh.shape, -1)
+        attributes[name][torch.from_numpy(is_mesh)] = torch.from_numpy(values)
     return {
-        "input_ids": input_ids,
-        "position_ids": positions.reshape(ids.shape),
-        "labels": labels.reshape(ids.shape),
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels.reshape(rows.ids.shape)),
+        "layout": RowLayout.of_begins(
+            torch.from_numpy(begins), rows.ids.shape[1], LEVEL_STRIDES, attributes=attributes
+        ),
     }
-
-
-def pack_row(sequences: Sequence[Sequence[int]], row_length: int, pad_token_id: int) -> dict[str, np.ndarray]:
-    """
-    The inputs (row_length,) of one row, as `row_inputs` defines them, from the token sequences of its meshes.
-
-    Raises:
-        ValueError: a sequence is not made of whole faces, or they do not fit into the row together.
-    """
-    input_ids = pack_ids(sequences, row_length, pad_token_id)
-    lengths = [len(sequence) for sequence in sequences]
-    lengths.append(row_length - sum(lengths))
-    position_ids = np.concatenate([np.arange(length) for length in lengths])
-    labels = np.full(row_length, IGNORED, dtype=np.int64)
-    end = 0
-    for length in lengths[:-1]:
-        start, end = end, end + length
-        labels[start + TOKENS_PER_FACE : end] = input_ids[start + TOKENS_PER_FACE : end]
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

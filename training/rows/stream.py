@@ -32,7 +32,7 @@ from fsspec.core import has_magic
 
 from training.rows.encode import MeshEncoder, MeshTable
 from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
-from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, pack_ids, plan_rows
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, pack, plan_rows
 
 # Meshes that are made arrays of at once, and the most that a row group may hold: it is in memory while it is packed.
 MESHES_AT_ONCE = 1000
@@ -101,8 +101,8 @@ class StreamedRows(TrainingRows):
         self.label = label
         self.blocks_in_epoch = -(-stream.num_shards // shards_in_block)
 
-    def read_block(self, block: int) -> np.ndarray:
-        """Token ids (N, row_length) of the rows of a block. Raises ValueError for a mesh that is not allowed."""
+    def read_block(self, block: int) -> PackedRows:
+        """The rows of a block. Raises ValueError for a mesh that is not allowed."""
         epoch, number = divmod(block, self.blocks_in_epoch)
         seed, length = self.encode.seed, self.encode.row_length
         shards = np.random.default_rng((seed, epoch)).permutation(self.stream.num_shards)
@@ -114,10 +114,12 @@ class StreamedRows(TrainingRows):
             if len(sizes) == 0
             else plan_rows(sizes, length // TOKENS_PER_FACE, np.random.default_rng((seed, epoch, number)))
         )
-        ids = np.empty((len(rows), length), dtype=self.encode.id_type)
-        for index, row in enumerate(rows):
-            ids[index] = pack_ids([sequences[mesh] for mesh in row], length, self.encode.tokenizer.pad_token_id)
-        return ids
+        return pack(
+            [[sequences[mesh] for mesh in row] for row in rows],
+            length,
+            self.encode.tokenizer,
+            dtype=self.encode.id_type,
+        )
 
     def _read_shard(self, epoch: int, shard: int) -> Iterator[np.ndarray]:
         """Token ids of the meshes of a shard."""
@@ -158,14 +160,10 @@ class StreamedRows(TrainingRows):
         See TrainingRows. With another number of processes than the places are of, they go on with the first block
         that none had begun, and what was left of the begun ones is skipped, with a warning.
         """
-        tokenizer = self.encode.tokenizer
         rows = self._rows(*self._start(places, rank, world_size), world_size, num_workers)
         while True:
-            ids, following = zip(*islice(rows, size), strict=True)
-            yield (
-                batch_inputs(np.stack(ids), tokenizer.bos_token_id, tokenizer.pad_token_id, pin_memory),
-                following[-1],
-            )
+            taken, following = zip(*islice(rows, size), strict=True)
+            yield batch_inputs(PackedRows.joined(taken), self.encode.tokenizer, pin_memory), following[-1]
 
     def _start(self, places: list[Place], rank: int, world_size: int) -> Place:
         if not places:
@@ -181,14 +179,14 @@ class StreamedRows(TrainingRows):
             )
         return [block + rank, 0]
 
-    def _rows(self, block: int, row: int, step: int, num_workers: int) -> Iterator[tuple[np.ndarray, Place]]:
-        """Token ids (row_length,) of a process's rows from a place on, with the place behind each."""
+    def _rows(self, block: int, row: int, step: int, num_workers: int) -> Iterator[tuple[PackedRows, Place]]:
+        """A process's rows from a place on, one by one, with the place after each."""
         empty = 0
         blocks = in_workers(self.read_block, count(block, step), num_workers)
-        for number, ids in zip(count(block, step), blocks, strict=False):
-            for index in range(row, len(ids)):
-                yield ids[index], [number, index + 1]
-            row, empty = 0, 0 if len(ids) else empty + 1
+        for number, rows in zip(count(block, step), blocks, strict=False):
+            for index in range(row, len(rows.ids)):
+                yield rows[index : index + 1], [number, index + 1]
+            row, empty = 0, 0 if len(rows.ids) else empty + 1
             if empty == self.blocks_in_epoch:
                 raise ValueError("there is no mesh in the stream that a row can hold")
 

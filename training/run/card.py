@@ -36,7 +36,7 @@ CITATION = """\
   year    = {2025}
 }"""
 # In Jinja2, as ModelCard.from_template takes it.
-CARD = """\
+CARD_TEMPLATE = """\
 ---
 {{ card_data }}
 ---
@@ -244,7 +244,7 @@ def model_card(
         ]
     return ModelCard.from_template(
         data,
-        template_str=CARD,
+        template_str=CARD_TEMPLATE,
         name=name,
         config=model.config,
         parameters=model.num_parameters(),
