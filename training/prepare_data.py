@@ -35,10 +35,10 @@ from training.prepare.rejection import NOT_CHOSEN, Rejected
 from training.prepare.sources import SourceLostError, Sources
 from training.run.ending import ends_in_words
 
-_COMMIT_SECONDS = 5
+_COMMIT_INTERVAL_SECONDS = 5
 _RESOLUTION = 128  # of the published model
-# Options on which the result does not depend.
-_FREE = ("out", "num_workers", "overwrite", "disable_tqdm")
+# Options that do not change the result: a run that goes on with others of these writes the same set.
+_OPTIONS_WITHOUT_EFFECT = ("out", "num_workers", "overwrite", "disable_tqdm")
 
 
 def prepare_data(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -60,7 +60,7 @@ def prepare_data(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     sources = Sources(options.sources, selection, str(folder / UNPACKED), str(folder), limits)
     if options.overwrite:
         remove_earlier(folder)
-    settings = {key: value for key, value in sorted(vars(options).items()) if key not in _FREE}
+    settings = {key: value for key, value in sorted(vars(options).items()) if key not in _OPTIONS_WITHOUT_EFFECT}
     settings |= {"ids": _name_ids(options.ids, listed), "resolution": _RESOLUTION}
     recipe = Recipe(
         options.min_faces, options.max_faces, options.up_axis, options.decimate, options.max_deviation, _RESOLUTION
@@ -114,7 +114,7 @@ def _run(prepared: PreparedSet, sources: Sources, pool: Pool, disable_tqdm: bool
             _remove(item.temporary)
             bar.set_postfix(taken=taken, rejected=rejected, refresh=False)
             bar.update()
-            if time.monotonic() - committed > _COMMIT_SECONDS:
+            if time.monotonic() - committed > _COMMIT_INTERVAL_SECONDS:
                 prepared.commit()
                 committed = time.monotonic()
 
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_report(options.out, summary))
     else:
         print(
-            f"{options.out} is finished already ({total:,} meshes; sources that changed since were not looked at); "
+            f"{options.out} is finished already ({total:,} meshes; sources that changed since were not read); "
             "--overwrite makes it anew"
         )
     return 0 if total else 1

@@ -20,7 +20,7 @@ def evaluate(
     batches: Iterable[dict[str, Any]],
     accelerator: Accelerator,
     category_names: list[str],
-    coordinate_levels: int,
+    num_coordinate_ids: int,
     check: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """
@@ -31,7 +31,7 @@ def evaluate(
 
     Args:
         batches: this rank's rows, each with `labels` (B, T) and a `layout` that knows the `category` of each mesh.
-        coordinate_levels: number of token ids that are coordinates.
+        num_coordinate_ids: how many token ids, from 0 on, are coordinates.
         check: called before each batch; what it raises ends the evaluation.
 
     Returns:
@@ -48,7 +48,7 @@ def evaluate(
             labels, categories = batch.pop("labels"), batch["layout"].attribute("category")
             with torch.no_grad(), accelerator.autocast():
                 logits = model(**batch, use_cache=False).logits
-            counts += count_right(logits, labels, categories, len(category_names), coordinate_levels).cpu()
+            counts += count_right(logits, labels, categories, len(category_names), num_coordinate_ids).cpu()
     finally:
         model.train(was_training)
     if accelerator.num_processes > 1:
@@ -61,7 +61,7 @@ def evaluate(
 
 
 def count_right(
-    logits: torch.Tensor, labels: torch.Tensor, categories: torch.Tensor, num_categories: int, coordinate_levels: int
+    logits: torch.Tensor, labels: torch.Tensor, categories: torch.Tensor, num_categories: int, num_coordinate_ids: int
 ) -> torch.Tensor:
     """
     The COUNTS of each category, (num_categories, 7).
@@ -76,7 +76,7 @@ def count_right(
     losses = F.pad(losses, (1, 0))  # (B, T), each at the place of its token
     right = F.pad(predicted.argmax(dim=-1) == target, (1, 0))
     counted = labels != IGNORED
-    geometry = counted & (labels < coordinate_levels)
+    geometry = counted & (labels < num_coordinate_ids)
     counts = losses.new_zeros(num_categories, len(COUNTS))
 
     def add(column: int, values: torch.Tensor, where: torch.Tensor, stride: int = 1) -> None:

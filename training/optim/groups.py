@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 class MuonAdamW(torch.optim.Optimizer):
     """
-    Muon and AdamW as one optimiser: torch's own classes (Muon's with a faster step), each on its groups, behind one
+    Muon and AdamW as one optimiser: torch's own classes (Muon's with a faster step), each on its groups, with one
     `step`, one `state_dict` and one list of groups. One object is what a gradient scaler (a step is skipped for all
     parameters or for none), a scheduler and a checkpoint expect.
 

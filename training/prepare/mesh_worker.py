@@ -27,11 +27,12 @@ try:
 except ImportError:
     fast_simplification = None
 
-_LONGEST_LICENSE = 200
-# Times the faces allowed: so many are too many without counting how many of them are repeated or degenerate.
-_HOPELESS = 8
-# Points of one surface whose distance is measured to so many points of the other.
-_PROBES, _SAMPLES = 4_000, 50_000
+_MAX_LICENSE_LENGTH = 200
+# A mesh with more than this many times the faces allowed is rejected before its repeated and degenerate faces are
+# dropped, which would take long and hardly ever leave few enough.
+_MAX_FACES_FACTOR = 8
+# The distance of two surfaces is that of so many points of each to so many points of the other.
+_NUM_PROBES, _NUM_SAMPLES = 4_000, 50_000
 
 
 class Recipe(NamedTuple):
@@ -84,21 +85,21 @@ def prepare(payload: str | tuple[Any, Any], recipe: Recipe) -> Prepared:
         raise
     except Exception as error:
         raise as_rejected(error, payload if isinstance(payload, str) else "") from error
-    hopeless = not recipe.decimate and len(faces) > _HOPELESS * recipe.max_faces
-    if not hopeless:
+    is_far_too_large = not recipe.decimate and len(faces) > _MAX_FACES_FACTOR * recipe.max_faces
+    if not is_far_too_large:
         vertices, faces = clean(vertices, faces)
     if recipe.decimate and len(faces) > recipe.max_faces:
         vertices, faces = decimate(vertices, faces, recipe.max_faces, recipe.max_deviation)
     if len(faces) > recipe.max_faces:
         raise Rejected("too many faces", f"it has {len(faces)} faces, more than {recipe.max_faces}")
-    levels, corners = canonicalise(quantise(vertices.astype(np.float64), recipe.resolution), faces)
+    quantised, corners = canonicalise(quantise(vertices.astype(np.float64), recipe.resolution), faces)
     if len(corners) < recipe.min_faces:
         raise Rejected("too few faces", f"quantisation leaves {len(corners)} faces of {len(faces)}")
-    sides = levels[corners[:, 1:]] - levels[corners[:, :1]]
+    sides = quantised[corners[:, 1:]] - quantised[corners[:, :1]]
     if not np.cross(sides[:, 0], sides[:, 1]).any():
         raise Rejected("flat", "its faces have no area")
     digest = hashlib.blake2b(digest_size=16)
-    for array in (levels, corners):
+    for array in (quantised, corners):
         digest.update(np.array(array.shape, dtype="<i8").tobytes() + array.astype("<i4").tobytes())
     return Prepared(vertices, faces.astype(np.int32), len(corners), digest.digest(), license)
 
@@ -162,9 +163,9 @@ def deviation(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.nd
     trees, probes = [], []
     for vertices, faces in (one, other):
         mesh = trimesh.Trimesh(vertices, faces, process=False)
-        points, _ = trimesh.sample.sample_surface(mesh, _SAMPLES, seed=0)
+        points, _ = trimesh.sample.sample_surface(mesh, _NUM_SAMPLES, seed=0)
         trees.append(cKDTree(np.concatenate([points, vertices])))
-        probes.append(np.concatenate([points[:_PROBES], vertices]))
+        probes.append(np.concatenate([points[:_NUM_PROBES], vertices]))
     return float(max(trees[1].query(probes[0])[0].max(), trees[0].query(probes[1])[0].max()))
 
 
@@ -200,4 +201,4 @@ def _check_gltf(path: str) -> str | None:
             target = os.path.normpath(unquote(uri).replace("\\", "/"))
             if os.path.isabs(target) or target.startswith("..") or ":" in target:
                 raise Rejected("unsafe name", f"its buffer {uri!r} is not in its own folder")
-    return printable(license[:_LONGEST_LICENSE]) if isinstance(license, str) and license else None
+    return printable(license[:_MAX_LICENSE_LENGTH]) if isinstance(license, str) and license else None

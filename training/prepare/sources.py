@@ -23,9 +23,9 @@ from training.prepare.items import (
 )
 from training.prepare.rejection import SOURCE_LOST, Rejected, as_rejected
 
-# A container may take longer than one mesh: an archive may begin with much else.
-_CONTAINER_SECONDS = 10
-_LINK = Rejected(
+# A container may take this many times as long as one mesh: an archive may begin with much that is no mesh.
+_CONTAINER_TIME_FACTOR = 10
+_LINKED_FOLDER = Rejected(
     "link to a folder", "it is a link to a folder, which is not followed; name the folder itself as a source"
 )
 
@@ -53,7 +53,7 @@ class Sources:
         self._selection = selection
         self._hidden = os.path.realpath(hidden)
         self._make_reader = partial(make_reader, selection, folder, limits.memory)
-        self._limits = Limits(_CONTAINER_SECONDS * limits.seconds, limits.memory)
+        self._limits = Limits(_CONTAINER_TIME_FACTOR * limits.seconds, limits.memory)
         self._reader: LimitedProcess | None = None
         self._missing = set(selection.files or ())
         for name in names:
@@ -149,7 +149,7 @@ class Sources:
             elif entry.is_symlink() and os.path.isdir(full):
                 name = printable(path).replace(os.sep, "/")
                 if os.path.realpath(full) != self._hidden:
-                    yield Item(name, f"{root}/{name}", rejection=_LINK), "", ""
+                    yield Item(name, f"{root}/{name}", rejection=_LINKED_FOLDER), "", ""
             elif suffix_of(path):
                 name = printable(path).replace(os.sep, "/")
                 if suffix_of(path) in CONTAINER_SUFFIXES and os.path.isfile(full):

@@ -19,7 +19,7 @@ from training.run.weights import are_sharded
 # mesh a row or several.
 MAX_COMPILED_BLOCKS = 24
 # Options that a model to start from has decided.
-SIZES = (
+SIZE_OPTIONS = (
     "hidden_size",
     "num_attention_heads",
     "intermediate_size",
@@ -117,7 +117,7 @@ def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTo
     def shown(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
-    own = {name: getattr(config, name) for name in SIZES} | {"up_axis": tokenizer.up_axis}
+    own = {name: getattr(config, name) for name in SIZE_OPTIONS} | {"up_axis": tokenizer.up_axis}
     given = arguments.to_dict()
     others = [
         f"--{name} {shown(given[name])} (its own is {shown(value)})"

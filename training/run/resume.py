@@ -16,7 +16,7 @@ from training.run.checkpoint import Checkpoints, Progress
 from training.run.steps import Steps
 
 # What weights, optimiser and average of a checkpoint belong to.
-FIXED = (
+FIXED_OPTIONS = (
     "hidden_size",
     "num_attention_heads",
     "intermediate_size",
@@ -142,7 +142,7 @@ def resume(
 
 def check_options(checkpoint: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
     """Raises ValueError where the options given cannot go on from a checkpoint that was made with those saved."""
-    changed = [name for name in FIXED if name in saved and saved[name] != given[name]]
+    changed = [name for name in FIXED_OPTIONS if name in saved and saved[name] != given[name]]
     if (saved.get("ema_decay") is None) != (given["ema_decay"] is None):
         changed.append("ema_decay")
     if changed:

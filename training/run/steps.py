@@ -10,8 +10,8 @@ from training.optim.schedule import learning_rate_curve
 from training.run.checkpoint import Progress
 from training.run.log import Window
 
-# Steps before the speed of a machine is taken for known.
-STEPS_TO_MEASURE = 20
+# How many steps max_minutes leaves time for is estimated from the speed so far, after every so many of them.
+STEPS_BETWEEN_ESTIMATES = 20
 
 
 class Steps:
@@ -62,9 +62,9 @@ class Steps:
         return bool(every) and step % every == 0 or at_end and step == self.last
 
     def fitting(self, pace: Window) -> int:
-        """The last step that max_minutes leaves time for at a speed, once that is known well enough."""
+        """The last step that max_minutes leaves time for at the speed so far; estimated now and then only."""
         minutes, planned = self.arguments.train.max_minutes, self.progress.planned_steps
-        if minutes is None or not pace.steps or pace.steps % STEPS_TO_MEASURE:
+        if minutes is None or not pace.steps or pace.steps % STEPS_BETWEEN_ESTIMATES:
             return self.last
         left = max(0.0, 60 * minutes - self.progress.seconds) / (pace.seconds / pace.steps)
         fitting = min(planned, self.progress.step + max(1, int(left)))
