@@ -6,7 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from iflame_hf.modeling_iflame import IFlameRMSNorm, IFlameUpsample
+
 OPTIMIZERS = ("muon", "adamw_torch")
+# The group of a parameter by the class of its module, or one that is derived from, and its name there. Only the head's
+# matrix, which is a Linear's weight too, belongs to the embeddings.
+GROUPS = {
+    (nn.Embedding, "weight"): "embeddings",
+    (nn.Linear, "weight"): "matrices",
+    (nn.Linear, "bias"): "others",
+    (IFlameRMSNorm, "weight"): "others",
+    (IFlameUpsample, "scale"): "others",
+}
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -18,23 +29,27 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     - `others`: norms, biases and scalars, which are never decayed.
 
     Raises:
-        ValueError: a parameter belongs nowhere, for example a new kind of layer that was not thought of here.
+        ValueError: a parameter belongs nowhere, for example a new kind of layer that GROUPS does not name.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "embeddings": {}, "others": {}}
-    blocks = {parameter for name, parameter in model.named_parameters() if ".layers." in f".{name}"}
-    embeddings = {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter in embeddings:
-            group = "embeddings"
-        elif parameter.ndim < 2:
-            group = "others"
-        elif parameter in blocks and parameter.ndim == 2:
-            group = "matrices"
-        else:
-            raise ValueError(f"no optimiser group for the parameter {name} of shape {tuple(parameter.shape)}")
-        groups[group][name] = parameter
+    head = model.get_output_embeddings()
+    grouped = set()  # of a parameter that two modules share the first name counts, as in named_parameters
+    for path, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if parameter in grouped or not parameter.requires_grad:
+                continue
+            grouped.add(parameter)
+            name = f"{path}.{own_name}" if path else own_name
+            kinds = ((kind, own_name) for kind in type(module).__mro__)
+            group = next((GROUPS[kind] for kind in kinds if kind in GROUPS), None)
+            if module is head and own_name == "weight":
+                group = "embeddings"
+            if group is None:
+                raise ValueError(
+                    f"no optimiser group for the parameter {name} of shape {tuple(parameter.shape)}: GROUPS in "
+                    f"training/optim/groups.py has no line for {own_name!r} of {type(module).__name__}"
+                )
+            groups[group][name] = parameter
     return groups
 
 
