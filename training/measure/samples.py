@@ -31,24 +31,23 @@ def draw_samples(
 ) -> list[dict[str, Any]]:
     """
     Generate `count` meshes, write them to `folder` as sample-00.glb, sample-01.glb, ... and a picture of all as
-    samples.png; the state of torch's random numbers is as before. What of the model is compiled runs uncompiled: no
-    two steps of generate have the same shapes. `check` is called after each face; what it raises ends the drawing.
+    samples.png. What of the model is compiled runs uncompiled: no two steps of generate have the same shapes.
+
+    Args:
+        seed: of the first mesh; the n-th after it is what `generate(do_sample=True, seed=seed + n)` gives. Torch's own
+            random numbers are neither used nor changed.
+        check: called after each face; what it raises ends the drawing.
 
     Returns:
         For each sample its number of faces and whether it came to an end by itself. One without a face has no file.
     """
     was_training = model.training
     model.eval()
-    device = accelerator.device
     try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            accelerator.autocast(),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            torch.manual_seed(seed)
+        with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             sequences = model.generate(
                 do_sample=True,
+                seed=seed,
                 num_return_sequences=count,
                 max_new_tokens=TOKENS_PER_FACE * max_faces + 1,  # the last may say that the mesh ends
                 temperature=temperature,
