@@ -111,11 +111,6 @@ def test_passes_through_the_data_remain_what_they_were_with_another_batch(traine
     assert last["step"] == 6 + round((whole["step"] - 6) / 2)
 
 
-def test_steps_that_are_done_already_are_told(trainer, copy):
-    trainer.run(copy, resume_from_checkpoint="latest", **{**FEW, "max_steps": 5})
-    assert "step 8 of 5 is done: there is nothing left to train" in trainer.messages.read_text()
-
-
 def test_a_finished_model_without_checkpoints_is_not_written_over(trainer, copy):
     for path in copy.glob("checkpoint-*"):
         shutil.rmtree(path)
