@@ -4,12 +4,14 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 from training_processes import Trainer, command_line, log_of, losses_of, wait_for_step
 
 from training import train
 from training.run import assess
 from training.run.checkpoint import Progress, find_defect
+from training.run.interruption import Interruption
 from training.run.write import ModelWriter
 
 OPTIONS = {"save_steps": 4, "eval_steps": 2, "sample_steps": 4, "num_samples": 1, "sample_max_faces": 6}
@@ -110,3 +112,21 @@ def test_a_signal_to_a_process_that_waits_for_samples_stops_the_one_that_draws_t
     trainer.finish(*processes)
     assert time.monotonic() - began < 20
     assert max(losses_of(tmp_path)) == 2 and checkpoints_of(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_launcher"),
+    [
+        (["/usr/bin/python", "/venv/bin/accelerate", "launch", "train.py"], True),
+        (["/usr/bin/python", "-m", "accelerate.commands.launch", "train.py"], True),
+        (["/bin/bash", "-c", "accelerate launch train.py"], False),
+        (["/bin/bash"], False),
+    ],
+)
+def test_only_the_end_of_accelerates_launcher_stops_a_run(monkeypatch, words, is_launcher):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which users set, too
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda process: words)
+    interruption = Interruption()
+    assert not interruption.asked
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert interruption.asked == is_launcher

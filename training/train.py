@@ -33,9 +33,10 @@ from training.rows.map import Data, load_data
 from training.rows.pack import IGNORED
 from training.run.agree import Agreement
 from training.run.assess import Assessment
-from training.run.checkpoint import Checkpoints, Interruption, Progress, Stopped
+from training.run.checkpoint import Checkpoints, Progress
 from training.run.create import compile_blocks, create_accelerator, create_model, create_optimization
 from training.run.ending import ends_in_words
+from training.run.interruption import Interruption, Stopped
 from training.run.log import RunLog, Window
 from training.run.milestones import Milestones
 from training.run.outcome import report_outcome
@@ -98,10 +99,8 @@ class Run:
         model.generation_config.update(
             do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
         )
-        accumulated = options.per_device_train_batch_size * options.gradient_accumulation_steps
-        self.rows_per_step = accumulated * accelerator.num_processes
         optimizer, average = create_optimization(options, model, accelerator)
-        self.steps = Steps(arguments, self.progress, optimizer, data.rows.rows_in_epoch, self.rows_per_step)
+        self.steps = Steps(arguments, self.progress, optimizer, data.rows.rows_in_epoch, accelerator.num_processes)
         if options.torch_compile:
             compile_blocks(model, options.torch_compile_mode)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -178,9 +177,9 @@ class Run:
             progress.eval_loss = None
             seconds = time.monotonic() - began
             progress.seconds += seconds
-            window.add(seconds, self.rows_per_step, learnt)
+            window.add(seconds, steps.rows_per_step, learnt)
             if progress.step > 2 or pace.steps:  # the first steps compile and allocate
-                pace.add(seconds, self.rows_per_step, learnt)
+                pace.add(seconds, steps.rows_per_step, learnt)
 
             bar.total = steps.last
             if steps.due(options.logging_steps, at_end=True) and progress.loss_steps:
@@ -290,18 +289,12 @@ class Run:
         Leave the finished model with its tokenizer in the output folder, and samples of it. Returns whether it has
         learnt what required_eval_loss asks for, on every process.
         """
-        best = self.checkpoints.best() if self.options.load_best_model_at_end else None
-        if best is not None:
-            self.log.report(f"the checkpoint with the lowest evaluation loss is {best}")
-            self.accelerator.load_state(str(best))
-            self.writer.published_step = Progress.read(best).step
-        elif self.options.load_best_model_at_end:
-            self.log.report("no checkpoint was evaluated: the model of the last step is published")
+        is_best = self.options.load_best_model_at_end and self.writer.load_best(self.checkpoints)
         self.writer.publish()
         try:
             self.assessment.sample(self.output_dir)
         except Stopped:
-            if best is None:
+            if not is_best:  # whose state is not that of the last step
                 self.milestones.save(self.place)
             self.log.report(
                 f"the model is in {self.output_dir}, without samples: --resume_from_checkpoint latest draws them"

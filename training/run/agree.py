@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from training.run.checkpoint import Interruption, Stopped
+from training.run.interruption import Interruption, Stopped
 
 
 class Agreement:

@@ -8,7 +8,8 @@ from training.arguments import TrainArguments
 from training.rows.load import Place
 from training.run.agree import Agreement
 from training.run.assess import Assessment
-from training.run.checkpoint import Checkpoints, Progress, Stopped
+from training.run.checkpoint import Checkpoints, Progress
+from training.run.interruption import Stopped
 from training.run.steps import Steps
 from training.run.write import ModelWriter
 

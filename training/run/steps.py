@@ -22,10 +22,10 @@ class Steps:
         progress: of this run, whose `planned_steps` and `max_steps` are kept here.
         optimizer: whose learning rates are set, before Accelerate prepares it.
         rows_in_epoch: None if that is not known; then the options say how many steps there are.
-        rows_per_step: of all processes together.
 
     Attributes:
         last: number of the last step.
+        rows_per_step: of all processes together.
         schedule: to be stepped after each step of the optimiser.
     """
 
@@ -35,18 +35,18 @@ class Steps:
         progress: Progress,
         optimizer: torch.optim.Optimizer,
         rows_in_epoch: int | None,
-        rows_per_step: int,
+        num_processes: int,
     ):
         self.arguments = arguments
         self.progress = progress
         self.rows_in_epoch = rows_in_epoch
-        self.rows_per_step = rows_per_step
         options = arguments.train
+        self.rows_per_step = num_processes * options.per_device_train_batch_size * options.gradient_accumulation_steps
         if options.max_steps > 0:
             progress.planned_steps = options.max_steps
         else:
             rows = options.num_train_epochs * rows_in_epoch
-            progress.planned_steps = max(1, round(rows / rows_per_step))
+            progress.planned_steps = max(1, round(rows / self.rows_per_step))
         self.last = progress.planned_steps
         self.schedule = LambdaLR(optimizer, self._curve())
 

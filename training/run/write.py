@@ -10,7 +10,7 @@ import torch
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.run.card import RunRecord, model_card
-from training.run.checkpoint import Progress
+from training.run.checkpoint import Checkpoints, Progress
 from training.run.log import RunLog, write_whole
 from training.run.weights import Weights
 
@@ -42,6 +42,17 @@ class ModelWriter:
             self._write_model(folder, state)
             self.weights.save_average(folder)
             self.progress.write(folder)
+
+    def load_best(self, checkpoints: Checkpoints) -> bool:
+        """Called on every process: go back to the checkpoint with the lowest evaluation loss; whether there is one."""
+        best = checkpoints.best()
+        if best is None:
+            self.log.report("no checkpoint was evaluated: the model of the last step is published")
+            return False
+        self.log.report(f"the checkpoint with the lowest evaluation loss is {best}")
+        self.accelerator.load_state(str(best))
+        self.published_step = Progress.read(best).step
+        return True
 
     def publish(self) -> None:
         """Called on every process: leave the finished model in the output folder, each file whole or not there."""
