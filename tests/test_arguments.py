@@ -31,10 +31,6 @@ def test_without_arguments_it_is_the_demo():
     assert parse_arguments([]).to_dict() != parse_arguments(["--seed", "42"]).to_dict()
 
 
-def test_options_alone_need_no_file():
-    assert parse_arguments(["--seed", "7"]).train.seed == 7
-
-
 @pytest.mark.parametrize(("name", "parameters"), [("demo", 2_405_758), ("published", 75_732_598)])
 def test_the_configurations_make_models_of_these_sizes(name, parameters):
     _, model = create_model(parse_arguments([str(CONFIGS / f"{name}.yaml")]))

@@ -33,27 +33,39 @@ def test_every_parameter_is_in_one_group_and_in_the_right_one():
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     for group, pattern in (("matrices", MATRIX), ("embeddings", EMBEDDING), ("others", OTHER)):
         assert groups[group], group
-        assert [name for name in groups[group] if not re.fullmatch(pattern, name)] == []
-    assert all(parameter.ndim == 2 for parameter in groups["matrices"].values())
+        # in the order of the model, by which a checkpoint numbers the states of an optimiser
+        assert list(groups[group]) == [name for name, _ in model.named_parameters() if re.fullmatch(pattern, name)]
+    assert all(groups[group][name] is model.get_parameter(name) for group in groups for name in groups[group])
 
 
-def test_a_parameter_that_fits_no_group_is_named():
+def test_a_matrix_that_embedding_and_head_share_is_in_one_group():
     model = small_model()
-    model.model.layers[0].strange = torch.nn.Parameter(torch.zeros(2, 2, 2))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.strange"):
-        parameter_groups(model)
-
-
-def test_adapters_are_matrices_and_a_head_trained_with_them_stays_an_embedding():
-    peft = pytest.importorskip("peft")
-    options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
-    model = peft.get_peft_model(small_model(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **options))
+    model.lm_head.weight = model.model.embed_tokens.weight
     groups = parameter_groups(model)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert sorted(name for group in groups.values() for name in group) == sorted(trained)
-    assert groups["matrices"] and all(".lora_" in name for name in groups["matrices"])
-    assert [name.rpartition(".")[2] for name in groups["embeddings"]] == ["weight"]
-    assert [name.rpartition(".")[2] for name in groups["others"]] == ["bias"]
+    assert list(groups["embeddings"]) == ["model.embed_tokens.weight"]
+    assert "lm_head.bias" in groups["others"] and all(re.fullmatch(MATRIX, name) for name in groups["matrices"])
+
+
+def test_what_is_frozen_is_in_no_group_and_adapters_are_matrices():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small_model(), peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2))
+    groups = parameter_groups(model)
+    assert set(groups["matrices"]) == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert groups["matrices"] and not groups["embeddings"] and not groups["others"]
+
+
+@pytest.mark.parametrize(
+    ("strange", "name"),
+    [
+        (torch.nn.Parameter(torch.zeros(4)), r"model\.layers\.0\.strange"),
+        (torch.nn.LayerNorm(4), r"model\.layers\.0\.strange\.weight"),
+    ],
+)
+def test_a_parameter_that_fits_no_group_is_named(strange, name):
+    model = small_model()
+    model.model.layers[0].strange = strange
+    with pytest.raises(ValueError, match=rf"the parameter {name} of shape \(4,\)"):
+        parameter_groups(model)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw_torch"])

@@ -39,7 +39,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_data_set(what, tmp_path, 
     )
     arguments = (boxes, "--shard_size", 4, "--num_workers", 1, "--validation_share", 0.2)
     assert prepare(*arguments, "--out", tmp_path / "whole" / "set") == 0
-    monkeypatch.setattr(prepare_data, "_SECONDS_BETWEEN_COMMITS", 0)
+    monkeypatch.setattr(prepare_data, "_COMMIT_INTERVAL_SECONDS", 0)
     owner, _, name = what.rpartition(".")
     owners = {"os": prepared_set.os, "json": prepared_set.json, "ParquetWriter": pyarrow.parquet.ParquetWriter}
     owner = owners.get(owner, prepared_set.PreparedSet)
@@ -122,7 +122,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, mo
 def begin(out: Path, boxes: Path, monkeypatch) -> None:
     """A run that stops in the middle, after a commit."""
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "_SECONDS_BETWEEN_COMMITS", 0)
+        patch.setattr(prepare_data, "_COMMIT_INTERVAL_SECONDS", 0)
         patch.setattr(prepared_set.PreparedSet, "finish", lambda self: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             prepare(boxes, "--out", out)

@@ -95,6 +95,12 @@ def test_trainer_learns_from_a_prepared_set_by_the_collator(row_length, prepared
     assert len(losses) == 3 and np.isfinite(evaluation) and evaluation < losses[0]
 
 
+def test_the_collator_is_found_at_its_earlier_place_too():
+    from training import collator
+
+    assert collator.MeshCollator is MeshCollator
+
+
 def test_padded_and_packed_meshes_have_the_same_loss(prepared):
     model, examples = small_model(), [prepared[index] for index in range(8)]
     padded = MeshCollator(IFlameTokenizer())(examples)

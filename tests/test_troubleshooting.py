@@ -120,7 +120,7 @@ MESSAGES = re.findall(r"\*\*`([^`]+)`\*\*", PAGE)
 def test_a_message_of_the_troubleshooting_page_is_what_users_read(message, model_folder, part, monkeypatch):
     assert len(MESSAGES) > 12 and set(NOT_PROVOKED) <= set(MESSAGES)
     if message in NOT_PROVOKED:
-        return
+        pytest.skip(NOT_PROVOKED[message])
     pattern = ".*".join(map(re.escape, re.split(r"\s*…\s*", message)))
     with pytest.raises(Exception, match=pattern) as raised:
         provoke(message, model_folder, part, monkeypatch)

@@ -35,9 +35,9 @@ from training.prepare.rejection import NOT_CHOSEN, Rejected
 from training.prepare.sources import SourceLostError, Sources
 from training.run.ending import ends_in_words
 
-_SECONDS_BETWEEN_COMMITS = 5
+_COMMIT_INTERVAL_SECONDS = 5
 _RESOLUTION = 128  # of the published model
-# Options on which the result does not depend, so that a run may go on with others.
+# Options that do not change the result: a run that goes on with others of these writes the same set.
 _OPTIONS_WITHOUT_EFFECT = ("out", "num_workers", "overwrite", "disable_tqdm")
 
 
@@ -114,7 +114,7 @@ def _run(prepared: PreparedSet, sources: Sources, pool: Pool, disable_tqdm: bool
             _remove(item.temporary)
             bar.set_postfix(taken=taken, rejected=rejected, refresh=False)
             bar.update()
-            if time.monotonic() - committed > _SECONDS_BETWEEN_COMMITS:
+            if time.monotonic() - committed > _COMMIT_INTERVAL_SECONDS:
                 prepared.commit()
                 committed = time.monotonic()
 

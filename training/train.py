@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -20,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -31,18 +31,22 @@ from training.arguments import Arguments, parse_arguments
 from training.rows.load import Batch, Place
 from training.rows.map import Data, load_data
 from training.rows.pack import IGNORED
-from training.run.card import RunRecord
+from training.run.agree import Agreement
+from training.run.assess import Assessment
 from training.run.checkpoint import Checkpoints, Progress
-from training.run.create import create_accelerator, create_model, prepare, start_trackers
+from training.run.create import compile_blocks, create_accelerator, create_model, create_optimization
 from training.run.ending import ends_in_words
 from training.run.interruption import Interruption, Stopped
-from training.run.length import Length, count_steps
 from training.run.log import RunLog, Window
-from training.run.processes import Processes
-from training.run.quality import Quality
-from training.run.report import loss_line, opening, report_shortfall, shortening
-from training.run.resume import choose_checkpoint, lock, resume
+from training.run.milestones import Milestones
+from training.run.outcome import report_outcome
+from training.run.resume import find_checkpoint, lock, resume
+from training.run.steps import Steps
 from training.run.weights import Weights
+from training.run.write import ModelWriter
+
+# Steps whose gradient is not finite are left out; so many in a row, or all there are, end the run.
+MAX_STEPS_LEFT_OUT = 10
 
 
 @ends_in_words("train")
@@ -58,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, model = create_model(arguments)
     data = load_data(arguments, tokenizer, accelerator)
     run = Run(arguments, accelerator, tokenizer, model, data, Interruption())
-    with lock(run.output_dir, run.processes):
+    with lock(Path(arguments.train.output_dir), accelerator):
         run.start()
         with run.interruption:
             learnt = run.finish() if run.train() else True
@@ -83,55 +87,56 @@ class Run:
         self.accelerator = accelerator
         self.data = data
         self.interruption = interruption
-        self.processes = Processes(accelerator, interruption)
         self.output_dir = Path(options.output_dir)
         self.log = RunLog(self.output_dir, accelerator)
         self.checkpoints = Checkpoints(self.output_dir, options.save_total_limit, accelerator, self.log.report)
-        self.saved_step: int | None = None
-        self.published_step: int | None = None  # if it is not the last one
+        self.progress = Progress(data_digest=data.rows.digest(), arguments=arguments.to_dict())
+        self.agreement = Agreement(accelerator, interruption)
         self.place: Place | None = None  # in the data, after the last step
         self.failure: Exception | None = None  # of the rows that come next
 
-        accumulated = options.per_device_train_batch_size * options.gradient_accumulation_steps
-        self.rows_per_step = accumulated * accelerator.num_processes
-        steps = count_steps(options.max_steps, options.num_train_epochs, data.rows.rows_in_epoch, self.rows_per_step)
-        self.progress = Progress(planned_steps=steps, data_digest=data.rows.digest(), arguments=arguments.to_dict())
-
-        self.model, self.optimizer, schedule, average = prepare(model, arguments, steps, accelerator)
-        self.length = Length(self.progress, schedule, arguments)
-        self.weights = Weights(self.model, average, tokenizer, accelerator, str(self.output_dir), self.record)
-        self.quality = Quality(self.weights, data, options, self.processes, self.log)
-
-    def record(self) -> RunRecord:
-        """What this run knows of the model that it publishes."""
-        evaluation = self.log.evaluation(self.published_step or self.progress.step)
-        return RunRecord(progress=asdict(self.progress), evaluation=evaluation)
+        # With these settings the model is sampled here, and by whoever loads it.
+        model.generation_config.update(
+            do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
+        )
+        optimizer, average = create_optimization(options, model, accelerator)
+        self.steps = Steps(arguments, self.progress, optimizer, data.rows.rows_in_epoch, accelerator.num_processes)
+        if options.torch_compile:
+            compile_blocks(model, options.torch_compile_mode)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = average
+        weights = Weights(accelerator, self.model, average)
+        self.writer = ModelWriter(weights, tokenizer, self.output_dir, self.progress, self.log)
+        self.assessment = Assessment(weights, data, tokenizer, options, self.progress, self.agreement, self.log)
+        self.milestones = Milestones(
+            options, self.progress, self.steps, self.checkpoints, self.writer, self.assessment, self.agreement
+        )
 
     def start(self) -> None:
         """Begin anew or go on from a checkpoint, and say what is going to happen."""
-        accelerator, progress, rows = self.accelerator, self.progress, self.data.rows
-        checkpoint = choose_checkpoint(self.checkpoints, self.options.resume_from_checkpoint, accelerator)
+        accelerator, rows = self.accelerator, self.data.rows
+        checkpoint = find_checkpoint(self.checkpoints, self.options.resume_from_checkpoint)
         if checkpoint is not None:
-            changed = resume(checkpoint, progress, self.length, self.optimizer, accelerator, rows, self.rows_per_step)
-            self.saved_step = progress.step
-            changes = f" with other {', '.join(sorted(changed))}" if changed else ""
-            self.log.report(f"resumed from {checkpoint}{changes}")
+            resume(checkpoint, self.progress, self.steps, rows, accelerator, self.optimizer, self.log.report)
+            self.milestones.saved_step = self.progress.step
         if accelerator.is_main_process:
-            self.checkpoints.set_aside(-1 if checkpoint is None else progress.step)
-        self.log.cut(progress.step)
-        start_trackers(accelerator, self.options, progress.arguments)
-        max_steps = self.length.max_steps
-        if progress.step >= max_steps:
-            self.log.report(f"step {progress.step} of {max_steps} is done: there is nothing left to train")
+            self.checkpoints.set_aside(-1 if checkpoint is None else self.progress.step)
+        self.log.cut(self.progress.step)
+        if self.options.report_to:
+            self.log.start_trackers(self.progress.arguments, self.options.run_name)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        where = f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+        if self.progress.step >= self.steps.last:
+            self.log.report(f"step {self.progress.step} of {self.steps.last} is done: there is nothing left to train")
         self.log.report(
-            opening(parameters, rows, self.arguments.data.row_length, max_steps, self.rows_per_step, where)
+            f"{parameters:,} parameters; {rows.describe()} of {self.arguments.data.row_length:,} tokens; "
+            f"{self.steps.describe()}; {accelerator.num_processes} x {accelerator.device.type}, precision "
+            f"{accelerator.mixed_precision}"
         )
 
     def train(self) -> bool:
         """Train until the last step or an interruption; whether it was the former."""
-        progress, length, options = self.progress, self.length, self.options
+        progress, steps, options = self.progress, self.steps, self.options
+        row_length = self.arguments.data.row_length
         batches = self.data.rows.batches(
             progress.places,
             options.per_device_train_batch_size,
@@ -140,41 +145,55 @@ class Run:
             self.arguments.data.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        hidden = options.disable_tqdm or not self.accelerator.is_main_process
-        bar = tqdm(total=length.max_steps, initial=progress.step, unit="step", disable=hidden)
+        is_silent = options.disable_tqdm or not self.accelerator.is_main_process
+        bar = tqdm(total=steps.last, initial=progress.step, unit="step", disable=is_silent)
         pace, window = Window(), Window()
+        left_out = 0
         self.model.train()
         batch, place = self.fetch(batches)
         labels, stop = self.agree(batch, pace)
         if progress.due:
-            stop = self.end_step(save=True) or stop
-        while progress.step < length.max_steps and not stop:
+            stop = self.milestones.catch_up(self.place, save=True) or stop
+        while progress.step < steps.last and not stop:
             began = time.monotonic()
             loss = self.backward(batch, labels)
             learnt, self.place = labels, place
-            if progress.step + 1 < length.max_steps:
-                # The device still computes the gradients, for which only `update` waits.
+            if progress.step + 1 < steps.last:
+                # While the device is at work on this step: the rows of the next one.
                 batch, place = self.fetch(batches)
                 labels, stop = self.agree(batch, pace)
             loss, gradient_norm = self.update(loss)
-            length.count_left_out(gradient_norm is None, learnt)
+            left_out = 0 if gradient_norm is not None else left_out + 1
+            if left_out >= min(MAX_STEPS_LEFT_OUT, steps.last):
+                advice = "lower --learning_rate, or train in bf16 instead of fp16"
+                if learnt == 0:
+                    advice = "not one mesh of their rows could be used, as the warnings above say"
+                raise CommandError(f"the gradient was not finite in {left_out} steps in a row: {advice}")
+            if gradient_norm is not None:
+                progress.loss_sum += loss
+                progress.loss_steps += 1
+                progress.labels += learnt
+            progress.step += 1
+            progress.eval_loss = None
             seconds = time.monotonic() - began
-            progress.add_step(None if gradient_norm is None else loss, learnt, seconds)
-            window.add(seconds, self.rows_per_step, learnt)
+            progress.seconds += seconds
+            window.add(seconds, steps.rows_per_step, learnt)
             if progress.step > 2 or pace.steps:  # the first steps compile and allocate
-                pace.add(seconds, self.rows_per_step, learnt)
-            if length.is_line_due() and progress.loss_steps:
-                bar.set_postfix_str(self.log_loss(gradient_norm, window))
+                pace.add(seconds, steps.rows_per_step, learnt)
+
+            bar.total = steps.last
+            if steps.due(options.logging_steps, at_end=True) and progress.loss_steps:
+                rates, epoch = steps.schedule.get_last_lr(), self.data.rows.epochs(self.place)
+                line = self.log.write_training(progress, window, row_length, gradient_norm, rates[0], epoch)
+                bar.set_postfix_str(line)
                 window = Window()
-            bar.total = length.max_steps
             bar.update()
-            progress.due += length.judgements_due()
-            stop = self.end_step(save=length.is_checkpoint_due()) or stop
+            stop = self.milestones.reach(self.place) or stop
         bar.close()
-        if progress.step >= length.max_steps and not progress.due:
-            return True
-        self.stop()
-        return False
+        if progress.step < steps.last or progress.due:
+            self.stop()
+            return False
+        return True
 
     def fetch(self, batches: Iterator[tuple[Batch, Place]]) -> tuple[list[Batch], Place]:
         """
@@ -195,16 +214,18 @@ class Run:
         What all processes must know before they learn from a batch: the number of labels that all of them together
         learn from, and whether any was asked to stop or has no rows. Sets the number of the last step, too.
         """
-        planned = self.progress.planned_steps
-        labels = sum(int((rows["labels"] != IGNORED).sum()) for rows in batch)  # on the host, where the rows still are
-        max_steps = self.length.estimate(pace) if self.accelerator.is_main_process else 0
+        labels = sum(int((rows["labels"] != IGNORED).sum()) for rows in batch)
+        last = self.steps.fitting(pace) if self.accelerator.is_main_process else 0
         asked, failed = self.interruption.asked, self.failure is not None
-        labels, asked, failed, max_steps = self.processes.sum(labels, asked, failed, max_steps)
+        labels, asked, failed, last = self.agreement.sums(labels, asked, failed, last)
         if failed and self.failure is None:
             self.failure = CommandError("another process could not read its rows; it says why")
-        if max_steps < planned == self.length.max_steps:
-            self.log.report(shortening(pace, self.options.max_minutes, max_steps, planned))
-        self.length.set(max_steps)
+        if last < self.progress.planned_steps == self.steps.last:
+            self.log.report(
+                f"a step takes {pace.seconds / pace.steps:.2g} s, so that max_minutes: {self.options.max_minutes:g} "
+                f"leaves time for {last:,} of {self.steps.last:,} steps"
+            )
+        self.steps.end_after(last)
         return labels, asked > 0 or failed > 0
 
     def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
@@ -216,7 +237,7 @@ class Run:
         total = torch.zeros((), device=device)
         num_items = torch.full((), labels, device=device)
         for index, rows in enumerate(batch):
-            rows = send_to_device(rows, device, non_blocking=True)
+            rows = {name: tensor.to(device, non_blocking=True) for name, tensor in rows.items()}
             last = index == len(batch) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
@@ -233,9 +254,10 @@ class Run:
         """
         accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor where weights are sharded
-        both = torch.stack([norm, accelerator.reduce(loss, "sum")])
-        norm, total = both.tolist()  # the one wait for the device in a step
+        if isinstance(norm, DTensor):  # of weights that are sharded
+            norm = norm.full_tensor()
+        total = accelerator.reduce(loss, "sum")
+        norm, total = torch.stack([norm.to(total.device), total]).tolist()  # the step's one wait for the device
         finite = math.isfinite(norm) and math.isfinite(total)
         if finite or accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
             self.optimizer.step()
@@ -247,61 +269,15 @@ class Run:
                 f"step {self.progress.step + 1} is left out, its gradient is not finite; losses by process: {losses}"
             )
             return float("nan"), None
-        self.length.schedule.step()
-        self.weights.update_average()
+        self.steps.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(accelerator.unwrap_model(self.model))
         return total, norm
 
-    def log_loss(self, gradient_norm: float | None, window: Window) -> str:
-        """Write a line on the steps since the line before; returns what the progress bar shows of it."""
-        progress, loss = self.progress, self.progress.take_mean_loss()
-        line = loss_line(
-            loss,
-            gradient_norm,
-            self.length.schedule.get_last_lr()[0],
-            self.data.rows.epochs(self.place),
-            progress,
-            window,
-            self.arguments.data.row_length,
-            self.accelerator.device,
-        )
-        self.log.write(progress.step, line)
-        return f"loss {loss:.4f}, {line['tokens_per_second']:,.0f} tokens/s"
-
-    def end_step(self, save: bool) -> bool:
-        """Evaluate, sample and save as is due after a step; whether the run was asked to stop meanwhile."""
-        due = self.progress.due
-        if not due and not save:
-            return False
-        try:
-            while due:
-                if due[0] == "evaluation":
-                    self.quality.evaluate(self.progress)
-                else:
-                    self.quality.sample(self.progress.step, self.output_dir / f"samples-{self.progress.step}")
-                due.pop(0)
-                self.saved_step = None  # its checkpoint says that this is still to be done
-            if save:
-                self.save()
-            self.processes.check()
-        except Stopped:
-            return True
-        return False
-
-    def save(self) -> bool:
-        """Save a checkpoint, unless this very step has one; whether it has one now."""
-        if self.saved_step == self.progress.step:
-            return True
-        self.progress.scheduler = self.length.schedule.state_dict()
-        if self.place is not None:
-            self.progress.places = gather_object([self.place])
-        if self.checkpoints.save(self.progress.step, lambda folder: self.weights.save(folder, self.progress)):
-            self.saved_step = self.progress.step
-        return self.saved_step == self.progress.step
-
     def stop(self) -> None:
-        """Save what can be gone on from. Raises the failure that ends the run, if there is one."""
-        stopped = f"stopped after step {self.progress.step} of {self.length.max_steps}"
-        is_saved = self.save()
+        """Save what a later run goes on from. Raises what the rows failed with, if that is why the run stops."""
+        stopped = f"stopped after step {self.progress.step} of {self.steps.last}"
+        is_saved = self.milestones.save(self.place)
         if self.failure is not None:
             raise self.failure
         if not is_saved:
@@ -313,26 +289,24 @@ class Run:
         Leave the finished model with its tokenizer in the output folder, and samples of it. Returns whether it has
         learnt what required_eval_loss asks for, on every process.
         """
-        if self.options.load_best_model_at_end:
-            self.published_step = self.checkpoints.load_best()
-        self.weights.publish(self.output_dir)
-        end = f"the model is in {self.output_dir}"
+        is_best = self.options.load_best_model_at_end and self.writer.load_best(self.checkpoints)
+        self.writer.publish()
         try:
-            self.quality.sample(self.progress.step, self.output_dir)
+            self.assessment.sample(self.output_dir)
         except Stopped:
-            if self.published_step is None:
-                self.save()
-            end += ", without samples: --resume_from_checkpoint latest draws them"
+            if not is_best:  # whose state is not that of the last step
+                self.milestones.save(self.place)
+            self.log.report(
+                f"the model is in {self.output_dir}, without samples: --resume_from_checkpoint latest draws them"
+            )
         else:
-            if self.options.num_samples:
-                self.weights.write_card(self.output_dir, ["samples.png"])
-        self.log.report(end)
-        missed = False
+            if self.accelerator.is_main_process and self.options.num_samples:
+                self.writer.add_to_card(["samples.png"])
+            self.log.report(f"the model is in {self.output_dir}")
+        learnt = True
         if self.accelerator.is_main_process:
-            record = self.record()
-            missed = record.missed_loss
-            report_shortfall(record, self.log, can_go_on=bool(self.options.save_steps))
-        return not any(gather_object([missed]))
+            learnt = report_outcome(self.writer.record(), self.log, can_resume=bool(self.options.save_steps))
+        return all(gather_object([learnt]))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """How good a model is on held-out meshes."""
 
 import math
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch.nn import functional as F
 
 from training.rows.pack import IGNORED, TOKENS_PER_FACE
@@ -23,7 +20,7 @@ def evaluate(
     batches: Iterable[dict[str, Any]],
     accelerator: Accelerator,
     category_names: list[str],
-    num_coordinates: int,
+    num_coordinate_ids: int,
     check: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """
@@ -34,7 +31,7 @@ def evaluate(
 
     Args:
         batches: this rank's rows, each with `labels` (B, T) and a `layout` that knows the `category` of each mesh.
-        num_coordinates: number of token ids that are coordinates.
+        num_coordinate_ids: how many token ids, from 0 on, are coordinates.
         check: called before each batch; what it raises ends the evaluation.
 
     Returns:
@@ -47,11 +44,11 @@ def evaluate(
     try:
         for batch in batches:
             check()
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             labels, categories = batch.pop("labels"), batch["layout"].attribute("category")
             with torch.no_grad(), accelerator.autocast():
                 logits = model(**batch, use_cache=False).logits
-            counts += count_right(logits, labels, categories, len(category_names), num_coordinates).cpu()
+            counts += count_right(logits, labels, categories, len(category_names), num_coordinate_ids).cpu()
     finally:
         model.train(was_training)
     if accelerator.num_processes > 1:
@@ -64,7 +61,7 @@ def evaluate(
 
 
 def count_right(
-    logits: torch.Tensor, labels: torch.Tensor, categories: torch.Tensor, num_categories: int, num_coordinates: int
+    logits: torch.Tensor, labels: torch.Tensor, categories: torch.Tensor, num_categories: int, num_coordinate_ids: int
 ) -> torch.Tensor:
     """
     The COUNTS of each category, (num_categories, 7).
@@ -79,7 +76,7 @@ def count_right(
     losses = F.pad(losses, (1, 0))  # (B, T), each at the place of its token
     right = F.pad(predicted.argmax(dim=-1) == target, (1, 0))
     counted = labels != IGNORED
-    geometry = counted & (labels < num_coordinates)
+    geometry = counted & (labels < num_coordinate_ids)
     counts = losses.new_zeros(num_categories, len(COUNTS))
 
     def add(column: int, values: torch.Tensor, where: torch.Tensor, stride: int = 1) -> None:
@@ -103,10 +100,3 @@ def _metrics(counts: torch.Tensor) -> dict[str, float]:
         plural = {"token": "tokens", "vertex": "vertices", "face": "faces"}[what]
         metrics[f"{what}_accuracy"] = named[f"right_{plural}"] / max(named[plural], 1)
     return metrics
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)

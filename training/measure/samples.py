@@ -1,4 +1,4 @@
-"""Meshes that a model generates, as files and as a picture."""
+"""Meshes that a model generates while it is trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +34,8 @@ def draw_samples(
     samples.png. What of the model is compiled runs uncompiled: no two steps of generate have the same shapes.
 
     Args:
-        seed: of the first mesh, whole numbers from it on for the others; torch's own random numbers are neither used
-            nor changed.
+        seed: of the first mesh; the n-th after it is what `generate(do_sample=True, seed=seed + n)` gives. Torch's own
+            random numbers are neither used nor changed.
         check: called after each face; what it raises ends the drawing.
 
     Returns:

@@ -9,11 +9,12 @@ from torch import nn
 from iflame_hf.modeling_iflame import IFlameRMSNorm, IFlameUpsample
 
 OPTIMIZERS = ("muon", "adamw_torch")
-# The group of a parameter, by the module that holds it and its name there; the head's matrix is an embedding, too.
+# The group of a parameter by the class of its module, or one that is derived from, and its name there. Only the head's
+# matrix, which is a Linear's weight too, belongs to the embeddings.
 GROUPS = {
+    (nn.Embedding, "weight"): "embeddings",
     (nn.Linear, "weight"): "matrices",
     (nn.Linear, "bias"): "others",
-    (nn.Embedding, "weight"): "embeddings",
     (IFlameRMSNorm, "weight"): "others",
     (IFlameUpsample, "scale"): "others",
 }
@@ -28,22 +29,27 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     - `others`: norms, biases and scalars, which are never decayed.
 
     Raises:
-        ValueError: a parameter is of a module that GROUPS does not have, for example a new kind of layer.
+        ValueError: a parameter belongs nowhere, for example a new kind of layer that GROUPS does not name.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "embeddings": {}, "others": {}}
-    modules, head = dict(model.named_modules()), model.get_output_embeddings().weight
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        holder, _, own_name = name.rpartition(".")
-        kind = type(modules[holder])
-        group = "embeddings" if parameter is head else GROUPS.get((kind, own_name))
-        if group is None:
-            raise ValueError(
-                f"no optimiser group for the parameter {name}: {kind.__name__}.{own_name} is missing in GROUPS of "
-                "training/optim/groups.py"
-            )
-        groups[group][name] = parameter
+    head = model.get_output_embeddings()
+    grouped = set()  # of a parameter that two modules share the first name counts, as in named_parameters
+    for path, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if parameter in grouped or not parameter.requires_grad:
+                continue
+            grouped.add(parameter)
+            name = f"{path}.{own_name}" if path else own_name
+            kinds = ((kind, own_name) for kind in type(module).__mro__)
+            group = next((GROUPS[kind] for kind in kinds if kind in GROUPS), None)
+            if module is head and own_name == "weight":
+                group = "embeddings"
+            if group is None:
+                raise ValueError(
+                    f"no optimiser group for the parameter {name} of shape {tuple(parameter.shape)}: GROUPS in "
+                    f"training/optim/groups.py has no line for {own_name!r} of {type(module).__name__}"
+                )
+            groups[group][name] = parameter
     return groups
 
 

@@ -24,14 +24,12 @@ from training.prepare.items import (
 )
 from training.prepare.rejection import Rejected, as_rejected
 
-# An archive may unpack to so many times its bytes, and so many bytes besides. Meshes rarely shrink to a tenth in an
-# archive; bombs shrink to a thousandth or much less.
-_MAX_GROWTH, _BYTES_BESIDES = 200, 2**26
-_BYTES_AT_ONCE = 2**20
-_MAX_TAR_HEADER = 2**24  # bytes, which tarfile reads in one piece
-# External buffers and the .gltf files that need them are kept together until the end of the archive, up to so many
-# bytes.
-_MAX_SPOOLED = 2**32
+# Meshes rarely shrink to a tenth in an archive; bombs shrink to a thousandth or much less.
+_MAX_GROWTH, _MIN_BUDGET_BYTES = 200, 2**26
+_CHUNK_BYTES = 2**20
+_MAX_HEADER_BYTES = 2**24  # of tar, which reads a header in one piece
+# External buffers and the .gltf files that need them are kept together until the end of the archive.
+_MAX_SPOOL_BYTES = 2**32
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 
 Build = Callable[[], None]
@@ -50,7 +48,7 @@ class _Budget:
     """The bytes that an archive may still unpack to."""
 
     def __init__(self, path: str):
-        self.left = _BYTES_BESIDES + _MAX_GROWTH * os.path.getsize(path)
+        self.left = _MIN_BUDGET_BYTES + _MAX_GROWTH * os.path.getsize(path)
 
     def spend(self, count: int) -> None:
         self.left -= count
@@ -70,7 +68,7 @@ class _Forward:
         return self._position
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_TAR_HEADER:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
             raise Rejected("archive bomb", "one of its headers is larger than 16 MiB")
         data = self._file.read(size)
         self._position += len(data)
@@ -78,7 +76,7 @@ class _Forward:
         return data
 
     def seek(self, position: int, _whence: int = os.SEEK_SET) -> int:
-        while self._position < position and self.read(min(_BYTES_AT_ONCE, position - self._position)):
+        while self._position < position and self.read(min(_CHUNK_BYTES, position - self._position)):
             pass
         return self._position
 
@@ -131,7 +129,7 @@ def archive_items(
             try:
                 target = spool / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if spooled + entry.size <= _MAX_SPOOLED:
+                if spooled + entry.size <= _MAX_SPOOL_BYTES:
                     spooled += _copy(entry, target, max_size, spend)
                 item.payload = str(target)
             except (Rejected, OSError) as error:
@@ -162,7 +160,7 @@ def _extraction(
 def _copy(entry: Entry, target: Path, max_size: int, spend: Callable[[int], None]) -> int:
     size = 0
     with entry.open() as source, open(target, "wb") as file:
-        while chunk := source.read(_BYTES_AT_ONCE):
+        while chunk := source.read(_CHUNK_BYTES):
             size += len(chunk)
             spend(len(chunk))
             if size > max_size:

@@ -11,7 +11,7 @@ from training.prepare.rejection import SOURCE_LOST, Rejected, as_rejected, ran_o
 from training.prepare.tables import hub_items, parquet_items, parquet_length
 
 HUB = "hub:"
-_BATCH_ITEMS, _BATCH_BYTES, _BATCH_SECONDS = 32, 2**22, 0.5
+_MAX_BATCH_ITEMS, _MAX_BATCH_BYTES, _MAX_BATCH_SECONDS = 32, 2**22, 0.5
 
 
 class Opening(NamedTuple):
@@ -62,7 +62,9 @@ class Reader:
                 except Exception:  # reading it says why
                     length = None
         items, size, start = [], 0, time.monotonic()
-        while len(items) < _BATCH_ITEMS and size < _BATCH_BYTES and time.monotonic() - start < _BATCH_SECONDS:
+        while (
+            len(items) < _MAX_BATCH_ITEMS and size < _MAX_BATCH_BYTES and time.monotonic() - start < _MAX_BATCH_SECONDS
+        ):
             try:
                 item = next(self._items)
             except StopIteration:

@@ -28,10 +28,10 @@ except ImportError:  # Windows: memory is watched from outside alone
 # A fork of a clean server with the imports done: quick, and free of this process's threads.
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _CONTEXT = multiprocessing.get_context(_METHOD)
-_START_SECONDS = 120
-_SECONDS_BETWEEN_CHECKS = 0.2  # of the time and memory that the children take
-_MAX_TASKS_IN_MESSAGE = 8
-_MAX_TASKS_AHEAD = 32  # per process, from the oldest unfinished one on
+_START_TIMEOUT_SECONDS = 120
+_WATCH_INTERVAL_SECONDS = 0.2  # between two measurements of the children's time and memory
+_TASKS_PER_MESSAGE = 8
+_MAX_TASKS_AHEAD = 32  # tasks per process that may be ahead of the oldest unfinished one
 _MAX_ATTEMPTS = 2  # a crash may have been the fault of what the process did before, or of the machine
 
 
@@ -62,7 +62,7 @@ class LimitedProcess:
         self._process.start()
         theirs.close()
         try:
-            if not self.connection.poll(_START_SECONDS):
+            if not self.connection.poll(_START_TIMEOUT_SECONDS):
                 raise EOFError
             self._first_memory = self.connection.recv()
         except EOFError as error:
@@ -95,7 +95,7 @@ class LimitedProcess:
         """The answer to one request, within the limits. Raises [`Rejected`], after which the process is gone."""
         try:
             self.send([request])
-            while not self.connection.poll(_SECONDS_BETWEEN_CHECKS):
+            while not self.connection.poll(_WATCH_INTERVAL_SECONDS):
                 if (excess := self.excess()) is not None:
                     self.kill()
                     raise excess
@@ -150,14 +150,14 @@ class Pool:
         attempts: dict[int, int] = {}
         again: deque[int] = deque()
         window = _MAX_TASKS_AHEAD * self._num_workers
-        next_back, exhausted, checked = 0, False, 0.0
+        next_back, exhausted, measured = 0, False, 0.0
 
         def next_batch() -> list[int]:
             nonlocal exhausted
             if again:
                 return [again.popleft()]
             batch: list[int] = []
-            while len(batch) < _MAX_TASKS_IN_MESSAGE and len(known) < window and not exhausted:
+            while len(batch) < _TASKS_PER_MESSAGE and len(known) < window and not exhausted:
                 number, task = next(tasks, (None, None))
                 if number is None:
                     exhausted = True
@@ -205,16 +205,16 @@ class Pool:
                     assert not known, "a task was lost"
                     return
                 continue
-            ready = multiprocessing.connection.wait(list(busy), timeout=_SECONDS_BETWEEN_CHECKS)
+            ready = multiprocessing.connection.wait(list(busy), timeout=_WATCH_INTERVAL_SECONDS)
             for connection in ready:
                 process = busy[connection]
                 try:
                     settle(process, process.receive(), is_alive=True)
                 except (EOFError, OSError):
                     settle(process, process.cause_of_death(), is_alive=False)
-            if time.monotonic() - checked < _SECONDS_BETWEEN_CHECKS:
+            if time.monotonic() - measured < _WATCH_INTERVAL_SECONDS:
                 continue
-            checked = time.monotonic()
+            measured = time.monotonic()
             for connection in busy.keys() - set(ready):
                 process = busy[connection]
                 if (excess := process.excess()) is not None and not connection.poll():
@@ -256,7 +256,7 @@ def _serve(connection: Any, make_handler: Callable[[], Callable[[Any], Any]], li
         connection.send(memory.rss)
         while True:
             for request in connection.recv():
-                if hasattr(signal, "setitimer"):  # ends a child whose parent is no longer there to do so
+                if hasattr(signal, "setitimer"):  # the end of a child whose parent does not end it
                     signal.setitimer(signal.ITIMER_REAL, 2 * limits.seconds + 2)
                 _answer(connection, handler, request, limits)
                 gc.collect()  # readers leave cycles of large arrays

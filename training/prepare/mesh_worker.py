@@ -28,11 +28,11 @@ except ImportError:
     fast_simplification = None
 
 _MAX_LICENSE_LENGTH = 200
-# A mesh with more than so many times the faces allowed is rejected before its repeated and degenerate faces, which do
-# not count, are taken out.
-_MAX_EXCESS = 8
-# How far two surfaces lie apart is measured from so many points of each to so many points of the other.
-_NUM_PROBES, _NUM_TARGETS = 4_000, 50_000
+# A mesh with more than this many times the faces allowed is rejected before its repeated and degenerate faces are
+# dropped, which would take long and hardly ever leave few enough.
+_MAX_FACES_FACTOR = 8
+# The distance of two surfaces is that of so many points of each to so many points of the other.
+_NUM_PROBES, _NUM_SAMPLES = 4_000, 50_000
 
 
 class Recipe(NamedTuple):
@@ -85,21 +85,21 @@ def prepare(payload: str | tuple[Any, Any], recipe: Recipe) -> Prepared:
         raise
     except Exception as error:
         raise as_rejected(error, payload if isinstance(payload, str) else "") from error
-    is_rejected_at_once = not recipe.decimate and len(faces) > _MAX_EXCESS * recipe.max_faces
-    if not is_rejected_at_once:
+    is_far_too_large = not recipe.decimate and len(faces) > _MAX_FACES_FACTOR * recipe.max_faces
+    if not is_far_too_large:
         vertices, faces = clean(vertices, faces)
     if recipe.decimate and len(faces) > recipe.max_faces:
         vertices, faces = decimate(vertices, faces, recipe.max_faces, recipe.max_deviation)
     if len(faces) > recipe.max_faces:
         raise Rejected("too many faces", f"it has {len(faces)} faces, more than {recipe.max_faces}")
-    coordinates, corners = canonicalise(quantise(vertices.astype(np.float64), recipe.resolution), faces)
+    quantised, corners = canonicalise(quantise(vertices.astype(np.float64), recipe.resolution), faces)
     if len(corners) < recipe.min_faces:
         raise Rejected("too few faces", f"quantisation leaves {len(corners)} faces of {len(faces)}")
-    sides = coordinates[corners[:, 1:]] - coordinates[corners[:, :1]]
+    sides = quantised[corners[:, 1:]] - quantised[corners[:, :1]]
     if not np.cross(sides[:, 0], sides[:, 1]).any():
         raise Rejected("flat", "its faces have no area")
     digest = hashlib.blake2b(digest_size=16)
-    for array in (coordinates, corners):
+    for array in (quantised, corners):
         digest.update(np.array(array.shape, dtype="<i8").tobytes() + array.astype("<i4").tobytes())
     return Prepared(vertices, faces.astype(np.int32), len(corners), digest.digest(), license)
 
@@ -163,7 +163,7 @@ def deviation(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.nd
     trees, probes = [], []
     for vertices, faces in (one, other):
         mesh = trimesh.Trimesh(vertices, faces, process=False)
-        points, _ = trimesh.sample.sample_surface(mesh, _NUM_TARGETS, seed=0)
+        points, _ = trimesh.sample.sample_surface(mesh, _NUM_SAMPLES, seed=0)
         trees.append(cKDTree(np.concatenate([points, vertices])))
         probes.append(np.concatenate([points[:_NUM_PROBES], vertices]))
     return float(max(trees[1].query(probes[0])[0].max(), trees[0].query(probes[1])[0].max()))

@@ -40,9 +40,9 @@ SCHEMA = pyarrow.schema(
 STATE, SETTINGS, REJECTED, SUMMARY = ".state.sqlite", "settings.json", "rejected.jsonl", "summary.json"
 UNPACKED = ".unpacked"
 FACE_BINS = (50, 100, 200, 400, 800, 1600, 3200, 6400)  # the most faces in each bin but the last
-_ROWS_PER_GROUP = 256  # in a parquet file
-# In the settings of every folder that was begun here, and of no other.
-_OWN_SETTINGS = {"made_by": "training.prepare_data"}
+_ROWS_PER_GROUP = 256
+# In the settings of a set: by it a folder is known as one that prepare_data may go on with or clear.
+_ORIGIN = {"made_by": "training.prepare_data"}
 _TABLES = """
     CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS geometry (digest BLOB PRIMARY KEY, name TEXT) WITHOUT ROWID;
@@ -91,7 +91,7 @@ class PreparedSet:
         is_new = not _is_ours(folder)
         if is_new and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise ValueError(f"{folder} holds something that prepare_data did not write; choose a folder that is new")
-        settings = {**_OWN_SETTINGS, **settings}
+        settings = {**_ORIGIN, **settings}
         self.is_finished = not is_new and not (folder / STATE).exists()
         if not is_new:
             _check_settings(folder, settings)
@@ -328,7 +328,7 @@ def _is_ours(folder: Path) -> bool:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and settings.items() >= _OWN_SETTINGS.items()
+    return isinstance(settings, dict) and settings.items() >= _ORIGIN.items()
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -12,11 +12,7 @@ CRASH = "reader crashed"
 SOURCE_LOST = "source lost"  # not the fault of a file: the run cannot go on
 UNREADABLE = "unreadable"
 # Of errors without a kind of their own; whatever else a reader raises is UNREADABLE.
-_KINDS_OF_ERRORS = {
-    FileNotFoundError: "missing file",
-    PermissionError: "no permission",
-    ImportError: "missing package",
-}
+_KIND_OF_ERROR = {FileNotFoundError: "missing file", PermissionError: "no permission", ImportError: "missing package"}
 
 
 class Rejected(Exception):
@@ -48,7 +44,7 @@ def as_rejected(error: BaseException, path: str = "") -> Rejected:
     if isinstance(error, MeshError):
         kind = error.kind.replace("_", " ")
     else:
-        kind = next((kind for type_, kind in _KINDS_OF_ERRORS.items() if isinstance(error, type_)), UNREADABLE)
+        kind = next((kind for type_, kind in _KIND_OF_ERROR.items() if isinstance(error, type_)), UNREADABLE)
     return Rejected(kind, message or type(error).__name__)
 
 

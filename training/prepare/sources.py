@@ -23,9 +23,9 @@ from training.prepare.items import (
 )
 from training.prepare.rejection import SOURCE_LOST, Rejected, as_rejected
 
-# A container may take so many times as long as one mesh: an archive may begin with much else.
+# A container may take this many times as long as one mesh: an archive may begin with much that is no mesh.
 _CONTAINER_TIME_FACTOR = 10
-_LINK = Rejected(
+_LINKED_FOLDER = Rejected(
     "link to a folder", "it is a link to a folder, which is not followed; name the folder itself as a source"
 )
 
@@ -149,7 +149,7 @@ class Sources:
             elif entry.is_symlink() and os.path.isdir(full):
                 name = printable(path).replace(os.sep, "/")
                 if os.path.realpath(full) != self._hidden:
-                    yield Item(name, f"{root}/{name}", rejection=_LINK), "", ""
+                    yield Item(name, f"{root}/{name}", rejection=_LINKED_FOLDER), "", ""
             elif suffix_of(path):
                 name = printable(path).replace(os.sep, "/")
                 if suffix_of(path) in CONTAINER_SUFFIXES and os.path.isfile(full):

@@ -16,10 +16,10 @@ from training.prepare.rejection import Rejected
 from training.prepare.synsets import synset_category
 
 Build = Callable[[], None]
-_ROWS_AT_ONCE = 32
+_ROWS_PER_READ = 32
 _TEXT_COLUMNS = {"name": "name", "source": "source", "license": "license", "category": "category", "label": "category"}
 # Splits that are not for training.
-_HELD_OUT = ("validation", "valid", "val", "test", "dev", "eval")
+_VALIDATION_SPLITS = ("validation", "valid", "val", "test", "dev", "eval")
 
 
 class Columns(NamedTuple):
@@ -39,7 +39,7 @@ def parquet_items(path: str, label: str, prefix: str, folder: str) -> Iterator[t
         wanted = [*columns.text, *(("vertices", "faces") if columns.arrays else (columns.files,))]
         first = 0
         for batch in file.iter_batches(
-            batch_size=_ROWS_AT_ONCE if columns.arrays else 1, columns=wanted, use_threads=False
+            batch_size=_ROWS_PER_READ if columns.arrays else 1, columns=wanted, use_threads=False
         ):
             yield from _table_items(batch, columns, first, label, prefix, _split_of(label), folder)
             first += len(batch)
@@ -69,9 +69,9 @@ def hub_items(name: str, label: str, prefix: str, folder: str) -> Iterator[tuple
         features = data.features or {}
         classes = {key: feature.names for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
         first, columns = 0, None
-        for table in data.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        for table in data.with_format("arrow").iter(batch_size=_ROWS_PER_READ):
             columns = columns or _columns(table.schema)
-            held_out = "validation" if split in _HELD_OUT else "train"
+            held_out = "validation" if split in _VALIDATION_SPLITS else "train"
             for batch in table.to_batches():
                 where = f"{label}/{split}"
                 rows_prefix = f"{prefix}{split}/"
@@ -175,4 +175,4 @@ def _texts(column: pyarrow.Array, names: list[str] | None) -> list[str | None]:
 def _split_of(label: str) -> str | None:
     """The split that a parquet file's own name tells, as in "test-00000-of-00001.parquet"."""
     word = label.rpartition("/")[2].lower().replace("_", "-").replace(".", "-").partition("-")[0]
-    return "validation" if word in _HELD_OUT else "train" if word == "train" else None
+    return "validation" if word in _VALIDATION_SPLITS else "train" if word == "train" else None

@@ -1,8 +1,8 @@
 """Procedural furniture: one function a kind, each draws the parts of one object.
 
 Objects stand on y = 0, face positive z, are symmetric about x = 0 as a rule, and are 128 units long on their longest
-side. Sizes are multiples of 4, heights and widths of 8: so the corners of a centred object have every fourth
-coordinate only.
+side. Sizes are multiples of 4, heights and widths of 8: so the corners of a centred object have every fourth value of
+a coordinate only.
 """
 
 import numpy as np

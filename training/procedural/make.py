@@ -1,8 +1,9 @@
 """Procedural meshes: furniture and buildings of many kinds, numbers of parts and proportions.
 
 A mesh is 128 units long on its longest side, and its corners lie on multiples of 4 from its middle: the usual 129
-coordinates represent it exactly, and only every fourth is used, which a small model learns several times sooner than
-all. Every part is a closed solid with outward winding; parts touch or cross, but hardly ever share a triangle.
+values of a coordinate represent it exactly, and only every fourth is used, which a small model learns several times
+sooner than all.
+Every part is a closed solid with outward winding; parts touch or cross, but hardly ever share a triangle.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator], list[Solid]]] = {
     "bridge": buildings.bridge,
 }
 KINDS: tuple[str, ...] = tuple(_MAKERS)
-_TRIES = 1000
+_MAX_TRIES = 1000
 
 
 class ProceduralMesh(NamedTuple):
@@ -69,8 +70,10 @@ def make_dataset(
 
 def _make_within(seed: int, index: int, min_faces: int, max_faces: int, kinds: Sequence[str]) -> ProceduralMesh:
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
-    for _ in range(_TRIES):
+    for _ in range(_MAX_TRIES):
         mesh = make_mesh(rng, pick(rng, kinds))
         if min_faces <= len(mesh.faces) <= max_faces:
             return mesh
-    raise ValueError(f"none of {_TRIES} procedural meshes has {min_faces} to {max_faces} faces; they have 20 to 198")
+    raise ValueError(
+        f"none of {_MAX_TRIES} procedural meshes has {min_faces} to {max_faces} faces; they have 20 to 198"
+    )

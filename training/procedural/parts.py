@@ -31,15 +31,15 @@ def rectangle(x: Span, z: Span) -> Outline:
     return [(x[1], z[1]), (x[0], z[1]), (x[0], z[0]), (x[1], z[0])]
 
 
-def loft(*sections: tuple[float, Outline]) -> Solid:
+def loft(*outlines: tuple[float, Outline]) -> Solid:
     """The solid between convex outlines with equally many corners, given as (y, outline) from bottom to top.
 
     Outlines may be degenerate: one that is a point makes the tip of a cone, one that is a line the ridge of a roof.
     Corners are merged where they coincide.
     """
-    sides = len(sections[0][1])
+    sides = len(outlines[0][1])
     numbers: dict[Point, int] = {}
-    rings = [[numbers.setdefault((x, y, z), len(numbers)) for x, z in outline] for y, outline in sections]
+    rings = [[numbers.setdefault((x, y, z), len(numbers)) for x, z in outline] for y, outline in outlines]
     polygons = [rings[0], rings[-1][::-1]]
     for below, above in zip(rings, rings[1:], strict=False):
         polygons += [(below[side], below[side - 1], above[side - 1], above[side]) for side in range(sides)]

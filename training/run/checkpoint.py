@@ -19,8 +19,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-_UNFINISHED_NAME = re.compile(r"\.checkpoint-\d+\.(partial|deleted)")
+_NAME = re.compile(r"checkpoint-(\d+)")
+_LEFT_OVER = re.compile(r"\.checkpoint-\d+\.(partial|deleted)")
 
 
 @dataclass
@@ -47,26 +47,9 @@ class Progress:
         names = {entry.name for entry in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in names})
 
-    def take(self, other: "Progress") -> None:
-        """Stand where another does."""
-        for entry in fields(self):
-            setattr(self, entry.name, getattr(other, entry.name))
-
-    def add_step(self, loss: float | None, labels: int, seconds: float) -> None:
-        """Count a step that learnt from so many labels; its loss is None if it was left out."""
-        if loss is not None:
-            self.loss_sum += loss
-            self.loss_steps += 1
-            self.labels += labels
-        self.step += 1
-        self.eval_loss = None
-        self.seconds += seconds
-
-    def take_mean_loss(self) -> float:
-        """The mean loss of the steps since it was last taken."""
-        loss = self.loss_sum / self.loss_steps
-        self.loss_sum, self.loss_steps = 0.0, 0
-        return loss
+    def become(self, other: "Progress") -> None:
+        """Take over all that another holds, so that whoever holds this one goes on from there."""
+        vars(self).update(vars(other))
 
     def write(self, folder: Path) -> None:
         (folder / STATE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
@@ -92,11 +75,7 @@ class Checkpoints:
 
     def folders(self) -> list[Path]:
         """All checkpoints, whole or not, the latest last."""
-        found = [
-            path
-            for path in self.output_dir.glob("checkpoint-*")
-            if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()
-        ]
+        found = [path for path in self.output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=_step)
 
     def save(self, step: int, write: Callable[[Path], None]) -> bool:
@@ -152,16 +131,6 @@ class Checkpoints:
         losses = {path: loss for path, loss in losses.items() if loss is not None}
         return min(losses, key=losses.__getitem__) if losses else None
 
-    def load_best(self) -> int | None:
-        """Load the best checkpoint into what Accelerate has prepared, and tell its step; None if there is none."""
-        best = self.best()
-        if best is None:
-            self.report("no checkpoint was evaluated: the model of the last step is published")
-            return None
-        self.report(f"the checkpoint with the lowest evaluation loss is {best}")
-        self.accelerator.load_state(str(best))
-        return Progress.read(best).step
-
     def prune(self, newest: Path) -> None:
         """Delete the oldest checkpoints beyond the limit, but never the one just written or the best."""
         if self.limit is None:
@@ -178,7 +147,7 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """
         On the main process: rename checkpoints of later steps than `step`, from where a run goes on. They are broken,
-        or the run does their steps anew: they must be neither taken for the latest nor kept in the place of new ones.
+        or of a run that this one replaces, and must be neither taken for the latest nor kept in the place of new ones.
         """
         for path in self.folders():
             if _step(path) > step:
@@ -193,7 +162,7 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what an earlier process left half-written or half-deleted."""
         for path in self.output_dir.glob(".checkpoint-*"):
-            if _UNFINISHED_NAME.fullmatch(path.name):
+            if _LEFT_OVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _find(self, wanted: str) -> Path | None:
@@ -231,9 +200,7 @@ class Checkpoints:
         failure = None
         try:
             action()
-        except (
-            Exception
-        ) as error:  # a full disk is an OSError, RuntimeError or SafetensorError, depending on who writes
+        except Exception as error:  # who writes decides if a full disk is an OSError, RuntimeError or SafetensorError
             failure = f"{type(error).__name__}: {error}"
         failures = gather_object([failure]) if self.accelerator.num_processes > 1 else [failure]
         return next((failure for failure in failures if failure is not None), None)
@@ -305,4 +272,4 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _step(checkpoint: Path) -> int:
-    return int(_CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
+    return int(_NAME.fullmatch(checkpoint.name)[1])

@@ -1,12 +1,11 @@
-"""What a run begins with: Accelerate's object, the model with its tokenizer, and the model made ready for training."""
+"""What a run begins with: Accelerate's object, the model with its tokenizer, the optimiser, compiled blocks."""
 
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType
-from torch.optim.lr_scheduler import LambdaLR
+from accelerate.utils import LoggerType
 from torch.optim.swa_utils import AveragedModel
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
@@ -14,13 +13,13 @@ from iflame_hf.names import model_folder
 from training.arguments import Arguments, TrainArguments
 from training.optim.average import create_average
 from training.optim.groups import create_optimizer
-from training.run.length import curve_of
+from training.run.weights import are_sharded
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
 # mesh a row or several.
 MAX_COMPILED_BLOCKS = 24
 # Options that a model to start from has decided.
-ARCHITECTURE_OPTIONS = (
+SIZE_OPTIONS = (
     "hidden_size",
     "num_attention_heads",
     "intermediate_size",
@@ -99,9 +98,6 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
             **implementations,
         )
         model = IFlameForCausalLM(config)
-    train = arguments.train
-    # With these settings the model is sampled during the run, and by whoever loads it.
-    model.generation_config.update(do_sample=True, temperature=train.temperature, top_k=train.top_k, top_p=train.top_p)
     if sizes.gradient_checkpointing:
         enable_activation_checkpointing(model)
     return tokenizer, model
@@ -115,24 +111,38 @@ def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
         model.gradient_checkpointing_enable()
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether every process has a part of the weights only."""
-    return accelerator.distributed_type == DistributedType.FSDP
+def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTokenizer) -> None:
+    """Raises ValueError if an option was given that the model to start from does not have so."""
+
+    def shown(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    own = {name: getattr(config, name) for name in SIZE_OPTIONS} | {"up_axis": tokenizer.up_axis}
+    given = arguments.to_dict()
+    others = [
+        f"--{name} {shown(given[name])} (its own is {shown(value)})"
+        for name, value in own.items()
+        if name in arguments.given and shown(given[name]) != shown(value)
+    ]
+    if others:
+        raise ValueError(
+            f"{arguments.model.model_name_or_path} is as it is made and cannot have {', '.join(others)}: leave that "
+            "out, or leave out --model_name_or_path to train a new model"
+        )
 
 
-def prepare(
-    model: IFlameForCausalLM, arguments: Arguments, max_steps: int, accelerator: Accelerator
-) -> tuple[torch.nn.Module, torch.optim.Optimizer, LambdaLR, AveragedModel | None]:
+def create_optimization(
+    options: TrainArguments, model: IFlameForCausalLM, accelerator: Accelerator
+) -> tuple[torch.optim.Optimizer, AveragedModel | None]:
     """
-    What trains a model for so many steps: the model and its optimiser as Accelerate makes them, the schedule of
-    learning rates, and the moving average of the weights, if there is to be one.
+    The optimiser that the options name, and the moving average of the weights if they ask for one.
 
     Raises:
-        ValueError: an average is asked for, and the weights are sharded.
+        ValueError: an average is asked for while the weights are sharded.
     """
-    options, average = arguments.train, None
+    average = None
     if options.ema_decay is not None:
-        if is_sharded(accelerator):
+        if are_sharded(accelerator):
             raise ValueError(
                 "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
             )
@@ -145,39 +155,7 @@ def prepare(
         (options.adam_beta1, options.adam_beta2),
         options.adam_epsilon,
     )
-    schedule = LambdaLR(optimizer, curve_of(arguments, max_steps))
-    if options.torch_compile:
-        compile_blocks(model, options.torch_compile_mode)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    return model, optimizer, schedule, average
-
-
-def start_trackers(accelerator: Accelerator, options: TrainArguments, arguments: dict[str, Any]) -> None:
-    """Let the trackers asked for begin, with all options of the run."""
-    if options.report_to:
-        settings = {name: str(value) for name, value in arguments.items()}
-        names = {"wandb": {"name": options.run_name}} if options.run_name else {}
-        accelerator.init_trackers("iflame", config=settings, init_kwargs=names)
-
-
-def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTokenizer) -> None:
-    """Raises ValueError if an option was given that the model to start from does not have so."""
-
-    def shown(value: Any) -> str:
-        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-    own = {name: getattr(config, name) for name in ARCHITECTURE_OPTIONS} | {"up_axis": tokenizer.up_axis}
-    given = arguments.to_dict()
-    others = [
-        f"--{name} {shown(given[name])} (its own is {shown(value)})"
-        for name, value in own.items()
-        if name in arguments.given and shown(given[name]) != shown(value)
-    ]
-    if others:
-        raise ValueError(
-            f"{arguments.model.model_name_or_path} is as it is made and cannot have {', '.join(others)}: leave that "
-            "out, or leave out --model_name_or_path to train a new model"
-        )
+    return optimizer, average
 
 
 def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:

@@ -17,15 +17,15 @@ from safetensors import SafetensorError
 
 from iflame_cli.errors import CommandError
 
-DEBUG = "IFLAME_DEBUG"
+DEBUG_VARIABLE = "IFLAME_DEBUG"
 # Set by torch's launcher: a file in a folder of this process, which lies in one of all its processes on this machine.
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 CONNECTION_LOST = re.compile(r"Connection (closed|reset) by peer")
-# Seconds in which a launcher ends the other processes after one has failed.
-SECONDS_TO_BE_ENDED = 10
+# In this time a launcher ends the other processes of a run after one has failed.
+SECONDS_UNTIL_ENDED = 10
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate", re.IGNORECASE)
-# The message of an exception in a loader process, and in it that of the cause.
-LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker.*\n(?:[\w.]+\.)?\w+: (.*)", re.DOTALL)
+# What a loader process died of, in the message of the exception that tells it.
+WORKER_FAILURE = re.compile(r"Caught \w+ in DataLoader worker.*\n(?:[\w.]+\.)?\w+: (.*)", re.DOTALL)
 
 
 def ends_in_words(program: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
@@ -47,7 +47,7 @@ def ends_in_words(program: str) -> Callable[[Callable[..., int | None]], Callabl
                 return 1
             except Exception as error:
                 sentence = in_words(error)
-                if sentence is None or os.environ.get(DEBUG, "0") not in ("", "0"):
+                if sentence is None or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
                     raise
                 say_once(f"{program}: {sentence}")
                 return 1
@@ -63,8 +63,8 @@ def in_words(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(text)):
         return f"memory does not suffice, docs/troubleshooting.md says what helps: {text.partition(chr(10))[0]}"
     if isinstance(error, RuntimeError) and CONNECTION_LOST.search(text):
-        if ERROR_FILE in os.environ:
-            time.sleep(SECONDS_TO_BE_ENDED)
+        if ERROR_FILE_VARIABLE in os.environ:
+            time.sleep(SECONDS_UNTIL_ENDED)
         return "another process of the run has ended; it says why"
     if not isinstance(error, (CommandError, ValueError, OSError, ImportError, SafetensorError)):
         return None
@@ -73,7 +73,7 @@ def in_words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{named}: {error.strerror}"
-    if found := LOADER_ERROR.match(text):
+    if found := WORKER_FAILURE.match(text):
         text = found[1]
     return " ".join(text.split()) or type(error).__name__
 
@@ -86,9 +86,9 @@ def say_once(sentence: str) -> None:
 
 def is_first_to_say(sentence: str) -> bool:
     """Whether no other process that torch's launcher has started with this one on this machine asked for the same."""
-    if ERROR_FILE not in os.environ:
+    if ERROR_FILE_VARIABLE not in os.environ:
         return True
-    together = Path(os.environ[ERROR_FILE]).parent.parent
+    together = Path(os.environ[ERROR_FILE_VARIABLE]).parent.parent
     try:
         (together / f"said-{hashlib.sha256(sentence.encode()).hexdigest()[:16]}").open("x").close()
     except FileExistsError:

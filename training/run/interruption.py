@@ -1,4 +1,4 @@
-"""How a run is asked to stop: Ctrl-C, SIGTERM, the end of its launcher."""
+"""A run that is asked to stop, by Ctrl-C, a signal, or the end of what started it."""
 
 import os
 import signal

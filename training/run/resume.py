@@ -1,21 +1,21 @@
-"""How a run goes on from a checkpoint, and which options may change when it does."""
+"""How a run goes on from a checkpoint, and what may change then."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from torch.optim.lr_scheduler import LambdaLR
 
 from training.rows.load import TrainingRows
 from training.run.checkpoint import Checkpoints, Progress
-from training.run.length import Length
-from training.run.processes import Processes
+from training.run.steps import Steps
 
-# What cannot change, as the weights, the optimiser and the average of a checkpoint belong to it.
+# What weights, optimiser and average of a checkpoint belong to.
 FIXED_OPTIONS = (
     "hidden_size",
     "num_attention_heads",
@@ -24,54 +24,61 @@ FIXED_OPTIONS = (
     "full_attention_interval",
     "optim",
 )
-# What decides how many steps a run does.
-LENGTH_OPTIONS = {"max_steps", "num_train_epochs", "max_minutes"}
-# Settings of the optimiser, which a checkpoint holds too.
+# What the state of the optimiser, in a checkpoint, holds too.
 OPTIMIZER_OPTIONS = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
-# Seconds that a run waits for a folder: processes of one that was killed let go of it late.
-LOCK_TIMEOUT = 10
+# Seconds in which processes of a run that was killed let go of its folder.
+RELEASE_SECONDS = 10
 
 
 @contextmanager
-def lock(folder: Path, processes: Processes) -> Iterator[None]:
+def lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """
-    Make a folder, and have it for the processes of one run until the main one ends, however it ends.
+    Make a folder, and have it for one run until its main process ends, however it ends.
 
     Raises:
-        OSError: it cannot be made.
-        ValueError: another run trains in it.
+        ValueError: another run trains in it. Like an OSError, it is raised on all processes of this one.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         failure = None
-        if processes.accelerator.is_main_process:
+        if accelerator.is_main_process:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder / ".lock").acquire(timeout=LOCK_TIMEOUT))
-            except Timeout:
-                failure = ValueError(
-                    f"another process trains in {folder}: wait for its end or stop it, or choose another --output_dir"
-                )
-            except OSError as error:
+                stack.enter_context(_lock(folder))
+            except (OSError, ValueError) as error:
                 failure = error
-        processes.raise_first(failure)
+        if (failure := next(filter(None, gather_object([failure])), None)) is not None:
+            raise failure
         yield
 
 
-def choose_checkpoint(checkpoints: Checkpoints, wanted: str | None, accelerator: Accelerator) -> Path | None:
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=RELEASE_SECONDS)
+    except Timeout:
+        raise ValueError(
+            f"another process trains in {folder}: wait for its end or stop it, or choose another --output_dir"
+        ) from None
+    with held:
+        yield
+
+
+def find_checkpoint(checkpoints: Checkpoints, wanted: str | None) -> Path | None:
     """
-    What a run goes on from, the same on all processes; None if it begins anew. What an earlier process left
-    half-written is removed.
+    Called on all processes together: tidy the folder of a run, and find the checkpoint that it goes on from; None if
+    it begins anew.
 
     Raises:
-        ValueError: there is no such checkpoint, or the folder belongs to another run.
+        ValueError: the checkpoint is not there or broken, or a new run would write over another.
     """
+    accelerator = checkpoints.accelerator
     if accelerator.is_main_process:
         checkpoints.clean()
     accelerator.wait_for_everyone()
     checkpoint = None if wanted is None else checkpoints.find(wanted)
     if checkpoint is None:
         check_folder(checkpoints.output_dir, bool(checkpoints.folders()), may_go_on=wanted is not None)
-    accelerator.wait_for_everyone()  # nobody changes the folder before all have checked it
+    accelerator.wait_for_everyone()  # nobody changes the folder before every process has read it
     return checkpoint
 
 
@@ -89,14 +96,48 @@ def check_folder(folder: Path, has_checkpoints: bool, may_go_on: bool) -> None:
         )
 
 
-def check_data(checkpoint: Path, saved_digest: str, digest: str) -> None:
-    """Raises ValueError where a checkpoint was made with other training data."""
-    if saved_digest != digest:
+def resume(
+    checkpoint: Path,
+    progress: Progress,
+    steps: Steps,
+    rows: TrainingRows,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    report: Callable[[str], None],
+) -> None:
+    """
+    Restore everything that a checkpoint holds, but for what the options of this run, in `progress`, say otherwise.
+
+    Raises:
+        ValueError: the checkpoint belongs to other data, or to a model of other sizes.
+    """
+    saved = Progress.read(checkpoint)
+    if saved.data_digest != progress.data_digest:
         raise ValueError(
             f"{checkpoint} belongs to other training data, or to another --row_length, --seed, --long_meshes, "
             "--balance or --streaming, so that its place in the data means nothing here. Give the same options, "
             f"or start a new run from its weights with --model_name_or_path {checkpoint} and another --output_dir"
         )
+    given = progress.arguments
+    check_options(checkpoint, saved.arguments, given)
+    changed = {name for name, value in saved.arguments.items() if given.get(name) != value}
+    if saved.max_steps and not changed & {"max_steps", "num_train_epochs", "max_minutes"}:
+        steps.end_after(saved.max_steps)
+    if given["max_steps"] < 0 and rows_of_a_step(saved) not in (0, steps.rows_per_step):
+        epochs = given["num_train_epochs"] - max(map(rows.epochs, saved.places))
+        left = max(0, round(epochs * rows.rows_in_epoch / steps.rows_per_step))
+        progress.planned_steps = saved.step + left
+        steps.end_after(progress.planned_steps)
+    saved.arguments = given
+    saved.max_steps, saved.planned_steps = progress.max_steps, progress.planned_steps
+    settings = settings_of(optimizer)
+    accelerator.load_state(str(checkpoint))
+    steps.schedule.load_state_dict(saved.scheduler)
+    if changed & OPTIMIZER_OPTIONS:
+        apply_settings(optimizer, steps.schedule, settings)
+    progress.become(saved)
+    changed -= {"resume_from_checkpoint"}
+    report(f"resumed from {checkpoint}" + (f" with other {', '.join(sorted(changed))}" if changed else ""))
 
 
 def check_options(checkpoint: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -130,47 +171,3 @@ def apply_settings(optimizer: torch.optim.Optimizer, schedule: LambdaLR, setting
         schedule.base_lrs[index] = new["initial_lr"]
         group["lr"] = new["initial_lr"] * schedule.lr_lambdas[index](schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
-def resume(
-    checkpoint: Path,
-    progress: Progress,
-    length: Length,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    rows: TrainingRows,
-    rows_per_step: int,
-) -> set[str]:
-    """
-    Restore everything that a checkpoint holds.
-
-    Args:
-        progress: of the run that goes on, with its options; it is made that of the checkpoint.
-        rows_per_step: those that all processes together take for one step.
-
-    Returns:
-        the names of the options that have other values now.
-
-    Raises:
-        ValueError: the checkpoint belongs to other data, or to options that cannot change.
-    """
-    saved, options = Progress.read(checkpoint), progress.arguments
-    check_data(checkpoint, saved.data_digest, progress.data_digest)
-    check_options(checkpoint, saved.arguments, options)
-    changed = {name for name, value in saved.arguments.items() if options.get(name) != value}
-    if saved.max_steps and not changed & LENGTH_OPTIONS:
-        length.set(saved.max_steps)
-    if options["max_steps"] < 0 and rows_of_a_step(saved) not in (0, rows_per_step):
-        epochs = options["num_train_epochs"] - max(map(rows.epochs, saved.places))
-        left = max(0, round(epochs * rows.rows_in_epoch / rows_per_step))
-        progress.planned_steps = saved.step + left
-        length.set(progress.planned_steps)
-    saved.arguments = options
-    saved.max_steps, saved.planned_steps = progress.max_steps, progress.planned_steps
-    settings = settings_of(optimizer)
-    accelerator.load_state(str(checkpoint))
-    length.schedule.load_state_dict(saved.scheduler)
-    if changed & OPTIMIZER_OPTIONS:
-        apply_settings(optimizer, length.schedule, settings)
-    progress.take(saved)
-    return changed - {"resume_from_checkpoint"}

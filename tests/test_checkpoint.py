@@ -4,12 +4,10 @@ import json
 import os
 import shutil
 
-import psutil
 import pytest
 from accelerate import Accelerator
 
 from training.run.checkpoint import MANIFEST, Checkpoints, Progress, find_defect
-from training.run.interruption import Interruption
 
 
 @pytest.fixture
@@ -186,21 +184,3 @@ def test_the_manifest_lists_every_file_with_its_size(checkpoints):
     files = json.loads((folder / MANIFEST).read_text())["files"]
     found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     assert {name: entry["size"] for name, entry in files.items()} | {MANIFEST: found[MANIFEST]} == found
-
-
-@pytest.mark.parametrize(
-    ("words", "is_launcher"),
-    [
-        (["/usr/bin/python", "/venv/bin/accelerate", "launch", "train.py"], True),
-        (["/usr/bin/python", "-m", "accelerate.commands.launch", "train.py"], True),
-        (["/bin/bash", "-c", "accelerate launch train.py"], False),
-        (["/bin/bash"], False),
-    ],
-)
-def test_only_the_end_of_accelerates_launcher_stops_a_run(monkeypatch, words, is_launcher):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which users set, too
-    monkeypatch.setattr(psutil.Process, "cmdline", lambda process: words)
-    interruption = Interruption()
-    assert not interruption.asked
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert interruption.asked == is_launcher
