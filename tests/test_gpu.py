@@ -20,6 +20,7 @@ from iflame_hf.ops_iflame import (
     recurrent_linear_attention,
 )
 from iflame_hf.states_iflame import RecurrentState
+from training.optim.average import MovingAverage
 
 pytestmark = pytest.mark.gpu
 
@@ -374,6 +375,13 @@ def test_a_training_step_on_packed_rows_does_not_wait_for_the_device(attention, 
     step()
     assert waits_of(step) == []
     assert waits_of(lambda: model(batch["input_ids"], position_ids=batch["layout"].positions(), use_cache=False))
+
+
+def test_an_update_of_the_moving_average_does_not_wait_for_the_device():
+    model = small_model().to(DEVICE)
+    average = MovingAverage(model, 0.9, DEVICE)
+    for _ in range(2):  # the first copies, later ones average
+        assert waits_of(lambda: average.update_parameters(model)) == []
 
 
 @pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from training.optim.average import create_average
+from training.optim.average import MovingAverage
 from training.optim.groups import MuonAdamW, create_optimizer, parameter_groups
 from training.optim.schedule import learning_rate_curve
 
@@ -159,7 +159,7 @@ def test_warm_up_stable_decay_decays_over_the_last_fifth():
 
 def test_the_moving_average_follows_its_formula():
     model = torch.nn.Linear(2, 2)
-    average = create_average(model, decay=0.5)
+    average = MovingAverage(model, decay=0.5)
     values = [1.0, 3.0, -2.0, 5.0, 5.0, 0.0]
     expected = None
     for count, value in enumerate(values):

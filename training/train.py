@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -237,7 +237,7 @@ class Run:
         total = torch.zeros((), device=device)
         num_items = torch.full((), labels, device=device)
         for index, rows in enumerate(batch):
-            rows = {name: tensor.to(device, non_blocking=True) for name, tensor in rows.items()}
+            rows = send_to_device(rows, device, non_blocking=True)
             last = index == len(batch) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():

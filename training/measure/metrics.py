@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch.nn import functional as F
 
 from training.rows.pack import IGNORED, TOKENS_PER_FACE
@@ -44,7 +45,7 @@ def evaluate(
     try:
         for batch in batches:
             check()
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
             labels, categories = batch.pop("labels"), batch["layout"].attribute("category")
             with torch.no_grad(), accelerator.autocast():
                 logits = model(**batch, use_cache=False).logits

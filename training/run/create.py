@@ -6,12 +6,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
-from torch.optim.swa_utils import AveragedModel
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.names import model_folder
 from training.arguments import Arguments, TrainArguments
-from training.optim.average import create_average
+from training.optim.average import MovingAverage
 from training.optim.groups import create_optimizer
 from training.run.weights import are_sharded
 
@@ -133,7 +132,7 @@ def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTo
 
 def create_optimization(
     options: TrainArguments, model: IFlameForCausalLM, accelerator: Accelerator
-) -> tuple[torch.optim.Optimizer, AveragedModel | None]:
+) -> tuple[torch.optim.Optimizer, MovingAverage | None]:
     """
     The optimiser that the options name, and the moving average of the weights if they ask for one.
 
@@ -146,7 +145,7 @@ def create_optimization(
             raise ValueError(
                 "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
             )
-        average = create_average(model, options.ema_decay, accelerator.device)
+        average = MovingAverage(model, options.ema_decay, accelerator.device)
     optimizer = create_optimizer(
         model,
         options.optim,

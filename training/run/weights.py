@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel
 
 from iflame_hf import IFlameForCausalLM
+from training.optim.average import MovingAverage
 
 WEIGHTS = "model.safetensors"
 AVERAGE = "average.safetensors"
@@ -30,7 +30,7 @@ class Weights:
         model: as Accelerate has prepared it.
     """
 
-    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, average: AveragedModel | None):
+    def __init__(self, accelerator: Accelerator, model: torch.nn.Module, average: MovingAverage | None):
         self.accelerator = accelerator
         self.model = model
         self.average = average
