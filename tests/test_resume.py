@@ -14,11 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from accelerate import Accelerator
-from huggingface_hub import ModelCard
 from training_processes import ENVIRONMENT, Trainer, command_line, log_of, losses_of, wait_for_step
 
 from training.procedural.make import make_dataset
-from training.run.card import read_run
 from training.run.checkpoint import find_defect
 from training.run.log import RunLog
 
@@ -65,14 +63,6 @@ def test_a_run_that_goes_back_sets_later_checkpoints_aside(trainer, copy):
     assert checkpoints_of(copy) == ["checkpoint-7", "checkpoint-8.aside"]
     assert find_defect(copy / "checkpoint-7") is None and find_defect(copy / "checkpoint-8.aside") is None
     assert "checkpoint-8 is of a later step" in trainer.messages.read_text()
-
-
-def test_new_checkpoints_outlive_a_broken_one_of_a_later_step(trainer, copy):
-    (copy / "checkpoint-8" / "model.safetensors").unlink()
-    options = {**FEW, "save_steps": 3, "save_total_limit": 1, "max_steps": 6}
-    trainer.run(copy, resume_from_checkpoint="latest", **options)
-    assert checkpoints_of(copy) == ["checkpoint-6", "checkpoint-8.aside"]
-    assert find_defect(copy / "checkpoint-6") is None
 
 
 def test_another_learning_rate_holds_from_the_checkpoint_on(trainer, done, tmp_path):
@@ -170,24 +160,12 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(trainer, tmp_path):
     assert (tmp_path / "log.jsonl").read_bytes().endswith(b"}\n")
 
 
-def test_a_card_is_written_without_a_log_too(tmp_path):
+def test_the_log_gives_the_latest_evaluation_up_to_a_step(tmp_path):
     log = RunLog(tmp_path, Accelerator(cpu=True))
     assert log.evaluation(3) == {}
     for step, values in ((2, {"eval_loss": 1.0}), (3, {"loss": 9.0}), (4, {"eval_loss": 0.5})):
         log.write(step, values)
     assert [log.evaluation(step).get("eval_loss") for step in (1, 2, 3, 4, 9)] == [None, 1.0, 1.0, 0.5, 0.5]
-
-
-def test_the_card_has_the_figures_of_the_model_that_is_published(trainer, tmp_path):
-    # The learning rate ruins the model after the warm-up: steps that were not saved are better than those that were.
-    options = {"warmup_steps": 6, "learning_rate": 3.0, "load_best_model_at_end": True}
-    trainer.run(tmp_path, eval_steps=1, save_steps=4, **options)
-    losses = {line["step"]: line["eval_loss"] for line in log_of(tmp_path) if "eval_loss" in line}
-    best = min((4, 8), key=losses.get)
-    assert min(losses.values()) < losses[best], "the test needs a better step that was not saved"
-    results = ModelCard.load(tmp_path / "README.md").data.eval_results
-    assert [result.metric_value for result in results if result.metric_type == "loss"] == [losses[best]]
-    assert read_run(tmp_path).evaluation["eval_loss"] == losses[best], "the card that hub_upload writes has them too"
 
 
 def test_a_number_in_the_environment_does_not_divide_gradients(trainer, done, tmp_path):
