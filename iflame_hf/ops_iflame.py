@@ -266,21 +266,6 @@ def fla_linear_attention(
     return output.view_as(q), states[bounds.meshes[:, -1]] if need_state else None
 
 
-def fla_linear_attention_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
-    """A single item by flash-linear-attention's fused kernel; as `recurrent_linear_attention_step`, on a GPU."""
-    try:
-        from fla.ops.simple_gla import fused_recurrent_simple_gla
-    except ImportError as error:
-        raise ImportError(_how_to_install("fla")) from error
-    output, new = fused_recurrent_simple_gla(
-        q, k, v, g_gamma=-slopes, scale=1.0, initial_state=state, output_final_state=True
-    )
-    state.copy_(new)
-    return output
-
-
 def lightning_linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -390,10 +375,9 @@ IMPLEMENTATIONS = {
     "chunked": Implementation(chunked_linear_attention),
     "fla": Implementation(
         fla_linear_attention,
-        fla_linear_attention_step,
-        functools.partial(_gpu_only, "fla"),
-        _fla_supports,
-        ("fla", "flash-linear-attention"),
+        requires=functools.partial(_gpu_only, "fla"),
+        supports=_fla_supports,
+        package=("fla", "flash-linear-attention"),
     ),
     "lightning_attn": Implementation(
         lightning_linear_attention,
@@ -437,8 +421,7 @@ def _can_compute(call: LinearAttentionCall) -> Callable[[str], bool]:
 def choose_linear_attention(name: str, call: LinearAttentionCall) -> str:
     """
     The implementation that computes a call where `name` is asked for: for `"auto"` the best that can, and `"chunked"`,
-    with a warning that says why, where `name` cannot. A single item is the recurrence itself: `"fla"` has a kernel for
-    it, and for the others there is nothing to save.
+    with a warning that says why, where `name` cannot. A single item takes the implementation's step.
 
     Raises:
         ValueError: `name` can never compute this model on this device.

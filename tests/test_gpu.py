@@ -15,7 +15,6 @@ from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.ops_iflame import (
     alibi_slopes,
     fla_linear_attention,
-    fla_linear_attention_step,
     lightning_linear_attention,
     recurrent_linear_attention,
 )
@@ -322,19 +321,6 @@ def test_an_operator_gives_the_recurrences_outputs_state_and_gradients(operator,
     errors = {name: relative_error(x, y) for name, x, y in zip(names, found, expected, strict=False)}
     assert len(errors) == 2 + len(inputs)
     assert all(error < OPERATOR_ERRORS[dtype] for error in errors.values()), errors
-
-
-@FLA
-@pytest.mark.parametrize("dtype", list(OPERATOR_ERRORS), ids=str)
-@torch.no_grad()
-def test_the_step_of_fla_is_the_recurrence_and_writes_in_place(dtype):
-    q, k, v, state, _ = operands(dtype, length=6)
-    slopes = alibi_slopes(4, DEVICE)
-    expected, last = recurrent_linear_attention(q, k, v, slopes, state)
-    steps = [(x[:, t : t + 1] for x in (q, k, v)) for t in range(6)]
-    output = torch.cat([fla_linear_attention_step(*items, slopes, state) for items in steps], dim=1)
-    assert relative_error(output, expected) < OPERATOR_ERRORS[dtype]
-    assert relative_error(state, last) < OPERATOR_ERRORS[dtype]
 
 
 def packed_batch():

@@ -19,7 +19,6 @@ from iflame_hf.ops_iflame import (
     choose_linear_attention,
     chunked_linear_attention,
     fla_linear_attention,
-    fla_linear_attention_step,
     lightning_linear_attention,
     linear_attention,
     linear_attention_step,
@@ -377,7 +376,7 @@ def test_a_step_writes_its_state_in_place_and_is_the_recurrence(step, dtype):
 
 @pytest.fixture
 def stand_in_for_fla(monkeypatch):
-    """fla's functions as its documentation tells, computed by the formula."""
+    """chunk_simple_gla as its documentation tells, computed by the formula."""
 
     def chunk_simple_gla(
         q, k, v, g_gamma, scale, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None
@@ -396,14 +395,9 @@ def stand_in_for_fla(monkeypatch):
         last = torch.cat([state for _, state in parts]) if output_final_state else None
         return torch.cat([output for output, _ in parts], dim=1), last
 
-    def fused_recurrent_simple_gla(q, k, v, g_gamma, scale, initial_state, output_final_state):
-        assert scale == 1.0 and output_final_state
-        return attention_formula(q, k, v, -g_gamma, initial_state)
-
     for name in ("fla", "fla.ops", "fla.ops.simple_gla"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["fla.ops.simple_gla"].chunk_simple_gla = chunk_simple_gla
-    sys.modules["fla.ops.simple_gla"].fused_recurrent_simple_gla = fused_recurrent_simple_gla
 
 
 @pytest.fixture
@@ -433,13 +427,6 @@ def check_package(function, with_state=False, starts=None):
 )
 def test_fla_is_asked_for_the_same_operator(stand_in_for_fla, with_state, starts):
     check_package(fla_linear_attention, with_state, starts)
-
-
-def test_the_step_of_fla_is_the_same_operator(stand_in_for_fla):
-    q, k, v, state = random_inputs(2, 1, 3, 32, requires_grad=False)
-    expected, last = attention_formula(q, k, v, SLOPES, state)
-    assert relative_error(fla_linear_attention_step(q, k, v, SLOPES, state), expected) < 5e-6
-    assert relative_error(state, last) < 5e-6
 
 
 def test_lightning_attn_is_asked_for_the_same_operator(stand_in_for_lightning_attn):
