@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
-from iflame_cli.light.mesh_iflame import (
+from iflame_cli.reading import check_decimation, mesh_files, read_mesh
+from iflame_hf.mesh_iflame import (
     MAX_RESOLUTION,
     bounding_box,
     canonicalise,
@@ -22,7 +23,6 @@ from iflame_cli.light.mesh_iflame import (
     quantise,
     turn,
 )
-from iflame_cli.reading import check_decimation, mesh_files, read_mesh
 
 TOKENS_PER_FACE = 9
 DROPPED = {

@@ -13,8 +13,8 @@ from string import Template
 import numpy as np
 
 from iflame_cli.errors import CommandError
-from iflame_cli.light.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 from iflame_cli.reading import mesh_files
+from iflame_hf.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 
 MARK = "<!-- written by iflame view -->"
 VIEWER_FOLDER = Path(__file__).with_name("viewer")

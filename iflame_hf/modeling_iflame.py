@@ -6,7 +6,7 @@ between them is data.
 
 import warnings
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -28,6 +28,11 @@ from .ops_iflame import (
 )
 from .states_iflame import OpenGroup, is_writable
 from .versions_iflame import CACHE_NAME, IFlameCausalLMOutput, IFlameModelOutput, one_cache
+
+if TYPE_CHECKING:
+    # The network knows no meshes. transformers copies the files that a model's code names, and so a saved model has
+    # the code of its pipeline, which its config.json names.
+    from .pipeline_iflame import MeshGenerationPipeline  # noqa: F401
 
 # B batch, T items of a level, H heads, D head size, C channels
 
@@ -225,13 +230,6 @@ class IFlamePreTrainedModel(PreTrainedModel):
                 f"{new_num_tokens} tokens are too few: the special tokens of this model need at least {smallest}"
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers; config.json names the task of `pipeline("mesh-generation")`, whose code comes along."""
-        from .pipeline_iflame import custom_pipelines  # transformers copies what is imported, here too
-
-        self.config.custom_pipelines = custom_pipelines()
-        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

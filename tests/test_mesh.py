@@ -258,7 +258,7 @@ def test_a_dae_file_is_read_with_pycollada_and_without_it_the_package_is_named(t
     source = """
 import sys
 sys.modules["collada"] = None  # Python takes it for one that is not installed
-from iflame_cli.light.mesh_iflame import load_mesh
+from iflame_hf.mesh_iflame import load_mesh
 try:
     load_mesh(sys.argv[1])
 except ImportError as error:
