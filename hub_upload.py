@@ -32,8 +32,8 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
-from training.ending import CommandError, ends_in_words
-from training.model_card import model_card, read_run
+from training.run.card import model_card, read_run
+from training.run.ending import CommandError, ends_in_words
 
 # Files of ours: what may go up, and of an earlier upload what goes away if it is not in the new one.
 PUBLISHED = (
@@ -65,7 +65,7 @@ SECRETS = {
     "a password in an address": rb"\w://[^/\s:@]+:[^/\s:@]+@",
     "a password or key": rb"(?i:[\"'](api_?key|secret|password|access_token|auth_token)[\"']\s*:\s*[\"'][^\"']{6})",
 }
-STATUS = {
+STATUS_IN_WORDS = {
     400: "the Hub takes the request for a wrong one",
     401: "the Hub does not accept the access token: it is wrong or has expired. Make one that may write at "
     "https://huggingface.co/settings/tokens, then run `hf auth login`",
@@ -167,8 +167,7 @@ def build_folder(
         run = read_run(checkpoint)
     except ValueError as error:
         raise UploadError(str(error)) from error
-    card = model_card(model, run, repo_id, revision, license, datasets, samples)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    model_card(model, run, repo_id, revision, license, datasets, samples).save(folder / "README.md")
 
 
 def _copy_samples(checkpoint: Path, folder: Path) -> list[str]:
@@ -387,7 +386,7 @@ def in_plain_words(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        words = STATUS.get(
+        words = STATUS_IN_WORDS.get(
             status, SERVER_FAULT.format(status=status) if status >= 500 else f"the Hub answers {status}"
         )
         return f"{words}. It says: {error.server_message}" if error.server_message else words

@@ -24,7 +24,11 @@ from sampling import Growing, Prompt, grow, load, read_part, write, write_all
 from transformers import Pipeline
 from waiting_line import Line, Place
 
-HERE = Path(__file__).resolve().parent
+APP_FOLDER = Path(__file__).resolve().parent
+# The viewer is that of `iflame view`; a Space has a copy beside this file.
+VIEWER_FOLDER = (
+    APP_FOLDER / "viewer" if (APP_FOLDER / "viewer").is_dir() else APP_FOLDER.parent / "iflame_cli" / "viewer"
+)
 DEFAULT_MODEL = "outputs/demo"
 PART_SUFFIXES = [".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae"]
 MOST_MESHES = 9
@@ -158,9 +162,9 @@ class Page:
 
     def _build_results(self) -> None:
         self.viewer = gr.HTML(
-            html_template=(HERE / "viewer.html").read_text(encoding="utf-8"),
-            css_template=(HERE / "viewer.css").read_text(encoding="utf-8"),
-            js_on_load=(HERE / "viewer.js").read_text(encoding="utf-8"),
+            html_template=(VIEWER_FOLDER / "viewer.html").read_text(encoding="utf-8"),
+            css_template=(VIEWER_FOLDER / "viewer.css").read_text(encoding="utf-8"),
+            js_on_load=(VIEWER_FOLDER / "viewer.js").read_text(encoding="utf-8"),
             elem_id="viewer",
         )
         self.status = gr.Markdown("", elem_id="status")
@@ -181,7 +185,7 @@ class Page:
         part = [self.part, self.share, self.room]
         options = {"show_progress": "hidden", "concurrency_limit": None}  # the line sees to one at a time
         self.start.click(self.generate, settings, [*self.results, self.seed], **options)
-        self.complete_part.click(self.complete, [*settings, *part], [*self.results, self.seed], **options)
+        self.complete_part.click(self.generate, [*settings, *part], [*self.results, self.seed], **options)
         self.again.click(self.make_again, [self.made, self.chosen], self.results, **options)
         self.end.click(self.stop, queue=False)
         for event in (self.part.change, self.share.change, self.room.change):
@@ -199,9 +203,15 @@ class Page:
         seed: int | None,
         new_seed: bool,
         request: gr.Request,
-        prompt: Prompt | None = None,
+        part: str | None = None,
+        share: float | None = None,
+        room: float = 0.0,
     ) -> AsyncIterator[Update]:
-        """Makes meshes, and yields new values of components while they grow; the files come with the last."""
+        """Makes meshes, and yields new values of components while they grow; the files come with the last.
+
+        They begin from nothing, or, where a `share` is given, with that many percent of the faces of the file `part`;
+        without a usable one it says so and makes nothing."""
+        prompt = None if share is None else await self._read_part_to_complete(part, share, room, faces)
         seed = random.randint(0, LARGEST_SEED) if new_seed or seed is None else int(seed) % (LARGEST_SEED + 1)
         settings = settings_of(number, faces, temperature, top_p, seed, prompt)
         yield {self.seed: seed}
@@ -209,35 +219,19 @@ class Page:
             async for update in updates:
                 yield update
 
-    async def complete(
-        self,
-        number: int,
-        faces: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        new_seed: bool,
-        part: str | None,
-        share: float,
-        room: float,
-        request: gr.Request,
-    ) -> AsyncIterator[Update]:
-        """As `generate`, from a part of a mesh; without a usable one it says so and makes nothing."""
+    async def _read_part_to_complete(self, part: str | None, share: float, room: float, most_faces: int) -> Prompt:
         try:
             if not part:
                 raise ValueError("give a part of a mesh first, a file that can be read")
             prompt = await asyncio.to_thread(self._read_part, part, share, room)
-            if prompt.faces >= faces:
+            if prompt.faces >= most_faces:
                 raise ValueError(
-                    f"the part has {_count(prompt.faces, 'face', 'faces')}, and a mesh may have {faces:,}: allow more "
-                    "faces, or keep fewer of the part"
+                    f"the part has {_count(prompt.faces, 'face', 'faces')}, and a mesh may have {most_faces:,}: allow "
+                    "more faces, or keep fewer of the part"
                 )
         except ValueError as error:
             raise gr.Error(str(error), duration=None, title="There is nothing to complete") from error
-        settings = (number, faces, temperature, top_p, seed, new_seed, request)
-        async with aclosing(self.generate(*settings, prompt=prompt)) as updates:
-            async for update in updates:
-                yield update
+        return prompt
 
     async def make_again(self, made: Made, chosen: int, request: gr.Request) -> AsyncIterator[Update]:
         """Makes the chosen mesh alone, from its own seed."""

@@ -25,7 +25,7 @@ from benchmarks.reference import original_generate, original_logits, original_pr
 from iflame_hf import IFlameConfig, IFlameForCausalLM
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
 from iflame_hf.threads_iflame import spare_a_core
-from training.ending import ends_in_words
+from training.run.ending import ends_in_words
 
 # B batch, T tokens
 

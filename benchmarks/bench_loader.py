@@ -28,12 +28,12 @@ from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.oracle import WrongResult
 from iflame_hf import IFlameTokenizer
-from training.data import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
-from training.ending import ends_in_words
-from training.loader import TrainingRows
-from training.packing import EXTRA_FACES, TOKENS_PER_FACE
-from training.sequences import MeshEncoder
-from training.streaming import StreamedRows, open_stream
+from training.rows.encode import MeshEncoder
+from training.rows.load import TrainingRows
+from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE
+from training.rows.stream import StreamedRows, open_stream
+from training.run.ending import ends_in_words
 
 COLUMNS = {
     "source": "source",
@@ -117,7 +117,7 @@ def require_all_meshes(rows: TrainingRows, expected: Counter, batch_size: int, n
     """Raises WrongResult unless the rows of the first epoch decode to the expected meshes, each once."""
     tokenizer, found = IFlameTokenizer(), Counter()
     for batch, place in rows.batches([], batch_size, num_workers=num_workers):
-        for ids, positions in zip(batch["input_ids"].numpy(), batch["position_ids"].numpy(), strict=True):
+        for ids, positions in zip(batch["input_ids"].numpy(), batch["layout"].positions().numpy(), strict=True):
             for sequence in np.split(ids, np.flatnonzero(positions == 0)[1:]):
                 if sequence[0] != tokenizer.pad_token_id and found.total() < expected.total():
                     coordinates = sequence[TOKENS_PER_FACE:-TOKENS_PER_FACE].reshape(-1, 3, 3)
@@ -153,7 +153,7 @@ def measure(rows: TrainingRows, row: Row, options: argparse.Namespace) -> None:
         while time.perf_counter() < start + options.seconds:
             batch, _ = next(batches)
             padded = batch["input_ids"][:, ::TOKENS_PER_FACE] == pad
-            taken += int((batch["position_ids"] == 0).sum() - padded.any(dim=1).sum())
+            taken += int((batch["layout"].attributes["faces"] >= 0).sum())
             tokens += padded.numel()
             padding += int(padded.sum())
         row["meshes_per_second"].append(taken / (time.perf_counter() - start))

@@ -24,7 +24,7 @@ from benchmarks.models import build_model, draw_models, mesh_labels, mesh_tokens
 from benchmarks.oracle import Oracle, WrongResult, computes_in, flat_gradients, gradients_of, require_close
 from iflame_hf.configuration_iflame import TOKENS_PER_FACE
 from training.convert_checkpoint import convert_weights
-from training.ending import ends_in_words
+from training.run.ending import ends_in_words
 
 # B batch, T tokens
 

@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
   --max_steps 1000000 --max_minutes "${MINUTES:-9}" --lr_scheduler_type linear --warmup_steps 100 --learning_rate 0.003 \
   --logging_steps 20 --eval_steps 500 --save_steps 2000 --save_total_limit 1 \
   --num_samples 32 --sample_max_faces 400 --top_p 0.9 "$@"
-"$python" -m training.curves "$out" --out "$out/curves.svg" --over minutes
+"$python" -m training.drawing.curves "$out" --out "$out/curves.svg" --over minutes
 "$python" - "$out/log.jsonl" <<'PY'
 import json, sys
 
@@ -31,4 +31,4 @@ for line in log:
     if "eval_loss" in line:
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items() if key != "eval_by_category"})
 PY
-"$python" -m training.contact_sheet "$out" --data "$data"/data/validation-*.parquet --out "$out/sheet.png"
+"$python" -m training.drawing.contact_sheet "$out" --data "$data"/data/validation-*.parquet --out "$out/sheet.png"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from iflame_cli.errors import CommandError
-from iflame_cli.light.names import model_folder
+from iflame_hf.names import model_folder
 
 
 def check_model(name: str) -> None:

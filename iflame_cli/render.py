@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from iflame_cli.light.files_iflame import write_whole
+from iflame_hf.files_iflame import write_whole
 
 BACKGROUND = (255, 255, 255)
 OUTSIDE = (140, 184, 224)

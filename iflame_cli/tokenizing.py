@@ -10,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
-from iflame_cli.light.format_iflame import known_format
-from iflame_cli.light.mesh_iflame import (
+from iflame_cli.reading import check_decimation, mesh_files, read_mesh
+from iflame_hf.format_iflame import known_format
+from iflame_hf.mesh_iflame import (
     MAX_RESOLUTION,
     bounding_box,
     canonicalise,
@@ -23,7 +24,6 @@ from iflame_cli.light.mesh_iflame import (
     quantise,
     turn,
 )
-from iflame_cli.reading import check_decimation, mesh_files, read_mesh
 
 DROPPED = {
     "faces_with_equal_corners": "had two equal corners",

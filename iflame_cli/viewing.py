@@ -2,36 +2,22 @@
 
 import argparse
 import html
-import math
+import json
 import sys
 import webbrowser
+from base64 import b64encode
 from pathlib import Path
+from string import Template
 
 import numpy as np
-import trimesh
-from trimesh.viewer import scene_to_html
 
 from iflame_cli.errors import CommandError
-from iflame_cli.light.files_iflame import write_whole
-from iflame_cli.light.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 from iflame_cli.reading import mesh_files
+from iflame_hf.files_iflame import write_whole
+from iflame_hf.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 
 MARK = "<!-- written by iflame view -->"
-SPACING = 1.35  # between the middles of neighbours; a mesh is 1 long
-# The names, and a switch; `scene` and `render` are those of trimesh's page.
-OVERLAY = """{mark}
-<div style="position:fixed;left:0;top:0;max-height:100vh;overflow:auto;padding:8px;font:13px sans-serif;color:#333">
-<b>{title}</b><br>drag to turn, wheel to zoom, W for edges<br><br>{names}</div>
-<script>
-document.addEventListener("keydown", function (event) {{
-  if (event.key.toLowerCase() !== "w") return;
-  scene.traverse(function (object) {{
-    if (object.isMesh) object.material.wireframe = !object.material.wireframe;
-  }});
-  render();
-}});
-</script>
-</body>"""
+VIEWER_FOLDER = Path(__file__).with_name("viewer")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,29 +44,26 @@ def run(options: argparse.Namespace) -> None:
 
 
 def build_page(meshes: dict[Path, tuple[np.ndarray, np.ndarray]], title: str) -> str:
-    """A page of HTML that shows meshes, vertices (V, 3) of size 1 with y up and faces (F, 3), in rows on a floor."""
-    material = trimesh.visual.material.PBRMaterial(
-        baseColorFactor=[112, 132, 160, 255], metallicFactor=0.0, roughnessFactor=0.9, doubleSided=True
+    """
+    A page of HTML that shows meshes, vertices (V, 3) with y up within half a unit of the origin, and faces (F, 3), by
+    the names of their files.
+    """
+    shown = []
+    for path, (vertices, faces) in meshes.items():
+        corners = vertices[faces].astype("<f4")  # (F, 3 corners, 3)
+        encoded = b64encode(corners.tobytes()).decode()
+        shown.append({"faces": encoded, "given": 0, "ended": True, "seed": None, "name": path.name})
+    value = {"run": title, "meshes": shown, "is_over": True, "is_still": True, "hint": None}
+    page, viewer, css, js = (
+        (VIEWER_FOLDER / name).read_text(encoding="utf-8")
+        for name in ("page.html", "viewer.html", "viewer.css", "viewer.js")
     )
-    scene, columns = trimesh.Scene(), math.ceil(math.sqrt(len(meshes)))
-    for number, (path, (vertices, faces)) in enumerate(meshes.items()):
-        row, column = divmod(number, columns)
-        place = [column * SPACING, -vertices[:, 1].min(), row * SPACING]
-        mesh = trimesh.Trimesh(vertices + place, faces, process=False)
-        mesh.visual = trimesh.visual.TextureVisuals(material=material)
-        scene.add_geometry(mesh, node_name=f"{number}-{path.name}", geom_name=f"{number}-{path.name}")
-    scene.set_camera(
-        angles=(math.radians(-30), math.radians(20), 0),
-        distance=1.3 * scene.scale,
-        center=scene.centroid,
-        fov=(50, 40),
-    )
-    rows = math.ceil(len(meshes) / columns)
-    names = "<br>".join(html.escape(f"{path.name}, {len(faces)} faces") for path, (_, faces) in meshes.items())
-    order = f"{len(meshes)} meshes, {columns} a row, from left to right and from back to front" if rows > 1 else title
-    overlay = OVERLAY.format(mark=MARK, title=html.escape(f"{title}: {order}" if rows > 1 else title), names=names)
-    page = scene_to_html(scene)
-    start, end = page.rsplit("</body>", 1)
-    return (
-        start.replace("<title>trimesh: threejs viewer</title>", f"<title>{html.escape(title)}</title>") + overlay + end
+    return Template(page).substitute(
+        mark=MARK,
+        title=html.escape(title),
+        summary=f"{len(shown)} {'mesh' if len(shown) == 1 else 'meshes'}",
+        css=css,
+        viewer=viewer,
+        value=json.dumps(value).replace("<", "\\u003c"),  # so that no name ends the script
+        js=js,
     )

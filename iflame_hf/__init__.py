@@ -1,17 +1,44 @@
-"""iFlame: triangle meshes, token by token, as a transformers model."""
+"""
+iFlame: triangle meshes, token by token, as a transformers model.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.pipelines import PIPELINE_REGISTRY
+The names below are imported when they are asked for: geometry, as in `from iflame_hf.mesh_iflame import load_mesh`,
+needs neither torch nor transformers, and imports neither. transformers knows the classes as soon as both packages are
+imported, in whatever order.
+"""
 
-from .attributes import lost_attributes
-from .cache_iflame import IFlameCache
-from .configuration_iflame import IFlameConfig
-from .export_iflame import export_mesh
-from .mesh_iflame import MeshError
-from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
-from .pipeline_iflame import TASK, MeshGenerationPipeline
-from .streaming_iflame import FaceStreamer, stream_faces
-from .tokenization_iflame import IFlameTokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from .attributes import lost_attributes
+    from .cache_iflame import IFlameCache, StaticIFlameCache
+    from .configuration_iflame import IFlameConfig
+    from .export_iflame import export_mesh
+    from .layout_iflame import RowLayout
+    from .mesh_iflame import MeshError
+    from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
+    from .pipeline_iflame import MeshGenerationPipeline
+    from .streaming_iflame import FaceStreamer, stream_faces
+    from .tokenization_iflame import IFlameTokenizer
+
+_MODULES = {
+    "FaceStreamer": "streaming_iflame",
+    "IFlameCache": "cache_iflame",
+    "IFlameConfig": "configuration_iflame",
+    "IFlameForCausalLM": "modeling_iflame",
+    "IFlameModel": "modeling_iflame",
+    "IFlamePreTrainedModel": "modeling_iflame",
+    "IFlameTokenizer": "tokenization_iflame",
+    "MeshError": "mesh_iflame",
+    "MeshGenerationPipeline": "pipeline_iflame",
+    "RowLayout": "layout_iflame",
+    "StaticIFlameCache": "cache_iflame",
+    "export_mesh": "export_iflame",
+    "lost_attributes": "attributes",
+    "stream_faces": "streaming_iflame",
+}
 
 __all__ = [
     "FaceStreamer",
@@ -23,17 +50,23 @@ __all__ = [
     "IFlameTokenizer",
     "MeshError",
     "MeshGenerationPipeline",
+    "RowLayout",
+    "StaticIFlameCache",
     "export_mesh",
     "lost_attributes",
     "stream_faces",
 ]
 
-AutoConfig.register("iflame", IFlameConfig, exist_ok=True)
-AutoModel.register(IFlameConfig, IFlameForCausalLM, exist_ok=True)
-AutoModelForCausalLM.register(IFlameConfig, IFlameForCausalLM, exist_ok=True)
-AutoTokenizer.register(IFlameConfig, IFlameTokenizer, exist_ok=True)
-# Registered already, as after importlib.reload, the task would be registered with a warning.
-PIPELINE_REGISTRY.supported_tasks.pop(TASK, None)
-PIPELINE_REGISTRY.register_pipeline(
-    TASK, pipeline_class=MeshGenerationPipeline, pt_model=(AutoModelForCausalLM,), type="multimodal"
-)
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,10 +1,11 @@
 """Configuration of iFlame: every size of the model, and all that follows from sizes."""
 
+import copy
 import re
 
 from transformers import PreTrainedConfig
 
-from .format_iflame import DEFAULT_MESH_FORMAT, known_format
+from .format_iflame import DEFAULT_MESH_FORMAT, MESH_FORMATS, known_format
 
 VERTICES_PER_FACE = 3
 COORDINATES_PER_VERTEX = 3
@@ -16,6 +17,10 @@ LEVEL_STRIDES = (1, COORDINATES_PER_VERTEX, TOKENS_PER_FACE)
 STAGE_LEVELS = (0, 1, 2, 1, 0)
 
 LINEAR_ATTENTION_IMPLEMENTATIONS = ("auto", "eager", "chunked", "lightning_attn", "fla")
+
+# The task of pipeline(), and what config.json says of it, as transformers.pipelines reads it.
+TASK = "mesh-generation"
+CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}}
 
 # Start face, 800 faces (the most the published model was trained on), end face.
 DEFAULT_MAX_LENGTH = (1 + 800 + 1) * TOKENS_PER_FACE
@@ -140,12 +145,12 @@ class IFlameConfig(PreTrainedConfig):
 
     @property
     def tokens_per_face(self) -> int:
-        return known_format(self.mesh_format).tokens_per_face
+        return MESH_FORMATS[self.mesh_format].tokens_per_face
 
     @property
     def level_strides(self) -> tuple[int, int, int]:
         """Tokens that one item of a level spans: a coordinate, a vertex, a face."""
-        return known_format(self.mesh_format).level_strides
+        return MESH_FORMATS[self.mesh_format].level_strides
 
     @property
     def linear_attn_implementation(self) -> str:
@@ -173,10 +178,10 @@ class IFlameConfig(PreTrainedConfig):
         return [level for level, count in zip(STAGE_LEVELS, self.stage_layers, strict=True) for _ in range(count)]
 
     def to_dict(self):
-        return _without_process_settings(super().to_dict())
+        return _as_saved(super().to_dict())
 
     def to_diff_dict(self):
-        return _without_process_settings(super().to_diff_dict())
+        return _as_saved(super().to_diff_dict())
 
     def _follows(self, name, value, kwargs):
         """A size that others determine: a saved file may repeat it, but not contradict it."""
@@ -239,11 +244,12 @@ class IFlameConfig(PreTrainedConfig):
             raise ValueError("iFlame's head has its own weights: tie_word_embeddings must be False")
 
 
-def _without_process_settings(dictionary):
+def _as_saved(dictionary):
+    """Without what belongs to a process, and with the pipeline that goes with a model."""
     for name in list(dictionary):
         if re.fullmatch("_?linear_attn_implementation", name):
             del dictionary[name]
-    return dictionary
+    return {**dictionary, "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
 
 IFlameConfig.register_for_auto_class()

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode
 
-from .cache_iflame import IFlameCache
+from .cache_iflame import IFlameCache, StaticIFlameCache
 from .configuration_iflame import DEFAULT_MAX_LENGTH, TOKENS_PER_FACE
 from .sampling_iflame import SeededSampling, row_seeds
 from .threads_iflame import spare_a_core
@@ -121,20 +121,26 @@ class IFlameGenerationMixin(GenerationMixin):
             mask = (places >= cache.padding.to(mask.device)[:, None]).long()
         return mask
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+    ):
         given = model_kwargs.get(CACHE_NAME)
         implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic"):
+        if implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={implementation!r} is not available: the state of an hourglass with linear "
-                "attention fits an IFlameCache only. Leave cache_implementation out"
+                "attention fits an IFlameCache only. Leave cache_implementation out, or give 'static'"
             )
         if given is not None:
-            if not hasattr(given, "mesh_starts"):
+            if not hasattr(given, "begin_rows"):
                 raise ValueError(
                     f"the cache must be an IFlameCache (IFlameCache(model.config)), got a {type(given).__name__}"
                 )
             given._is_user_defined = True
+        elif generation_config.use_cache and implementation == "static":
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            faces = -(-max_cache_length // self.config.tokens_per_face)
+            model_kwargs[CACHE_NAME] = StaticIFlameCache(self.config, faces, rows, self.device, self.dtype)
         elif generation_config.use_cache:
             model_kwargs[CACHE_NAME] = IFlameCache(self.config)
         mask = model_kwargs.get("attention_mask")

@@ -1,16 +1,18 @@
 """
-What the three levels must know of a batch: positions, mesh boundaries, attention masks.
-
-Padding on the left is treated as one more mesh in its row.
+What the blocks of the three levels are given beside hidden states: rotary tables, mesh bounds, attention masks, and
+how attention is computed.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .configuration_iflame import LEVEL_STRIDES, TOKENS_PER_FACE, IFlameConfig
-from .ops_iflame import alibi_slopes, rotary_tables
+from .configuration_iflame import IFlameConfig
+from .layout_iflame import MeshBounds, RowLayout, fresh_rows, leading_zeros, not_whole_faces
+from .ops_iflame import LinearAttentionCall, alibi_slopes, choose_linear_attention, rotary_tables
+from .states_iflame import Slots
 
 # Queries, and keys, of a block of a torch BlockMask.
 BLOCK_SIZE = 128
@@ -24,43 +26,50 @@ class LevelInputs(NamedTuple):
     cos: torch.Tensor  # (B or 1, T, 1, D / 2)
     sin: torch.Tensor
     slopes: torch.Tensor  # (H,) decay rates of linear attention
-    positions: torch.Tensor | None  # (B, T) positions in the mesh; None: no mesh begins after the start of its row
-    segments: torch.Tensor | None  # (B, T) number of the mesh in its row; None: the T items of a row are of one mesh
+    positions: torch.Tensor | None  # (B, T) places in the mesh; None: no mesh begins after the start of its row
+    bounds: MeshBounds | None  # None: the T items of a row are of one mesh
     # (B,) False where no item of the mesh that ends the row is complete yet; None: the last item is of that mesh
     has_begun: torch.Tensor | None
-    # (B or 1, 1, T, P + T), True where an item may look; (B, P + T) for flash; a BlockMask for flex attention
+    # (B or 1, 1, T, keys), True where an item may look; (B, keys) for flash; a BlockMask for flex attention
     attention_mask: torch.Tensor | None
-    flash_bounds: tuple[torch.Tensor, int] | None  # bounds of the meshes of all rows laid end to end; the longest
+    attention_implementation: str | None  # transformers' name; None: "eager"
+    attention_kwargs: dict  # more arguments of it
+    linear_implementation: str
+    has_state: bool  # items of this level were seen before
+    slots: Slots | None  # where a StaticIFlameCache keeps the items
 
 
-class Rows(NamedTuple):
-    """Where the T new items of each row stand. All None: every row is one mesh that goes on from its start."""
+class LevelRows(NamedTuple):
+    """Where the T new items of a level stand in their rows. All None: each row is one mesh that goes on."""
 
-    positions: torch.Tensor | None = None  # (B, T) positions in the mesh
-    segments: torch.Tensor | None = None  # (B, T) number of the mesh in its row, padding on the left being one too
-    has_begun: torch.Tensor | None = None  # (B,) False where the row is padding so far
+    positions: torch.Tensor | None = None
+    bounds: MeshBounds | None = None
+    has_begun: torch.Tensor | None = None
 
 
 def level_inputs(
     config: IFlameConfig,
     tokens: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cache=None,
+    layout: RowLayout | None = None,
 ) -> list[LevelInputs | None]:
     """
     The inputs of the levels of coordinates, vertices and faces; None for a level at which no item is completed.
 
     Args:
         tokens: (B, T, …) whatever is given for the T new tokens; only its shape and device are read.
-        attention_mask, position_ids, cache: as in `IFlameModel.forward`. The cache is told where in each row padding
-            ends and the mesh that ends the row begins.
+        attention_mask, position_ids, cache, layout: as in `IFlameModel.forward`. The cache is told where in each row
+            padding ends and the mesh that ends the row begins.
 
     Raises:
-        ValueError: for masks and positions that the model cannot honour.
+        ValueError: for masks, positions and layouts that the model cannot honour.
     """
     batch, length = tokens.shape[:2]
     seen = 0 if cache is None else cache.tokens_seen
+    if cache is not None:
+        cache.check_room(batch, length)
     if attention_mask is not None:
         if attention_mask.shape != (batch, seen + length):
             raise ValueError(
@@ -70,22 +79,84 @@ def level_inputs(
         attention_mask = attention_mask.to(tokens.device).bool()
     if position_ids is not None:
         position_ids = position_ids.to(tokens.device).expand(batch, length)
-    if seen > 0:
+    if layout is not None:
+        layout = _checked(layout, tokens, attention_mask, position_ids, seen)
+    if layout is not None:
+        rows = _laid_out_rows(config, layout, cache)
+    elif seen > 0:
         rows = _continued_rows(config, tokens, attention_mask, position_ids, cache)
     elif attention_mask is not None or position_ids is not None:
-        rows = _fresh_rows(config, tokens, attention_mask, position_ids, cache)
+        rows = _described_rows(config, tokens, attention_mask, position_ids, cache)
     else:
-        rows = Rows()
+        rows = [LevelRows()] * len(config.level_strides)
         _check_length(config, length)
-    return [_one_level(config, stride, tokens, seen, rows) for stride in LEVEL_STRIDES]
+        if cache is not None:
+            cache.begin_rows(batch, tokens.device)
+    return [_one_level(config, level, tokens, seen, rows[level], cache) for level in range(len(rows))]
 
 
-def _check_length(config, tokens, positions=None, attention_mask=None):
+def _checked(layout, tokens, attention_mask, position_ids, seen):
+    """A layout that fits the tokens, on their device; None where position_ids have to take its place."""
+    if seen > 0:
+        raise ValueError("a layout describes rows from their start: leave it out for tokens after a filled cache")
+    if attention_mask is not None:
+        raise ValueError("a layout says what is padding: leave attention_mask out")
+    if layout.shape != tokens.shape[:2]:
+        message = f"the layout is of {layout.shape[0]} rows of {layout.shape[1]} tokens, got {tuple(tokens.shape[:2])}"
+        if position_ids is None:
+            raise ValueError(message)
+        # As where torch's DataParallel deals out the rows of a batch.
+        warnings.warn(f"{message}: position_ids are read instead, which waits for the device", stacklevel=2)
+        return None
+    return layout.to(tokens.device, non_blocking=True)
+
+
+def _laid_out_rows(config, layout, cache):
+    """Rows that a layout describes."""
+    is_packed = layout.num_meshes != layout.shape[0]
+    longest = layout.length
+    if is_packed and layout.longest is not None:
+        longest = layout.longest[0]
+    _check_length(config, longest)
+    if cache is not None:
+        cache.begin_rows(layout.shape[0], layout.face_positions.device, layout.last_starts() if is_packed else None)
+    return [_rows_of_a_level(layout, level) if is_packed else LevelRows() for level in range(len(layout.strides))]
+
+
+def _rows_of_a_level(layout, level, has_begun=None):
+    bounds = layout.bounds(level)
+    if bounds.meshes.shape[1] == 0:
+        return LevelRows()
+    # The last mesh of a row may have no complete item of this level yet.
+    ends = bounds.meshes[:, -1] == layout.face_meshes[:, -1]
+    return LevelRows(layout.positions(level), bounds, ends if has_begun is None else ends & has_begun)
+
+
+def _described_rows(config, tokens, attention_mask, position_ids, cache):
+    """Rows from their start, whose mask and positions say which meshes they hold."""
+    batch, length = tokens.shape[:2]
+    fresh = fresh_rows(tokens, config.level_strides, attention_mask, position_ids, cache is not None)
+    layout = fresh.layout
+    _check_length(config, length, layout, attention_mask)
+    if cache is not None:
+        starts = None if layout is None else layout.last_starts()
+        if fresh.has_begun is not None:
+            starts = torch.where(fresh.has_begun, starts, length)
+        cache.begin_rows(
+            batch, tokens.device, starts, fresh.padding, fresh.ends_in_padding, fresh.has_begun is not None
+        )
+    if layout is None:
+        return [LevelRows()] * len(config.level_strides)
+    return [_rows_of_a_level(layout, level, fresh.has_begun) for level in range(len(config.level_strides))]
+
+
+def _check_length(config, tokens, layout=None, attention_mask=None):
     """Raises ValueError if a mesh of rows of so many tokens is longer than the model takes; padding does not count."""
     longest = tokens
-    if longest > config.max_position_embeddings and positions is not None:
+    if longest > config.max_position_embeddings and layout is not None:
         if torch.compiler.is_compiling():
             return
+        positions = layout if isinstance(layout, torch.Tensor) else layout.positions()
         if attention_mask is not None:
             positions = positions.masked_fill(~attention_mask[:, -positions.shape[1] :], -1)
         longest = int(positions.max()) + 1
@@ -107,36 +178,37 @@ def _continued_rows(config, tokens, attention_mask, position_ids, cache):
     padding = (
         torch.zeros(batch, dtype=torch.long, device=device) if cache.padding is None else cache.padding.to(device)
     )
-    starts = None if cache.mesh_starts is None else cache.mesh_starts.to(device)
-    rows, still_padding = Rows(), False
+    positions = meshes = has_begun = None
+    still_padding = False
     if cache.is_padding_so_far:
         waiting = padding == seen
         pads = torch.zeros_like(padding)
         if attention_mask is not None:
-            pads = _leading_zeros(attention_mask[:, seen:])
+            pads = leading_zeros(attention_mask[:, seen:])
         padding = torch.where(waiting, seen + pads, padding)
-        starts = torch.where(waiting, padding, starts)
-        is_mesh = index >= padding[:, None]
-        rows = Rows(torch.where(is_mesh, index - starts[:, None], index), is_mesh.long(), padding < seen + length)
-        still_padding = not rows.has_begun.all()
-    elif starts is not None:
-        rows = Rows(index - starts[:, None])
+        starts = torch.where(waiting, padding, seen - cache.positions.to(device))
+        meshes = (index >= padding[:, None]).long()
+        positions = torch.where(meshes > 0, index - starts[:, None], index)
+        has_begun = padding < seen + length
+        still_padding = not has_begun.all()
+    elif cache.has_apart_rows or cache.is_static:
+        positions = cache.positions.to(device)[:, None] + torch.arange(length, device=device)
     # On a GPU a check of values waits for the device: once for many tokens, but not in every single step.
     if not torch.compiler.is_compiling() and (length > 1 or device.type == "cpu"):
-        _check_continuation(index, rows, padding, attention_mask, position_ids)
-    _check_length(config, seen + length, rows.positions, attention_mask)
+        _check_continuation(config, index, positions, padding, attention_mask, position_ids)
+    _check_length(config, seen + length, positions, attention_mask)
     if cache.is_padding_so_far:
-        cache.padding, cache.mesh_starts, cache.is_padding_so_far = padding, starts, still_padding
-    return rows
+        cache.continue_padding(starts, padding, still_padding)
+    return [_closing_rows(stride, seen, positions, meshes, has_begun) for stride in config.level_strides]
 
 
-def _check_continuation(index, rows, padding, attention_mask, position_ids):
+def _check_continuation(config, index, positions, padding, attention_mask, position_ids):
     """Raises ValueError for a mask or positions that contradict what a cache has seen, or that leave tokens out."""
     seen, after = int(index[0]), int(index[-1]) + 1
-    broken = (padding % TOKENS_PER_FACE != 0) & (padding >= seen) & (padding < after)
+    broken = (padding % config.tokens_per_face != 0) & (padding >= seen) & (padding < after)
     if broken.any():
         row = int(broken.nonzero()[0])
-        raise ValueError(_not_whole_faces(int(padding[row]), row))
+        raise ValueError(not_whole_faces(int(padding[row]), row, config.tokens_per_face))
     if attention_mask is not None:
         differs = attention_mask != (torch.arange(after, device=index.device) >= padding[:, None])
         if differs[:, :seen].any():
@@ -147,130 +219,106 @@ def _check_continuation(index, rows, padding, attention_mask, position_ids):
         if differs.any():
             raise ValueError("attention_mask has zeros between ones: tokens after a filled cache cannot be padding")
     if position_ids is not None:
-        uneven = position_ids != (index if rows.positions is None else rows.positions)
+        uneven = position_ids != (index if positions is None else positions)
         if (uneven & (index >= padding[:, None])).any():
             raise ValueError("position_ids of tokens after a filled cache must count on from those it has seen")
 
 
-def _fresh_rows(config, tokens, attention_mask, position_ids, cache):
-    """Rows from their start, of one mesh or of several, padded or not."""
-    batch, length = tokens.shape[:2]
-    index = torch.arange(length, device=tokens.device)
-    real = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-    begins = torch.zeros_like(real)
-    if attention_mask is not None:
-        real = attention_mask
-        begins = real & ~F.pad(real[:, :-1], (1, 0))
-    runs = begins.sum(dim=1)
-    if position_ids is not None:
-        begins = begins | (real & (position_ids == 0))
-    begins = begins | (index == 0)
-    starts = torch.where(begins, index, 0).cummax(dim=1).values
-    positions, segments = index - starts, begins.cumsum(dim=1)
-    has_begun = real.any(dim=1)
-    padding = _leading_zeros(real)
-    mesh_starts = torch.where(has_begun, (segments != segments[:, -1:]).sum(dim=1), length)
-    # A compiled graph cannot look at values, and takes every row for a packed one.
-    if torch.compiler.is_compiling():
-        if cache is not None:
-            cache.mesh_starts, cache.padding = mesh_starts, padding
-        return Rows(positions, segments)
-    broken = (starts % TOKENS_PER_FACE != 0).any()
-    uneven = real.new_zeros(()) if position_ids is None else (real & (position_ids != positions)).any()
-    facts = [
-        runs.max() > 1,
-        (has_begun & ~real[:, -1]).any(),
-        broken,
-        uneven,
-        begins[:, 1:].any(),
-        ~has_begun.all(),
-        (padding > 0).any(),
-    ]
-    # Reading a value waits for the device: once for all.
-    has_gap, ends_in_padding, broken, uneven, several, is_padding, is_padded = torch.stack(facts).tolist()
-    if has_gap:
-        raise ValueError("attention_mask has zeros between ones: only padding at the ends of a row can be masked")
-    if broken:
-        row, column = (starts % TOKENS_PER_FACE != 0).nonzero()[0].tolist()
-        raise ValueError(_not_whole_faces(int(starts[row, column]), row))
-    if uneven:
-        raise ValueError("position_ids must count tokens from 0 in every mesh, without a gap")
-    is_apart = several or (is_padding and cache is not None)
-    _check_length(config, length, positions if is_apart else None, attention_mask)
-    if cache is not None:
-        cache.mesh_starts = mesh_starts if is_apart else None
-        cache.padding = padding if is_padded else None
-        cache.ends_in_padding, cache.is_padding_so_far = ends_in_padding, is_padding
-    return Rows(positions, segments, has_begun) if is_apart else Rows()
+def _closing_rows(stride, seen, positions, meshes, has_begun):
+    """Where the items stand that these tokens complete, at the level of which an item spans `stride` tokens."""
+    closing = slice(stride - 1 - seen % stride, None, stride)
+    bounds = None
+    if positions is not None:
+        positions = positions[:, closing] // stride
+    if meshes is not None and positions.shape[1] > 0:
+        last = meshes[:, -1]
+        meshes = meshes[:, closing].contiguous()
+        has_begun = has_begun & (meshes[:, -1] == last)
+        bounds = MeshBounds(meshes)
+    return LevelRows(positions, bounds, has_begun)
 
 
-def _leading_zeros(real):
-    """(B, T) booleans -> (B,) how many of each row are False before the first that is True."""
-    return (real.cumsum(dim=1) == 0).sum(dim=1)
-
-
-def _not_whole_faces(token, row):
-    return (
-        f"a mesh must be padded, and packed after others, by whole faces ({TOKENS_PER_FACE} tokens), got one that "
-        f"begins at token {token} of row {row}"
-    )
-
-
-def _one_level(config, stride, tokens, seen, rows):
+def _one_level(config, level, tokens, seen, rows, cache):
+    stride = config.level_strides[level]
     before, after = seen // stride, (seen + tokens.shape[1]) // stride
-    count = after - before
+    count, device = after - before, tokens.device
     if count == 0:
         return None
-    positions, segments, _ = rows
-    closing = slice(stride - 1 - seen % stride, None, stride)
-    index = torch.arange(before, after, device=tokens.device)
-    table_positions = index[None]
-    if positions is not None:
-        table_positions = positions = positions[:, closing] // stride
-    cos, sin = rotary_tables(table_positions, config.head_dim, config.rope_base)
+    positions, bounds, has_begun = rows
+    index = torch.arange(before, after, device=device)
+    cos, sin = rotary_tables(index[None] if positions is None else positions, config.head_dim, config.rope_base)
 
-    implementation = config._attn_implementation or ""
-    flash = "flash" in implementation
-    mask = flash_bounds = has_begun = None
-    if segments is not None:
-        last = segments[:, -1]
-        segments = segments[:, closing].contiguous()
-        has_begun = segments[:, -1] == last
-        if rows.has_begun is not None:
-            has_begun = has_begun & rows.has_begun
-    if implementation == "flex_attention" and count > 1:
-        if tokens.device.type == "cpu":
+    implementation, mask, kwargs, slots = config._attn_implementation, None, {}, None
+    if implementation == "flex_attention" and count == 1:
+        # A compiled kernel for every length of the cache is no way to take single steps.
+        implementation = "sdpa"
+    if cache is not None and cache.is_static:
+        slots = cache.slots(level, index, positions, bounds, before)
+    if slots is not None and slots.are_read:
+        # All slots are keys, and a mesh's own are those up to the item.
+        implementation = "eager" if implementation in (None, "eager") else "sdpa"
+        places = index[None] if positions is None else positions
+        mask = (torch.arange(cache.room(level), device=device) <= places[..., None])[:, None]
+    elif implementation == "flex_attention":
+        if device.type == "cpu":
             raise ValueError(
                 "attn_implementation='flex_attention' runs on a GPU only, and the model is on the CPU: use 'sdpa'"
             )
-        mask = _block_mask(positions, before, after, tokens.device)
-    elif segments is not None and before == 0:
+        mask = _block_mask(positions, before, after, device)
+    else:
+        mask, kwargs = _mask(bounds, positions, index, before, "flash" in (implementation or ""))
+    call = LinearAttentionCall(
+        device_type=device.type,
+        head_dim=config.head_dim,
+        length=count,
+        has_state=before > 0,
+        bounds=bounds,
+        need_state=cache is not None,
+    )
+    return LevelInputs(
+        cos,
+        sin,
+        alibi_slopes(config.num_attention_heads, device),
+        positions,
+        bounds,
+        has_begun,
+        mask,
+        implementation,
+        kwargs,
+        choose_linear_attention(config.linear_attn_implementation, call),
+        before > 0,
+        slots,
+    )
+
+
+def _mask(bounds, positions, index, before, flash):
+    """An attention mask as `LevelInputs` describes it, and what flash attention is told beside it."""
+    after = before + len(index)
+    keys = torch.arange(after, device=index.device)
+    if bounds is not None and before == 0:
         if flash:
-            flash_bounds = _bounds(segments)
-        else:
-            mask = (_causal(before, after, tokens) & (segments[:, :, None] == segments[:, None, :]))[:, None]
-    elif positions is not None:
+            return None, _packing(bounds)
+        causal = keys <= index[:, None]
+        return (causal & (bounds.meshes[:, :, None] == bounds.meshes[:, None, :]))[:, None], {}
+    if positions is not None:
         # An item sees its mesh from its start on; flash attention is told of the mesh that ends the row only.
         starts = index - positions
-        keys = torch.arange(after, device=tokens.device)
-        mask = keys >= starts[:, -1:] if flash else ((keys <= index[:, None]) & (keys >= starts[..., None]))[:, None]
-    elif before > 0 and count > 1 and not flash:
-        mask = _causal(before, after, tokens)[None, None]
-    slopes = alibi_slopes(config.num_attention_heads, tokens.device)
-    return LevelInputs(cos, sin, slopes, positions, segments, has_begun, mask, flash_bounds)
+        if flash:
+            return keys >= starts[:, -1:], {}
+        return ((keys <= index[:, None]) & (keys >= starts[..., None]))[:, None], {}
+    if before > 0 and len(index) > 1 and not flash:
+        return (keys <= index[:, None])[None, None], {}
+    return None, {}
 
 
-def _causal(before, after, tokens):
-    """(after - before, after) True where an item may look."""
-    index = torch.arange(after, device=tokens.device)
-    return index <= index[before:, None]
-
-
-def _bounds(segments):
-    """Bounds (meshes + 1,) of the meshes of all rows laid end to end, int32, and the length of the longest."""
-    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
-    bounds = F.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel()).to(torch.int32)
-    return bounds, int(bounds.diff().max())
+def _packing(bounds):
+    """The bounds of meshes as transformers' flash attention takes them."""
+    offsets, longest = bounds.offsets, bounds.longest
+    if offsets is None:  # in a graph that is compiled as a whole
+        begins = F.pad(bounds.meshes[:, 1:] != bounds.meshes[:, :-1], (1, 0), value=True).flatten()
+        offsets = F.pad(begins.nonzero().flatten(), (0, 1), value=begins.numel()).to(torch.int32)
+        longest = int(offsets.diff().max())
+    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
 
 
 def _block_mask(positions, before, after, device):
@@ -284,7 +332,7 @@ def _block_mask(positions, before, after, device):
 
     Args:
         positions: (B, T) positions in the mesh, or None.
-        before, after: items of the level before and behind the T new ones.
+        before, after: items of the level before the T new ones and with them.
     """
     from torch.nn.attention.flex_attention import BlockMask
 

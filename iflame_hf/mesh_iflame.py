@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off", ".dae")
+READER_PACKAGES = {".dae": "pycollada", ".zae": "pycollada"}  # with which trimesh reads these files
 # The vertical axis of a file that does not say: of glTF by specification, of dae by its default, of the others as
 # Blender and slicers write and read them. `up_axis_of` looks into the file too.
 FILE_UP_AXES = {".glb": "y", ".gltf": "y", ".obj": "y", ".off": "y", ".dae": "y", ".ply": "z", ".stl": "z"}
@@ -126,7 +127,8 @@ def load_mesh(mesh: Any) -> tuple[np.ndarray, np.ndarray]:
     nodes are placed by their transforms, mirrored ones keep their outside outside), or a tuple (vertices, faces).
     Polygons become fans of triangles. Vertices that no face uses are left out.
 
-    Raises FileNotFoundError for a missing file; MeshError, naming the file where there is one, for a file that cannot
+    Raises FileNotFoundError for a missing file; ImportError where reading its format takes a package that is not
+    installed; MeshError, naming the file where there is one, for a file that cannot
     be read and for a mesh without faces, with coordinates that are not finite, or with an index that no vertex has.
     """
     with errors_name(mesh):
@@ -437,7 +439,9 @@ def errors_of_reader(path: str, suffix: str):
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"{path}: reading {suffix} files needs another package ({error})") from error
+        package = READER_PACKAGES.get(suffix)
+        how = f"the package {package}: pip install {package}" if package else f"another package ({error})"
+        raise ImportError(f"{path}: reading {suffix} files needs {how}") from error
     except MemoryError:
         raise
     except Exception as error:  # each of trimesh's readers raises what its parser happens to raise

@@ -6,7 +6,7 @@ between them is data.
 
 import warnings
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -17,14 +17,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_iflame import IFlameCache
 from .configuration_iflame import STAGE_LEVELS, IFlameConfig
 from .generation_iflame import IFlameGenerationMixin
+from .layout_iflame import RowLayout
 from .levels_iflame import LevelInputs, level_inputs
 from .ops_iflame import (
     apply_rotary,
     attention_backends_for_any_length,
     check_linear_attention_implementation,
     linear_attention,
+    linear_attention_step,
 )
+from .states_iflame import OpenGroup, is_writable
 from .versions_iflame import CACHE_NAME, IFlameCausalLMOutput, IFlameModelOutput, one_cache
+
+if TYPE_CHECKING:
+    # The network knows no meshes. transformers copies the files that a model's code names, and so a saved model has
+    # the code of its pipeline, which its config.json names.
+    from .pipeline_iflame import MeshGenerationPipeline  # noqa: F401
 
 # B batch, T items of a level, H heads, D head size, C channels
 
@@ -69,8 +77,8 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     """
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is None:
-        behind = key.shape[2] - query.shape[2]
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(behind)
+        before = key.shape[2] - query.shape[2]
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(before)
     scores = scores.masked_fill(~attention_mask, float("-inf"))
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
@@ -106,28 +114,20 @@ class IFlameFullAttention(IFlameAttention):
 
     def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
         query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level))
-        backends = nullcontext()
         if cache is not None:
-            key, value = cache.layers[self.layer_idx].update(key, value)
-            backends = attention_backends_for_any_length(query.device)
-        implementation = self.config._attn_implementation
-        if implementation == "flex_attention" and query.shape[2] == 1:
-            # A compiled kernel for every length of the cache is no way to take single steps.
-            implementation = "sdpa"
+            key, value = cache.layers[self.layer_idx].update(key, value, level.slots)
+        implementation = level.attention_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        packing = {}
-        if level.flash_bounds is not None:
-            bounds, longest = level.flash_bounds
-            packing = {
-                "cu_seq_lens_q": bounds,
-                "cu_seq_lens_k": bounds,
-                "max_length_q": longest,
-                "max_length_k": longest,
-            }
-        with backends:
-            output, weights = attend(
-                self, query, key, value, level.attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **packing
-            )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            level.attention_mask,
+            scaling=self.head_dim**-0.5,
+            dropout=0.0,
+            **level.attention_kwargs,
+        )
         return self.o_proj(output.reshape(hidden_states.shape)), weights if implementation == "eager" else None
 
 
@@ -141,20 +141,32 @@ class IFlameLinearAttention(IFlameAttention):
     def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
         query, key, value = self.project(hidden_states, level)
         memory = None if cache is None else cache.layers[self.layer_idx]
+        output = self._attend(query, key, value, level, memory)
+        return self.o_proj(self.norm(output.flatten(-2)).to(hidden_states.dtype)), None
+
+    def _attend(self, query, key, value, level, memory):
+        """Linear attention of (B, T, H, D) items; the state is that of `memory`, if there is one."""
+        state = memory.state if memory is not None and level.has_state else None
+        if query.shape[1] == 1 and state is not None and level.bounds is None and not state.requires_grad:
+            if not (torch.is_grad_enabled() and key.requires_grad):
+                if not is_writable(state):
+                    memory.state = state = state.clone()
+                return linear_attention_step(query, key, value, level.slopes, state, level.linear_implementation)
         output, state = linear_attention(
             query,
             key,
             value,
             level.slopes,
-            None if memory is None else memory.state,
-            level.segments,
-            self.config.linear_attn_implementation,
+            state,
+            level.bounds,
+            need_state=memory is not None,
+            implementation=level.linear_implementation,
         )
         if memory is not None:
+            memory.write(state)
             if level.has_begun is not None:
-                state = state * level.has_begun[:, None, None, None]
-            memory.state = state
-        return self.o_proj(self.norm(output.flatten(-2)).to(hidden_states.dtype)), None
+                memory.clear_rows(level.has_begun)
+        return output
 
 
 class IFlameBlock(GradientCheckpointingLayer):
@@ -219,13 +231,6 @@ class IFlamePreTrainedModel(PreTrainedModel):
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers; config.json names the task of `pipeline("mesh-generation")`, whose code comes along."""
-        from .pipeline_iflame import custom_pipelines  # transformers copies what is imported, here too
-
-        self.config.custom_pipelines = custom_pipelines()
-        super().save_pretrained(*args, **kwargs)
-
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -269,11 +274,12 @@ class IFlameModel(IFlamePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: IFlameCache | None = None,
+        layout: RowLayout | None = None,
         **kwargs,
     ):
         r"""
         Args:
-            input_ids: (B, T) token ids; with a cache, the T tokens behind those it has seen.
+            input_ids: (B, T) token ids; with a cache, the T tokens after those it has seen.
             attention_mask: (B, tokens seen + T), 0 for padding. Padding on the left must be whole faces (multiples of
                 nine tokens), and may come in several calls; on the right it changes nothing for the tokens before it.
                 With a filled cache it may be left out, and otherwise must agree with what the cache was filled with.
@@ -282,6 +288,8 @@ class IFlameModel(IFlamePreTrainedModel):
                 cache they are known, and those that are given must be the same.
             cache ([`IFlameCache`]): the state that an earlier call returned. `past_key_values` is another name of it.
             inputs_embeds: (B, T, C) instead of `input_ids`.
+            layout ([`RowLayout`]): which meshes the rows hold and where, as who packs rows knows it: nothing has to be
+                read back from the device. `attention_mask` is left out beside it, and `position_ids` are not read.
 
         Returns:
             [`IFlameModelOutput`]: `hidden_states` holds the input of the first block and the output of every
@@ -321,18 +329,19 @@ class IFlameModel(IFlamePreTrainedModel):
             use_cache = False
         if cache is None and use_cache:
             cache = IFlameCache(config)
-        if cache is not None and type(cache).__name__ != IFlameCache.__name__:
+        if cache is not None and not hasattr(cache, "begin_rows"):
             raise ValueError(
                 f"the cache must be an IFlameCache (IFlameCache(model.config)), got a {type(cache).__name__}: the "
                 "hourglass keeps state that other caches have no place for"
             )
 
-        levels = level_inputs(config, inputs_embeds, attention_mask, position_ids, cache)
+        levels = level_inputs(config, inputs_embeds, attention_mask, position_ids, cache, layout)
         hidden_states = self.embed_norm(inputs_embeds)
         trace = Trace([hidden_states], []) if output_hidden_states or output_attentions else None
-        hidden_states = self._hourglass(0, hidden_states, levels, cache, trace)
+        with nullcontext() if cache is None else attention_backends_for_any_length(hidden_states.device):
+            hidden_states = self._hourglass(0, hidden_states, levels, cache, trace)
         if cache is not None:
-            cache.tokens_seen += inputs_embeds.shape[1]
+            cache.advance(inputs_embeds.shape[1])
 
         output = IFlameModelOutput(
             last_hidden_state=hidden_states,
@@ -355,20 +364,13 @@ class IFlameModel(IFlamePreTrainedModel):
         if encoder == decoder:
             return hidden_states
 
-        waiting = None if cache is None else cache.open_groups[depth]
-        members = hidden_states if waiting is None else torch.cat([waiting, hidden_states], dim=1)
-        offset = members.shape[1] - hidden_states.shape[1]
-        batch, count, channels = members.shape
-        complete = count // 3
-        above = None if cache is None else cache.handed_up[depth]
-        coarse = hidden_states.new_zeros(batch, 1, channels) if above is None else above
-        if complete > 0:
-            pooled = members[:, : 3 * complete].view(batch, complete, 3, channels).mean(dim=2)
+        ends = OpenGroup() if cache is None else cache.open_groups[depth]
+        members, offset = ends.push(hidden_states)
+        groups = None
+        if members.shape[1] > 0:
+            pooled = members.unflatten(1, (-1, 3)).mean(dim=2)
             groups = self._hourglass(depth + 1, pooled, levels, cache, trace)
-            coarse = torch.cat([coarse.to(groups), groups], dim=1)
-        if cache is not None:
-            cache.open_groups[depth] = members[:, 3 * complete :]
-            cache.handed_up[depth] = coarse[:, -1:]
+        coarse = ends.hand_up(groups, hidden_states)
         hidden_states = self.upsamplers[depth](hidden_states, coarse, offset, level.positions)
         return self._run_stage(decoder, hidden_states, level, cache, trace)
 
@@ -406,6 +408,7 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: IFlameCache | None = None,
+        layout: RowLayout | None = None,
         **kwargs,
     ):
         r"""
@@ -430,6 +433,7 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            layout=layout,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

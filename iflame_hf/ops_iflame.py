@@ -10,11 +10,15 @@ without scale or feature map. Every implementation has the signature of `recurre
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .layout_iflame import MeshBounds
 
 # B batch, T items of a level, H heads, D head size, N chunks, I items of a chunk
 
@@ -22,7 +26,7 @@ CHUNK_SIZE = 64
 # Smaller sizes are refused by a check of the package, others by its kernel.
 LIGHTNING_HEAD_SIZES = (32, 64, 128)
 
-LinearAttentionOutput = tuple[torch.Tensor, torch.Tensor]
+LinearAttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -72,9 +76,15 @@ def attention_backends_for_any_length(device: torch.device) -> AbstractContextMa
     """
     Within it torch's scaled_dot_product_attention leaves out cuDNN, which builds a plan for every new length of the
     keys: a cache grows with every step, and a plan takes longer than a step. Torch prefers cuDNN on Hopper and
-    Blackwell GPUs.
+    Blackwell GPUs. Where the caller has chosen among torch's backends already, that choice holds.
     """
-    if device.type != "cuda":
+    cuda = torch.backends.cuda
+    if device.type != "cuda" or not (
+        cuda.flash_sdp_enabled()
+        and cuda.mem_efficient_sdp_enabled()
+        and cuda.math_sdp_enabled()
+        and cuda.cudnn_sdp_enabled()
+    ):
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -85,7 +95,8 @@ def recurrent_linear_attention(
     v: torch.Tensor,
     slopes: torch.Tensor,
     state: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
+    bounds: MeshBounds | None = None,
+    need_state: bool = True,
 ) -> LinearAttentionOutput:
     """
     The recurrence itself, item by item, in float32: the oracle for the other implementations.
@@ -94,25 +105,39 @@ def recurrent_linear_attention(
         q, k, v: (B, T, H, D), rotary embedding applied.
         slopes: (H,) decay rates, float32.
         state: (B, H, D, D) float32 state that an earlier call returned, or None to begin from zero.
-        segments: (B, T) numbers of the meshes that share a row, never falling along it; the state is zero at the
-            start of each. None: one mesh a row. `state` belongs to the first.
+        bounds: the meshes that share rows; the state is zero at the start of each. None: one mesh a row. `state`
+            belongs to the first of a row.
+        need_state: whether the state after the last item is wanted.
 
     Returns:
         o: (B, T, H, D), in float32 or in q's dtype.
-        state: (B, H, D, D) float32, after the last item.
+        state: (B, H, D, D) float32, after the last item; None if it is not wanted.
     """
     batch, length, heads, size = q.shape
     q, k, v = q.float(), k.float(), v.float()
     decay = torch.exp(-slopes.float())[:, None, None]
     if state is None:
         state = q.new_zeros(batch, heads, size, size)
+    meshes = None if bounds is None else bounds.meshes
     outputs = []
     for t in range(length):
-        if segments is not None and t > 0:
-            state = state * (segments[:, t] == segments[:, t - 1])[:, None, None, None]
+        if meshes is not None and t > 0:
+            state = state * (meshes[:, t] == meshes[:, t - 1])[:, None, None, None]
         state = decay * state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
-    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(q)), state
+    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(q)), state if need_state else None
+
+
+def recurrent_linear_attention_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, state: torch.Tensor
+) -> torch.Tensor:
+    """
+    The recurrence for a single item, in place: o (B, 1, H, D) float32 for q, k, v (B, 1, H, D); `state` (B, H, D, D)
+    float32 becomes that after the item. It takes no gradients.
+    """
+    decay = torch.exp(-slopes.float())[:, None, None]
+    state.mul_(decay).add_(k[:, 0, :, :, None].float() * v[:, 0, :, None, :].float())
+    return (q[:, 0, :, None, :].float() @ state).transpose(1, 2)
 
 
 def chunked_linear_attention(
@@ -121,7 +146,8 @@ def chunked_linear_attention(
     v: torch.Tensor,
     slopes: torch.Tensor,
     state: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
+    bounds: MeshBounds | None = None,
+    need_state: bool = True,
 ) -> LinearAttentionOutput:
     """
     Linear attention in plain torch and linear time: attention within chunks of 64 items, one state handed from chunk
@@ -130,7 +156,7 @@ def chunked_linear_attention(
     """
     batch, length, heads, size = q.shape
     if length <= 1:
-        return recurrent_linear_attention(q, k, v, slopes, state, segments)
+        return recurrent_linear_attention(q, k, v, slopes, state, bounds, need_state)
     chunk = min(CHUNK_SIZE, length)
     spare = -length % chunk
     chunks = (length + spare) // chunk
@@ -151,34 +177,41 @@ def chunked_linear_attention(
 
     scores = (q @ k.transpose(-1, -2)) * within[:, None]
     weighted = k * remaining[..., None]
-    chunk_segments = None
-    if segments is not None:
-        segments = torch.cat([segments, segments[:, -1:].expand(-1, spare)], dim=1).view(batch, 1, chunks, chunk)
-        scores = scores * (segments[..., :, None] == segments[..., None, :])
-        last = segments[..., -1:]
-        weighted = weighted * (segments == last)[..., None]
-        # The segment that each state belongs to: the one the first chunk begins with, then that of each chunk's end.
-        chunk_segments = torch.cat([segments[:, :, 0, :1], last[..., 0]], dim=-1).squeeze(1)  # (B, N + 1)
-        entering = entering * (segments == chunk_segments[:, None, :-1, None])  # (B, H, N, I)
+    owners = None
+    if bounds is not None:
+        meshes = bounds.meshes
+        meshes = torch.cat([meshes, meshes[:, -1:].expand(-1, spare)], dim=1).view(batch, 1, chunks, chunk)
+        scores = scores * (meshes[..., :, None] == meshes[..., None, :])
+        last = meshes[..., -1:]
+        weighted = weighted * (meshes == last)[..., None]
+        # The mesh that each state belongs to: the one the first chunk begins with, then that of each chunk's end.
+        owners = torch.cat([meshes[:, :, 0, :1], last[..., 0]], dim=-1).squeeze(1)  # (B, N + 1)
+        entering = entering * (meshes == owners[:, None, :-1, None])  # (B, H, N, I)
+    # The last chunk's items are in no state that another chunk begins with.
+    wanted = chunks if need_state else chunks - 1
     states = _states_between_chunks(
-        weighted.transpose(-1, -2) @ v, slopes.float(), F.pad(ends, (1, 0)), state, chunk_segments
+        weighted[:, :, :wanted].transpose(-1, -2) @ v[:, :, :wanted],
+        slopes.float(),
+        F.pad(ends, (1, 0))[: wanted + 1],
+        state,
+        None if owners is None else owners[:, : wanted + 1],
     )
-    output = scores @ v + (q * entering[..., None]) @ states[:, :, :-1]
+    output = scores @ v + (q * entering[..., None]) @ states[:, :, :chunks]
     output = output.permute(0, 2, 3, 1, 4).reshape(batch, chunks * chunk, heads, size)
-    return output[:, :length], states[:, :, -1]
+    return output[:, :length], states[:, :, -1] if need_state else None
 
 
-def _states_between_chunks(updates, slopes, bounds, state, segments):
+def _states_between_chunks(updates, slopes, ends, state, owners):
     """
-    States before the first and after each chunk: X_n = exp(-s (b_n - b_(n-1))) X_(n-1) + U_n, where X_0 is `state`.
+    States before the first and after each chunk: X_n = exp(-s (e_n - e_(n-1))) X_(n-1) + U_n, where X_0 is `state`.
 
     Up to 64 chunks are one product with a triangular matrix; more are taken in groups of 64, so that time stays
     linear.
 
     Args:
-        updates: (B, H, N, D, D). slopes: (H,). bounds: (N + 1,) items before each chunk and after the last.
+        updates: (B, H, N, D, D). slopes: (H,). ends: (N + 1,) items before each chunk and after the last.
         state: (B, H, D, D) or None.
-        segments: (B, N + 1) segments of the states, or None. A state of an earlier segment counts for nothing.
+        owners: (B, N + 1) the mesh that each state belongs to, or None. A state of an earlier mesh counts for nothing.
 
     Returns:
         (B, H, N + 1, D, D)
@@ -189,17 +222,17 @@ def _states_between_chunks(updates, slopes, bounds, state, segments):
     if chunks > CHUNK_SIZE:
         pieces = [state[:, :, None]]
         for first in range(0, chunks, CHUNK_SIZE):
-            part, part_bounds = slice(first, first + CHUNK_SIZE), slice(first, first + CHUNK_SIZE + 1)
-            part_segments = None if segments is None else segments[:, part_bounds]
+            part, part_ends = slice(first, first + CHUNK_SIZE), slice(first, first + CHUNK_SIZE + 1)
+            part_owners = None if owners is None else owners[:, part_ends]
             states = _states_between_chunks(
-                updates[:, :, part], slopes, bounds[part_bounds], pieces[-1][:, :, -1], part_segments
+                updates[:, :, part], slopes, ends[part_ends], pieces[-1][:, :, -1], part_owners
             )
             pieces.append(states[:, :, 1:])
         return torch.cat(pieces, dim=2)
-    age = bounds[:, None] - bounds  # (N + 1, N + 1)
+    age = ends[:, None] - ends  # (N + 1, N + 1)
     weights = torch.exp(-slopes[:, None, None] * age.clamp(min=0)).masked_fill(age < 0, 0.0)[None]
-    if segments is not None:
-        weights = weights * (segments[:, None, :, None] == segments[:, None, None, :])
+    if owners is not None:
+        weights = weights * (owners[:, None, :, None] == owners[:, None, None, :])
     inputs = torch.cat([state[:, :, None], updates], dim=2).flatten(-2)  # (B, H, N + 1, D * D)
     return (weights @ inputs).view(batch, heads, chunks + 1, size, size)
 
@@ -210,7 +243,8 @@ def fla_linear_attention(
     v: torch.Tensor,
     slopes: torch.Tensor,
     state: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
+    bounds: MeshBounds | None = None,
+    need_state: bool = True,
 ) -> LinearAttentionOutput:
     """Linear attention by flash-linear-attention's `chunk_simple_gla`; as `recurrent_linear_attention`, on a GPU."""
     try:
@@ -218,18 +252,18 @@ def fla_linear_attention(
     except ImportError as error:
         raise ImportError(_how_to_install("fla")) from error
     batch, length, heads, size = q.shape
-    options = {"g_gamma": -slopes, "scale": 1.0, "output_final_state": True}
-    if segments is None:
+    options = {"g_gamma": -slopes, "scale": 1.0, "output_final_state": need_state}
+    if bounds is None:
         return chunk_simple_gla(q, k, v, initial_state=state, **options)
-    if state is not None:  # the kernel wants one for every mesh of every row
-        return chunked_linear_attention(q, k, v, slopes, state, segments)
-    # The kernel takes sequences of different lengths laid end to end, and returns one state for each.
-    starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=batch * length).to(torch.int32)
+    assert state is None, "the kernel wants a state for every mesh"
+    # It takes sequences of different lengths laid end to end, and returns one state for each.
     output, states = chunk_simple_gla(
-        *(x.reshape(1, batch * length, heads, size) for x in (q, k, v)), cu_seqlens=bounds, **options
+        *(x.reshape(1, batch * length, heads, size) for x in (q, k, v)),
+        cu_seqlens=bounds.offsets,
+        cu_seqlens_cpu=bounds.offsets_on_host,
+        **options,
     )
-    return output.view_as(q), states[starts.sum(dim=1).cumsum(0) - 1]
+    return output.view_as(q), states[bounds.meshes[:, -1]] if need_state else None
 
 
 def lightning_linear_attention(
@@ -238,73 +272,171 @@ def lightning_linear_attention(
     v: torch.Tensor,
     slopes: torch.Tensor,
     state: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
+    bounds: MeshBounds | None = None,
+    need_state: bool = True,
 ) -> LinearAttentionOutput:
     """
-    Linear attention by the lightning-attn package; as `recurrent_linear_attention`, on a GPU.
-
-    The package knows neither an initial state nor several meshes in a row: those calls are computed by
-    `chunked_linear_attention`, the second with a warning.
+    Linear attention by the lightning-attn package; as `recurrent_linear_attention`, on a GPU, from the start of one
+    mesh a row: the package knows neither an initial state nor several meshes.
     """
     try:
         from lightning_attn.ops import lightning_attn_func
     except ImportError as error:
         raise ImportError(_how_to_install("lightning_attn")) from error
-    if q.shape[-1] not in LIGHTNING_HEAD_SIZES:
-        raise ValueError(
-            f"lightning_attn computes heads of the sizes {LIGHTNING_HEAD_SIZES}, and hidden_size / "
-            f"num_attention_heads is {q.shape[-1]}: use 'auto', 'fla' or 'chunked'"
-        )
-    if segments is not None:
-        warnings.warn(
-            "lightning_attn computes one mesh a row: rows that are packed or padded on the left are computed by the "
-            "slower 'chunked' implementation. linear_attn_implementation='fla' does them on the GPU",
-            stacklevel=2,
-        )
-    if segments is not None or state is not None:
-        return chunked_linear_attention(q, k, v, slopes, state, segments)
+    assert state is None and bounds is None, "the package computes one mesh a row, from its start"
     heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     output = lightning_attn_func(*heads_first, slopes.view(-1, 1, 1)).transpose(1, 2)
+    if not need_state:
+        return output, None
     age = torch.arange(q.shape[1] - 1, -1, -1, device=q.device, dtype=torch.float32)
     weighted = k.float() * torch.exp(-age[:, None] * slopes)[..., None]  # (B, T, H, D)
     return output, torch.einsum("bthd,bthe->bhde", weighted, v.float())
 
 
-_IMPLEMENTATIONS = {
-    "eager": recurrent_linear_attention,
-    "chunked": chunked_linear_attention,
-    "fla": fla_linear_attention,
-    "lightning_attn": lightning_linear_attention,
+class LinearAttentionCall(NamedTuple):
+    """What decides which implementations can compute a call of `linear_attention`."""
+
+    device_type: str
+    head_dim: int
+    length: int  # items T
+    has_state: bool = False
+    bounds: MeshBounds | None = None
+    need_state: bool = True
+
+
+def _always(call: LinearAttentionCall) -> None:
+    return None
+
+
+def _gpu_only(name: str, call: LinearAttentionCall) -> str | None:
+    if call.device_type == "cpu":
+        return f"linear_attn_implementation={name!r} runs on a GPU only, and the model is on the CPU: use 'auto'"
+    return None
+
+
+def _lightning_requires(call: LinearAttentionCall) -> str | None:
+    if call.device_type != "cpu" and call.head_dim not in LIGHTNING_HEAD_SIZES:
+        return (
+            f"lightning_attn computes heads of the sizes {LIGHTNING_HEAD_SIZES}, and hidden_size / "
+            f"num_attention_heads is {call.head_dim}: use 'auto', 'fla' or 'chunked'"
+        )
+    return _gpu_only("lightning_attn", call)
+
+
+def _lightning_supports(call: LinearAttentionCall) -> str | None:
+    if call.bounds is not None:
+        return (
+            "lightning_attn computes one mesh a row: rows that are packed or padded on the left are computed by the "
+            "slower 'chunked' implementation. linear_attn_implementation='fla' does them on the GPU"
+        )
+    if call.has_state:
+        return (
+            "lightning_attn begins without a state: several tokens after a filled cache are computed by the slower "
+            "'chunked' implementation. linear_attn_implementation='fla' does them on the GPU"
+        )
+    return None
+
+
+def _fla_supports(call: LinearAttentionCall) -> str | None:
+    if call.bounds is not None and call.has_state:
+        return (
+            "fla wants a state for every mesh of every row: the first tokens after padding that came in an earlier "
+            "call are computed by the slower 'chunked' implementation"
+        )
+    if call.bounds is not None and call.bounds.offsets is None:
+        return (
+            "fla must know where meshes begin, which neither a graph that is compiled as a whole knows nor a call "
+            "that goes on from padding: rows are computed by the slower 'chunked' implementation"
+        )
+    return None
+
+
+class Implementation(NamedTuple):
+    """
+    A way to compute linear attention.
+
+    Args:
+        function: as `recurrent_linear_attention`.
+        step: as `recurrent_linear_attention_step`.
+        requires: why a model on its device can never be computed so, or None.
+        supports: why this call cannot, or None.
+        package: module to import and what to install, if any.
+    """
+
+    function: Callable[..., LinearAttentionOutput]
+    step: Callable[..., torch.Tensor] = recurrent_linear_attention_step
+    requires: Callable[[LinearAttentionCall], str | None] = _always
+    supports: Callable[[LinearAttentionCall], str | None] = _always
+    package: tuple[str, str] | None = None
+
+
+IMPLEMENTATIONS = {
+    "eager": Implementation(recurrent_linear_attention),
+    "chunked": Implementation(chunked_linear_attention),
+    "fla": Implementation(
+        fla_linear_attention,
+        requires=functools.partial(_gpu_only, "fla"),
+        supports=_fla_supports,
+        package=("fla", "flash-linear-attention"),
+    ),
+    "lightning_attn": Implementation(
+        lightning_linear_attention,
+        requires=_lightning_requires,
+        supports=_lightning_supports,
+        package=("lightning_attn", "lightning-attn"),
+    ),
 }
-# name: (module to import, what to install)
-_PACKAGES = {"fla": ("fla", "flash-linear-attention"), "lightning_attn": ("lightning_attn", "lightning-attn")}
+# What "auto" takes on a CUDA GPU: the first that is installed and can compute the call.
+PREFERENCE = ("lightning_attn", "fla", "chunked")
 
 
 @functools.cache
 def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(_PACKAGES[name][0]) is not None
+    package = IMPLEMENTATIONS[name].package
+    return package is None or importlib.util.find_spec(package[0]) is not None
 
 
 def _how_to_install(name: str) -> str:
+    package = IMPLEMENTATIONS[name].package[1]
     return (
-        f"linear_attn_implementation={name!r} needs the package {_PACKAGES[name][1]}: pip install "
-        f"{_PACKAGES[name][1]}, or choose 'chunked', which needs nothing"
+        f"linear_attn_implementation={name!r} needs the package {package}: pip install {package}, or choose "
+        "'chunked', which needs nothing"
     )
 
 
 def check_linear_attention_implementation(name: str) -> None:
     """Raises ImportError, with what to install, if the implementation `name` needs a package that is missing."""
-    if name in _PACKAGES and not _is_installed(name):
+    if name != "auto" and not _is_installed(name):
         raise ImportError(_how_to_install(name))
 
 
-def _best_implementation(q, state, segments) -> str:
-    if q.device.type != "cuda":
+def _can_compute(call: LinearAttentionCall) -> Callable[[str], bool]:
+    def can(name: str) -> bool:
+        chosen = IMPLEMENTATIONS[name]
+        return _is_installed(name) and chosen.requires(call) is None and chosen.supports(call) is None
+
+    return can
+
+
+def choose_linear_attention(name: str, call: LinearAttentionCall) -> str:
+    """
+    The implementation that computes a call where `name` is asked for: for `"auto"` the best that can, and `"chunked"`,
+    with a warning that says why, where `name` cannot. A single item takes the implementation's step.
+
+    Raises:
+        ValueError: `name` can never compute this model on this device.
+    """
+    if name == "auto":
+        name = "chunked" if call.device_type != "cuda" else next(filter(_can_compute(call), PREFERENCE))
+    if reason := IMPLEMENTATIONS[name].requires(call):
+        raise ValueError(reason)
+    if call.length == 1:
+        is_step = call.has_state and call.bounds is None
+        return name if is_step else "eager"
+    if reason := IMPLEMENTATIONS[name].supports(call):
+        warnings.warn(reason, stacklevel=2)
         return "chunked"
-    whole = state is None and segments is None
-    if whole and q.shape[-1] in LIGHTNING_HEAD_SIZES and _is_installed("lightning_attn"):
-        return "lightning_attn"
-    return "fla" if _is_installed("fla") else "chunked"
+    return name
 
 
 def linear_attention(
@@ -313,30 +445,34 @@ def linear_attention(
     v: torch.Tensor,
     slopes: torch.Tensor,
     state: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
+    bounds: MeshBounds | None = None,
+    need_state: bool = True,
     implementation: str = "auto",
 ) -> LinearAttentionOutput:
     """
-    Linear attention by the implementation of that name; arguments and results are those of
-    `recurrent_linear_attention`.
-
-    `"auto"` is `"chunked"` on a CPU; on a CUDA GPU it is what is installed of `"lightning_attn"`, for whole meshes
-    from their start, and `"fla"`, and `"chunked"` otherwise. A single item is the recurrence itself, whatever the
-    name: there is nothing to save.
+    Linear attention by the implementation of that name, or by what `choose_linear_attention` takes in its place;
+    arguments and results are those of `recurrent_linear_attention`.
 
     Raises:
         ImportError: the package of the implementation is missing.
         ValueError: a GPU package is asked to work on a CPU, or lightning_attn on heads of a size that it rejects.
     """
-    if implementation == "auto":
-        implementation = _best_implementation(q, state, segments)
-    if implementation in _PACKAGES and q.device.type == "cpu":
-        raise ValueError(
-            f"linear_attn_implementation={implementation!r} runs on a GPU only, and the model is on the CPU: use "
-            "'auto'"
-        )
-    if q.shape[1] == 1:
-        implementation = "eager"
+    call = LinearAttentionCall(q.device.type, q.shape[-1], q.shape[1], state is not None, bounds, need_state)
+    name = choose_linear_attention(implementation, call)
+    function = IMPLEMENTATIONS["eager" if call.length == 1 else name].function
     # Decays and states are float32 also where the caller's context would cast matrix products down.
     with torch.autocast(q.device.type, enabled=False):
-        return _IMPLEMENTATIONS[implementation](q, k, v, slopes, state, segments)
+        return function(q, k, v, slopes, state, bounds, need_state)
+
+
+def linear_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    state: torch.Tensor,
+    implementation: str = "eager",
+) -> torch.Tensor:
+    """A single item by the implementation of that name, as `recurrent_linear_attention_step`, in place."""
+    with torch.autocast(q.device.type, enabled=False):
+        return IMPLEMENTATIONS[implementation].step(q, k, v, slopes, state)

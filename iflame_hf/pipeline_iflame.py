@@ -27,13 +27,7 @@ from .mesh_iflame import (
 from .sampling_iflame import row_seeds
 from .streaming_iflame import stream_faces
 
-TASK = "mesh-generation"
 DEFAULT_BATCH_SIZE = 8
-
-
-def custom_pipelines() -> dict[str, dict]:
-    """What config.json says of the task, as `clean_custom_task` of transformers.pipelines reads it."""
-    return {TASK: {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}}
 
 
 class MeshGenerationPipeline(Pipeline):

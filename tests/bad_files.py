@@ -390,7 +390,7 @@ file(
     ),
 )
 
-# Tables and pickles.
+# Tables, and pickles, which are not read.
 file("table/no parquet.parquet", "unreadable", lambda: b"PAR1 it is not PAR1")
 file("table/cut.parquet", "unreadable", lambda: odd_rows()[:-100])
 file("table/no columns.parquet", "no meshes", lambda: parquet(text=["a", "b"]))
@@ -410,7 +410,4 @@ file(
     odd_rows,
 )
 file("table/files.parquet", {"#0": GOOD, "#1": "empty", "#2": "unknown format"}, rows_of_files)
-file("table/planted.pkl", "unsafe pickle", lambda: pickle.dumps({"name_train": Planted()}))
-file("table/no pickle.pkl", "unreadable", lambda: b"nothing")
-file("table/cut.pkl", "unreadable", lambda: pickle.dumps(list(range(1000)))[:-20])
-file("table/other.pkl", "unreadable", lambda: pickle.dumps([1, 2, 3]))
+file("table/planted.pkl", "unknown format", lambda: pickle.dumps({"name_train": Planted()}))

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from training import prepare_data, prepared_set
+from training import prepare_data
+from training.prepare import prepared_set
 
 
 def prepare(*arguments: object) -> int:

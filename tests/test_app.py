@@ -33,7 +33,7 @@ def corners(mesh):
     return mesh.vertices[mesh.faces]
 
 
-# Behind the page
+# Without the page
 
 
 def test_the_meshes_that_grow_are_those_that_the_pipeline_makes_with_that_seed(generator):
@@ -217,7 +217,7 @@ def test_the_card_of_a_space_names_a_file_that_is_there_and_the_tested_gradio():
     assert f"gradio=={card['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
-def test_behind_the_page_a_model_of_the_hub_and_its_own_files_are_enough(folder, tmp_path):
+def test_without_the_page_a_model_of_the_hub_and_its_own_files_are_enough(folder, tmp_path):
     home, space = tmp_path / "home", tmp_path / "space"
     lay_out_cache(folder, home, "someone/meshes")
     shutil.copytree(APP, space)

@@ -1,6 +1,5 @@
 """What a browser shows of the page."""
 
-import io
 import re
 import shutil
 import time
@@ -9,12 +8,7 @@ import numpy as np
 import pytest
 import trimesh
 from app_fixtures import box, closes_meshes, sampling, save_endless_model
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_OPTIONS = (
-    "--no-sandbox --headless=new --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader "
-    "--disable-background-networking --disable-component-update --disable-sync --no-first-run"
-).split()
+from browser_fixtures import coloured, picture
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +34,6 @@ def served(folder):
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
     yield address, slow
     page.blocks.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install '.[app-test]'")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as tools:
-        browser = tools.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -97,17 +80,6 @@ def set_slider(page, label, value):
 
 def wait_for_status(page, word):
     page.wait_for_function("word => document.querySelector('#status').innerText.startsWith(word)", arg=word)
-
-
-def picture(page):
-    """What the viewer shows, (H, W, 3)."""
-    image = pytest.importorskip("PIL.Image").open(io.BytesIO(page.locator("#viewer canvas").screenshot()))
-    return np.asarray(image.convert("RGB")).astype(int)
-
-
-def coloured(picture):
-    """How many pixels are of faces: blue, red or yellow, where all else is grey."""
-    return int((np.ptp(picture, axis=-1) > 45).sum())
 
 
 def dark(picture):

@@ -1,13 +1,16 @@
 """What the page does for its visitors, without a browser."""
 
 import asyncio
+import shutil
+import subprocess
+import sys
 import threading
 from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from app_fixtures import box, closes_meshes, sampling, save_endless_model
+from app_fixtures import APP, box, closes_meshes, sampling, save_endless_model
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[app-test]'")
 
@@ -194,7 +197,7 @@ def test_what_fails_on_the_way_is_told_and_what_was_made_is_kept(page, generator
 def test_complete_goes_on_from_the_part_and_generate_does_not(page, tmp_path):
     part, settings = str(box(tmp_path, ".obj")), {**SETTINGS, "faces": 16}
     completed, generated = Screen(page), Screen(page)
-    asyncio.run(completed.follow(page.complete(**settings, part=part, **PART, request=ANN)))
+    asyncio.run(completed.follow(page.generate(**settings, part=part, **PART, request=ANN)))
     asyncio.run(generated.follow(page.generate(**settings, request=ANN)))
     assert [mesh["given"] for mesh in completed.meshes] == [12, 12] and min(completed.faces) > 12
     assert [mesh["given"] for mesh in generated.meshes] == [0, 0]
@@ -210,7 +213,7 @@ def test_without_a_usable_part_complete_makes_nothing(page, tmp_path, name):
         part = str(box(tmp_path, ".obj"))
     screen = Screen(page)
     with pytest.raises(gr.Error, match={None: "give a part", "box.obj": "12 faces.*allow more"}.get(name, name)):
-        asyncio.run(screen.follow(page.complete(**SETTINGS, part=part, **PART, request=ANN)))
+        asyncio.run(screen.follow(page.generate(**SETTINGS, part=part, **PART, request=ANN)))
     assert screen.history == []
 
 
@@ -302,3 +305,12 @@ def test_examples_can_be_switched_off(generator):
 
     assert on_load(Page(generator, "someone/meshes"))
     assert not on_load(Page(generator, "someone/meshes", examples=False))
+
+
+def test_the_folder_of_a_space_holds_the_viewer_too(tmp_path):
+    space = tmp_path / "space"
+    shutil.copytree(APP, space)
+    shutil.copytree(APP.parent / "iflame_cli" / "viewer", space / "viewer")
+    source = "import app; print(app.VIEWER_FOLDER)"
+    run = subprocess.run([sys.executable, "-c", source], cwd=space, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == str(space / "viewer")

@@ -8,7 +8,7 @@ from small_models import small_model
 
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
-from training.create import create_accelerator, create_model
+from training.run.create import create_accelerator, create_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 
@@ -29,10 +29,6 @@ def error_of(capsys, *argv):
 def test_without_arguments_it_is_the_demo():
     assert parse_arguments([]).to_dict() == parse_arguments([str(CONFIGS / "demo.yaml")]).to_dict()
     assert parse_arguments([]).to_dict() != parse_arguments(["--seed", "42"]).to_dict()
-
-
-def test_options_alone_need_no_file():
-    assert parse_arguments(["--seed", "7"]).train.seed == 7
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("demo", 2_405_758), ("published", 75_732_598)])
@@ -60,6 +56,17 @@ def test_the_command_line_goes_before_the_file(tmp_path):
     assert parse_arguments(["--no_shift_augmentation"]).data.shift_augmentation is False
 
 
+def test_values_of_the_file_have_the_types_of_their_options(tmp_path):
+    text = 'learning_rate: 1e-3\nweight_decay: 1\nbf16: "no"\nfp16: "yes"\ntrain_file: a\nrun_name: 5\nseed: "7"'
+    arguments = parse_arguments([write(tmp_path, text)])
+    train = arguments.train
+    found = [train.learning_rate, train.weight_decay, train.bf16, train.fp16, train.run_name, train.seed]
+    assert found == [1e-3, 1.0, False, True, "5", 7]
+    assert [type(value) for value in found] == [float, float, bool, bool, str, int]
+    assert arguments.data.train_file == ["a"]
+    assert arguments.given == {*("learning_rate", "weight_decay", "bf16", "fp16", "train_file", "run_name", "seed")}
+
+
 def test_null_in_the_file_is_no_value_where_an_option_needs_none(tmp_path):
     path = write(tmp_path, "save_total_limit: null\nmax_minutes: null\ntrain_file: ~\n")
     train = parse_arguments([path]).train
@@ -68,7 +75,7 @@ def test_null_in_the_file_is_no_value_where_an_option_needs_none(tmp_path):
     assert parse_arguments(["--seed", "1"]).train.save_total_limit == 3, "what a file says is for its own run"
 
 
-def test_steps_on_the_command_line_are_taken_whatever_the_file_says_of_the_end(tmp_path):
+def test_steps_or_epochs_on_the_command_line_are_taken_whatever_the_file_says_of_the_end(tmp_path):
     path = write(tmp_path, "max_steps: 2000\nmax_minutes: 8\nrequired_eval_loss: 0.1\n")
 
     def end(*argv):
@@ -79,6 +86,8 @@ def test_steps_on_the_command_line_are_taken_whatever_the_file_says_of_the_end(t
     assert end("--max_steps", "500") == end("--max-steps=500") == (500, None, None)
     assert end("--max_steps", "500", "--max_minutes", "3") == (500, 3, None)
     assert end("--max_steps", "500", "--required-eval-loss", "2") == (500, None, 2)
+    assert end("--num_train_epochs", "2") == end("--num-train-epochs=2") == (-1, None, None)
+    assert end("--num_train_epochs", "2", "--max_steps", "500") == (500, None, None)
     assert end("--max_minutes", "20") == (2000, 20, 0.1)
     assert end("--train_file", "a.parquet") == (2000, 8, None), "the loss is one of other meshes"
 
@@ -124,8 +133,15 @@ def test_what_makes_no_sense_is_said_in_a_line(capsys, argv, message):
         ("learning_rat: 1", "no such option: learning_rat (did you mean learning_rate?)"),
         ("- learning_rate", "lines of the form"),
         ("a: [1", "is not valid yaml"),
-        ("max_steps: many", "invalid int value: 'many'"),
-        ("bf16: maybe", "bf16"),
+        ("max_steps: many", "config.yaml: max_steps: invalid int value: 'many'"),
+        ("hidden_size: 1.5", "config.yaml: hidden_size: invalid int value: '1.5'"),
+        ("hidden_size: true", "config.yaml: hidden_size: invalid int value: 'True'"),
+        ("hidden_size: [64]", "config.yaml: hidden_size: one value is expected, got [64]"),
+        ("stage_layers: [1, two]", "config.yaml: stage_layers: invalid int value: 'two'"),
+        ("report_to: []", "config.yaml: report_to: expected at least one value"),
+        ("output_dir: {a: 1}", "config.yaml: output_dir: one value is expected, got {'a': 1}"),
+        ("bf16: maybe", "config.yaml: bf16: Truthy value expected: got maybe"),
+        ("optim: sgd", "config.yaml: optim: invalid choice: 'sgd' (choose from 'muon', 'adamw_torch')"),
         ("max_steps: null", "max_steps cannot be null: give a value, or leave the line out"),
         ("seed:", "seed cannot be null"),
         ("bf16: no\nseed: 1\nbf16: yes", "is not valid yaml: bf16 is given twice"),

@@ -10,10 +10,10 @@ import torch
 from benchmarks import bench_generate, bench_loader, bench_train, common, reference
 from benchmarks.models import draw_models, mesh_labels
 from benchmarks.oracle import Oracle, WrongResult, require_close
-from iflame_hf import IFlameConfig, ops_iflame
-from iflame_hf.ops_iflame import recurrent_linear_attention
+from iflame_hf import IFlameConfig
+from iflame_hf.ops_iflame import IMPLEMENTATIONS, recurrent_linear_attention, recurrent_linear_attention_step
 from training.convert_checkpoint import BLOCK_NAMES, OTHER_NAMES, SKIP_WEIGHTS, STAGES
-from training.packing import pack_ids
+from training.rows.pack import pack
 
 CPU = torch.device("cpu")
 SIZES = (
@@ -126,44 +126,46 @@ def test_the_loader_is_measured_from_both_sources_in_meshes_a_second(capsys):
             assert tokens == pytest.approx(meshes * row["row_tokens"] / meshes_in_row, rel=0.02)
 
 
-def loses_the_last_mesh(sequences, *arguments):
-    return pack_ids(sequences[:-1], *arguments)
+def loses_the_last_mesh(rows, length, tokenizer, attributes=None, dtype=None):
+    return pack([sequences[:-1] for sequences in rows], length, tokenizer, None, dtype)
 
 
-def turns_a_face_over(sequences, *arguments):
-    for sequence in sequences:
-        sequence[12:18] = sequence[[15, 16, 17, 12, 13, 14]]
-    return pack_ids(sequences, *arguments)
+def turns_a_face_over(rows, *arguments, **options):
+    for sequences in rows:
+        for sequence in sequences:
+            sequence[12:18] = sequence[[15, 16, 17, 12, 13, 14]]
+    return pack(rows, *arguments, **options)
 
 
 @pytest.mark.parametrize("fault", [loses_the_last_mesh, turns_a_face_over])
 def test_a_loader_whose_rows_are_not_the_meshes_has_no_figures(capsys, monkeypatch, fault):
-    monkeypatch.setattr("training.data.pack_ids", fault)
-    monkeypatch.setattr("training.streaming.pack_ids", fault)
+    monkeypatch.setattr("training.rows.map.pack", fault)
+    monkeypatch.setattr("training.rows.stream.pack", fault)
     status, _, result = run(capsys, bench_loader.main, [*LOADER, "--row_length", "6921"])
     assert status == 1
     for row in result["rows"]:
         assert "meshes are missing in an epoch, or changed" in row["wrong"] and "meshes_per_second" not in row
 
 
-def decays_twice_as_fast(q, k, v, slopes, state=None, segments=None):
-    return recurrent_linear_attention(q, k, v, 2 * slopes, state, segments)
+def decays_twice_as_fast(q, k, v, slopes, *arguments):
+    return recurrent_linear_attention(q, k, v, 2 * slopes, *arguments)
 
 
-def forgets_its_state(q, k, v, slopes, state=None, segments=None):
-    return recurrent_linear_attention(q, k, v, slopes, None, segments)
+def forgets_its_state(q, k, v, slopes, state):
+    state.zero_()
+    return recurrent_linear_attention_step(q, k, v, slopes, state)
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "implementation", "fault", "message"),
+    ("main", "arguments", "fault", "message"),
     [
-        (bench_generate.main, GENERATE, "chunked", decays_twice_as_fast, "logits in one pass"),
-        (bench_generate.main, GENERATE, "eager", forgets_its_state, "logits of prefill and steps"),
-        (bench_train.main, TRAIN, "chunked", decays_twice_as_fast, "gradients"),
+        (bench_generate.main, GENERATE, {"function": decays_twice_as_fast}, "logits in one pass"),
+        (bench_generate.main, GENERATE, {"step": forgets_its_state}, "logits of prefill and steps"),
+        (bench_train.main, TRAIN, {"function": decays_twice_as_fast}, "gradients"),
     ],
 )
-def test_a_wrong_result_has_no_figures(capsys, monkeypatch, main, arguments, implementation, fault, message):
-    monkeypatch.setitem(ops_iflame._IMPLEMENTATIONS, implementation, fault)
+def test_a_wrong_result_has_no_figures(capsys, monkeypatch, main, arguments, fault, message):
+    monkeypatch.setitem(IMPLEMENTATIONS, "chunked", IMPLEMENTATIONS["chunked"]._replace(**fault))
     status, printed, result = run(capsys, main, [*arguments, "--linear_attn_implementation", "chunked"])
     assert status == 1
     (row,) = result["rows"]

@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin
 
 from iflame_hf import IFlameCache
-from iflame_hf.cache_iflame import KeyValueState, RecurrentState
 from iflame_hf.configuration_iflame import LEVEL_STRIDES
+from iflame_hf.states_iflame import KeyValueState, RecurrentState
 
 SIZES = [{}, {"heads": 6, "hidden_size": 48}]
 
@@ -116,7 +116,8 @@ def test_the_length_counts_tokens_and_keys_stand_at_their_own_level(stage_layers
             else:
                 assert isinstance(state, RecurrentState) and cache.has_previous_state(layer) == (count > 0)
                 assert count == 0 or (state.state.shape == (2, 4, 8, 8) and state.state.dtype == torch.float32)
-        assert [group.shape[1] for group in cache.open_groups if group is not None] == (
+        waiting = [group.waiting for group in cache.open_groups]
+        assert [group.shape[1] for group in waiting if group is not None] == (
             [tokens % 3] + [tokens // 3 % 3] * (tokens >= 3)
         )
     assert cache.is_linear == [kind == "linear_attention" for kind in model.config.layer_types]

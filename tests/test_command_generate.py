@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hub_upload import lay_out_cache
 from iflame_cli.command_line import main
 from iflame_cli.making import Progress
-from iflame_hf import IFlameTokenizer
+from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.format_iflame import known_format
 from iflame_hf.mesh_iflame import read_gltf_tree
 
@@ -130,10 +130,6 @@ def test_a_mesh_without_a_face_has_no_file_and_none_at_all_is_a_failure(tmp_path
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda folder: shutil.rmtree(folder), "there is no folder"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no model: there is no config.json"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "no iFlame model.*'gpt2'"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "cannot be loaded"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "cannot be loaded"),
@@ -163,6 +159,16 @@ def test_a_model_is_found_by_its_name_on_the_hub(model, tmp_path):
 def test_a_name_that_the_hub_does_not_have_ends_with_1(tmp_path, capsys):
     assert generate("nobody/nothing-at-all", tmp_path / "out") == 1
     assert "the model nobody/nothing-at-all cannot be loaded" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_told_with_advice(model, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(IFlameForCausalLM, "generate", full)
+    assert generate(model, tmp_path / "out") == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == "iflame: the memory of the device does not suffice: try a smaller --batch-size, or --device cpu"
 
 
 def test_the_bar_counts_meshes_as_they_end_and_the_faces_so_far():

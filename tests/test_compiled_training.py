@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from small_models import relative_error, small_model
 
 from iflame_hf import IFlameTokenizer
-from training.create import compile_blocks
-from training.evaluate import draw_samples
-from training.packing import pack_row
+from training.measure.samples import draw_samples
+from training.rows.pack import pack, row_inputs
+from training.run.create import compile_blocks
 
 FACES = 40
 
@@ -31,8 +31,8 @@ def packed_rows(seed, meshes_in_rows):
             np.concatenate([np.full(9, 130), random.integers(129, size=9 * (faces - 2)), np.full(9, 131)])
             for faces in np.diff([0, *ends])
         ]
-        rows.append(pack_row(sequences, 9 * FACES, 129))
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        rows.append(sequences)
+    return row_inputs(pack(rows, 9 * FACES, IFlameTokenizer()), IFlameTokenizer())
 
 
 def graphs():

@@ -8,8 +8,8 @@ import trimesh
 from PIL import Image
 
 from iflame_cli.render import BACKGROUND
-from training.contact_sheet import main
-from training.procedural import make_dataset
+from training.drawing.contact_sheet import main
+from training.procedural.make import make_dataset
 
 
 @pytest.fixture

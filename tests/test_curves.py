@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from training.curves import HEIGHT, MARGIN, WIDTH, main
+from training.drawing.curves import HEIGHT, MARGIN, WIDTH, main
 
 SVG = "{http://www.w3.org/2000/svg}"
 

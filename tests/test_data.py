@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from iflame_hf import IFlameTokenizer
-from training.data import (
+from training.procedural.make import make_dataset
+from training.rows.encode import augment
+from training.rows.map import (
     MappedRows,
     MeshRows,
     ParquetMeshes,
@@ -21,9 +23,7 @@ from training.data import (
     evaluation_batches,
     mesh_sizes,
 )
-from training.packing import IGNORED
-from training.procedural import make_dataset
-from training.sequences import augment
+from training.rows.pack import IGNORED
 
 ROW = 9 * 202
 
@@ -63,7 +63,16 @@ def write_parquet(path, meshes, **columns):
     return str(path)
 
 
+def parts(batch):
+    """All that a batch says of its tokens, (B, T) each."""
+    layout = batch["layout"]
+    known = {name: layout.attribute(name) for name in layout.attributes}
+    positions = layout.positions()
+    return {"input_ids": batch["input_ids"], "labels": batch["labels"], "positions": positions, **known}
+
+
 def same(batch, other):
+    batch, other = parts(batch), parts(other)
     return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
 
 
@@ -73,7 +82,7 @@ def first_batches(rows, stream, count, place=(0, 0), size=2, **options):
 
 
 def sequence(rows, epoch, draw):
-    return rows[RowKey(epoch, np.array([draw]))]["input_ids"]
+    return rows.pack([RowKey(epoch, np.array([draw]))]).ids[0]
 
 
 def test_any_number_of_workers_prepares_the_same_rows(rows, stream):
@@ -86,8 +95,10 @@ def test_any_number_of_workers_prepares_the_same_rows(rows, stream):
 def test_the_ranks_together_take_every_row_in_order(rows, stream):
     alone = first_batches(rows, stream, 8, size=6)
     ranks = [first_batches(rows, stream, 8, size=2, rank=rank, world_size=3) for rank in range(3)]
-    for whole, *parts in zip(alone, *ranks, strict=True):
-        assert same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
+    for whole, *shares in zip(alone, *ranks, strict=True):
+        shares = list(map(parts, shares))
+        for name, values in parts(whole).items():
+            assert torch.equal(values, torch.cat([share[name] for share in shares]))
 
 
 def test_rows_from_a_place_on_are_those_that_come_after_it(rows, stream):
@@ -112,10 +123,18 @@ def test_a_place_is_the_same_for_all_ranks_and_where_all_of_them_go_on(rows, str
 
 def test_rows_that_came_from_a_worker_are_those_of_their_keys(rows, stream):
     (batch,) = first_batches(rows, stream, 1, size=5, num_workers=1)
-    expected = [rows[RowKey(0, draws)] for draws in stream.rows_of(0)[:5]]
-    for name, tensor in batch.items():
-        assert tensor.dtype == torch.int64 and tensor.tolist() == [row[name].tolist() for row in expected]
-    assert batch.keys() == expected[0].keys()
+    assert same(batch, rows.batch([RowKey(0, draws) for draws in stream.rows_of(0)[:5]]))
+
+
+def test_batches_know_the_category_and_the_faces_of_each_mesh(meshes, rows, stream):
+    for batch, draws in zip(first_batches(rows, stream, 4, size=1), stream.rows_of(0), strict=False):
+        layout, count = batch["layout"], len(draws)
+        assert layout.attributes["category"][:count].tolist() == meshes.categories[draws].tolist()
+        ends = (batch["labels"] == rows.tokenizer.eos_token_id).sum().item() // 9
+        assert ends == count and layout.attributes["faces"][:count].min() > 0
+        tokens = (batch["input_ids"] != rows.tokenizer.pad_token_id).sum().item()
+        assert 9 * (layout.attributes["faces"][:count] + 2).sum() == tokens
+        assert layout.attributes["category"][count:].tolist() == [-1] * (layout.num_meshes - count)
 
 
 def test_an_epoch_holds_every_mesh_once_and_epochs_differ(stream):
@@ -131,10 +150,10 @@ def test_a_mesh_varies_from_epoch_to_epoch_and_is_the_same_within_one(rows):
 
 
 def test_without_augmentation_rows_hold_what_the_tokenizer_makes(meshes, tokenizer):
-    row = MeshRows(meshes, tokenizer, 2 * ROW)[RowKey(7, np.array([4, 11]))]
+    ids = MeshRows(meshes, tokenizer, 2 * ROW).pack([RowKey(7, np.array([4, 11]))]).ids[0]
     expected = [token for mesh in meshes.read([4, 11]) for token in tokenizer.encode_mesh(mesh)]
-    assert row["input_ids"][: len(expected)].tolist() == expected
-    assert set(row["input_ids"][len(expected) :].tolist()) == {tokenizer.pad_token_id}
+    assert ids[: len(expected)].tolist() == expected
+    assert set(ids[len(expected) :].tolist()) == {tokenizer.pad_token_id}
 
 
 def test_loading_takes_nothing_from_torchs_random_numbers(rows, stream):
@@ -224,14 +243,14 @@ def test_an_unusable_mesh_is_left_out_of_its_row_and_named(tmp_path, meshes, tok
     table = pyarrow.parquet.read_table(file).to_pydict()
     table["vertices"][3][1] = [0.5]
     pyarrow.parquet.write_table(pyarrow.table(table), file)
-    rows = MeshRows(ParquetMeshes([str(file)]), tokenizer, ROW, with_categories=True)
+    rows = MeshRows(ParquetMeshes([str(file)]), tokenizer, ROW)
     with pytest.warns(UserWarning) as caught:
-        row = rows[RowKey(0, np.arange(5))]
+        batch = rows.batch([RowKey(0, np.arange(5))])
     messages = [str(warning.message) for warning in caught]
     assert [f"({name}) is left out" in message for name, message in zip(bad, messages, strict=True)] == [True] * 4
     length = len(tokenizer.encode_mesh(good))
-    assert (row["labels"] != IGNORED).sum() == length - 9
-    assert row["categories"].tolist() == [0] * length + [-1] * (ROW - length)
+    assert (batch["labels"] != IGNORED).sum() == length - 9
+    assert batch["layout"].attribute("category").tolist() == [[0] * length + [-1] * (ROW - length)]
 
 
 def test_meshes_longer_than_a_row_are_an_error_cropped_or_dropped(meshes, tokenizer):
@@ -272,8 +291,8 @@ def test_evaluation_sees_every_mesh_once_in_equally_many_batches_a_rank(meshes, 
     assert len({len(batches) for batches in ranks}) == 1
     keys = [key for batches in ranks for batch in batches for key in batch]
     assert sorted(np.concatenate([key.draws for key in keys])) == list(range(40))
-    empty = MeshRows(meshes, tokenizer, ROW, with_categories=True)[RowKey(0, np.array([], dtype=np.int64))]
-    assert (empty["labels"] == IGNORED).all() and (empty["categories"] == -1).all()
+    empty = MeshRows(meshes, tokenizer, ROW).batch([RowKey(0, np.array([], dtype=np.int64))])
+    assert (empty["labels"] == IGNORED).all() and (empty["layout"].attribute("category") == -1).all()
 
 
 def test_the_digest_changes_with_the_data_and_not_with_the_run(meshes):

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import DatasetCard
 from prepared_fixtures import prepare, write_boxes
 
-from training.data_card import data_card, summary_of
+from training.prepare.card import data_card, summary_of
 
 SETTINGS = {
     "sources": ["meshes"],

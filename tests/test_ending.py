@@ -19,9 +19,10 @@ from training_processes import command_line, log_of
 import hub_upload
 from iflame_cli.errors import CommandError
 from iflame_hf import IFlameTokenizer
-from training import contact_sheet, convert_checkpoint, curves, prepare_data, train
+from training import convert_checkpoint, prepare_data, train
 from training.arguments import parse_arguments
-from training.ending import ends_in_words
+from training.drawing import contact_sheet, curves
+from training.run.ending import ends_in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ("vertices", "faces")
@@ -166,12 +167,22 @@ def test_other_programs_end_in_a_sentence_too(model, tmp_path, capsys, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_script_ends_with_the_status_that_its_main_function_returns():
-    for script in ("training/train.py", "hub_upload.py", "benchmarks/bench_loader.py"):
-        assert "sys.exit(" in (ROOT / script).read_text().rpartition("__main__")[2]
-    command = [sys.executable, "training/train.py", "--train_file=nowhere.parquet", "--use_cpu", "--max_steps=1"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 1 and process.stderr.startswith("train: ") and len(process.stderr.splitlines()) == 1
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["training/train.py", "--train_file=nowhere.parquet", "--use_cpu", "--max_steps=1"], "train"),
+        (["hub_upload.py", "nowhere", "--repo-id=a/b", "--dry-run"], "hub_upload"),
+        (["-m", "training.prepare_data", "nowhere", "--out=nowhere/out"], "prepare_data"),
+        (["-m", "training.convert_checkpoint", "nowhere.pth", "out", "--num_attention_heads=4"], "convert_checkpoint"),
+        # the commands of earlier versions
+        (["-m", "training.curves", "nowhere", "--out=nowhere.svg"], "curves"),
+        (["-m", "training.contact_sheet", "nowhere", "--data=nowhere", "--out=nowhere.png"], "contact_sheet"),
+    ],
+)
+def test_a_script_ends_with_the_status_that_its_main_function_returns(command, name):
+    process = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and len(process.stderr.splitlines()) == 1
+    assert process.stderr.startswith(f"{name}: ") and "nowhere" in process.stderr
 
 
 def write_meshes(path, *meshes):

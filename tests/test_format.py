@@ -146,12 +146,5 @@ def test_an_unknown_format_is_refused(kind, name):
 
 
 def test_the_format_needs_neither_torch_nor_transformers():
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from importlib.util import module_from_spec, spec_from_file_location\n"
-        "spec = spec_from_file_location('format_iflame', 'iflame_hf/format_iflame.py')\n"
-        "module = sys.modules['format_iflame'] = module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
-        "assert module.known_format().tokens_per_face == 9\n"
-    )
+    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import iflame_hf.format_iflame"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])

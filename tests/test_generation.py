@@ -363,7 +363,7 @@ def test_speculative_decoding_is_refused_because_states_do_not_roll_back(model, 
     assert model._is_stateful
 
 
-@pytest.mark.parametrize("name", ["static", "offloaded", "offloaded_static", "quantized", "sliding_window"])
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static", "quantized", "sliding_window"])
 def test_other_kinds_of_cache_are_refused_by_name(model, name):
     with pytest.raises(ValueError, match=f"cache_implementation='{name}' is not available"):
         generate(model, cache_implementation=name, max_new_tokens=3)

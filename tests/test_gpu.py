@@ -10,13 +10,16 @@ from small_models import BOS, EOS, mesh_rows, relative_error, small_model
 from torch.nn import functional as F
 from transformers.utils import is_flash_attn_2_available
 
-from iflame_hf.cache_iflame import RecurrentState
+from iflame_hf import StaticIFlameCache
+from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.ops_iflame import (
     alibi_slopes,
     fla_linear_attention,
     lightning_linear_attention,
     recurrent_linear_attention,
 )
+from iflame_hf.states_iflame import RecurrentState
+from training.optim.average import MovingAverage
 
 pytestmark = pytest.mark.gpu
 
@@ -290,23 +293,26 @@ def operands(dtype, batch=2, length=201, heads=4, size=32):
     q, k, v = (torch.randn(shape, generator=random, device=DEVICE).to(dtype).requires_grad_() for _ in range(3))
     state = torch.randn(batch, heads, size, size, generator=random, device=DEVICE)
     # The third mesh of the first row lies within one chunk; the rows have different bounds.
-    bounds = torch.tensor([[63, 100, 111, 190], [9, 18, 128, 200]], device=DEVICE)
-    segments = torch.searchsorted(bounds, torch.arange(length, device=DEVICE).repeat(batch, 1), right=True)
-    return q, k, v, state, segments
+    begins = torch.zeros(2, 201, dtype=torch.bool)
+    begins[[0, 0, 0, 0, 1, 1, 1, 1], [63, 100, 111, 190, 9, 18, 128, 200]] = True
+    bounds = RowLayout.of_begins(begins, 201, (1,)).to(DEVICE).bounds()
+    return q, k, v, state, bounds
 
 
 @pytest.mark.parametrize("dtype", list(OPERATOR_ERRORS), ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("case", ["plain", "from a state", "several meshes in a row", "shorter than a chunk"])
 def test_an_operator_gives_the_recurrences_outputs_state_and_gradients(operator, case, dtype):
-    q, k, v, state, segments = operands(dtype, length=20 if case == "shorter than a chunk" else 201)
+    q, k, v, state, bounds = operands(dtype, length=20 if case == "shorter than a chunk" else 201)
+    if operator is lightning_linear_attention and case in ("from a state", "several meshes in a row"):
+        pytest.skip("lightning_attn knows neither")
     state = state.requires_grad_() if case == "from a state" else None
-    segments = segments if case == "several meshes in a row" else None
+    bounds = bounds if case == "several meshes in a row" else None
     slopes = alibi_slopes(4, DEVICE)
     inputs = [q, k, v] + ([state] if state is not None else [])
 
     def outputs_and_gradients(function):
-        output, final = function(q, k, v, slopes, state, segments)
+        output, final = function(q, k, v, slopes, state, bounds)
         assert final.dtype == torch.float32
         return output, final, *torch.autograd.grad(output.float().square().mean() + final.square().mean(), inputs)
 
@@ -315,3 +321,107 @@ def test_an_operator_gives_the_recurrences_outputs_state_and_gradients(operator,
     errors = {name: relative_error(x, y) for name, x, y in zip(names, found, expected, strict=False)}
     assert len(errors) == 2 + len(inputs)
     assert all(error < OPERATOR_ERRORS[dtype] for error in errors.values()), errors
+
+
+def packed_batch():
+    """Two rows of random meshes on the device, with the layout that a packer makes on the host."""
+    begins = torch.zeros(2, 25, dtype=torch.bool)
+    begins[[0, 0, 1, 1], [7, 19, 3, 4]] = True
+    layout = RowLayout.of_begins(begins, 225, (1, 3, 9)).pin_memory().to(DEVICE, non_blocking=True)
+    return {"input_ids": rows_of(24), "labels": rows_of(24), "layout": layout}
+
+
+def waits_of(function):
+    """How often the host waits for the device while a function runs."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [str(each.message) for each in caught if "synchronizing CUDA operation" in str(each.message)]
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), [("sdpa", "chunked"), ("flex_attention", "chunked")])
+def test_a_training_step_on_packed_rows_does_not_wait_for_the_device(attention, linear_attention):
+    model = model_with(attention, linear_attention).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch = packed_batch()
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    assert waits_of(step) == []
+    assert waits_of(lambda: model(batch["input_ids"], position_ids=batch["layout"].positions(), use_cache=False))
+
+
+def test_an_update_of_the_moving_average_does_not_wait_for_the_device():
+    model = small_model().to(DEVICE)
+    average = MovingAverage(model, 0.9, DEVICE)
+    for _ in range(2):  # the first copies, later ones average
+        assert waits_of(lambda: average.update_parameters(model)) == []
+
+
+@pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
+def test_logits_of_a_layout_are_those_of_positions(attention, linear_attention):
+    model, batch = model_with(attention, linear_attention, torch.bfloat16), packed_batch()
+    expected = logits_of(model, batch["input_ids"], position_ids=batch["layout"].positions())
+    assert torch.equal(logits_of(model, batch["input_ids"], layout=batch["layout"]), expected)
+
+
+@torch.no_grad()
+def test_the_callers_choice_of_an_attention_kernel_holds_also_with_a_cache():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = model_with("sdpa", "chunked", torch.bfloat16)
+
+    def attention_of(*backends):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            if backends:
+                with sdpa_kernel(list(backends)):
+                    model.generate(do_sample=False, max_new_tokens=9)
+            else:
+                model.generate(do_sample=False, max_new_tokens=9)
+        return " ".join(event.key for event in profile.key_averages() if "scaled_dot_product" in event.key)
+
+    assert "efficient" in attention_of(SDPBackend.EFFICIENT_ATTENTION)
+    assert "math" in attention_of(SDPBackend.MATH)
+    assert "flash" in attention_of(SDPBackend.FLASH_ATTENTION) and "flash" in attention_of()
+
+
+@torch.no_grad()
+def test_the_steps_of_a_face_are_captured_once_and_replayed_on_a_static_cache():
+    model = model_with("sdpa", "chunked")
+    rows = rows_of(8)
+    expected = logits_of(model, rows)
+    cache = StaticIFlameCache(model.config, max_faces=12, batch_size=2, device=DEVICE)
+    tokens = torch.zeros(2, 9, dtype=torch.long, device=DEVICE)
+
+    def face():
+        parts = [model(tokens[:, place : place + 1], past_key_values=cache).logits for place in range(9)]
+        return torch.cat(parts, dim=1)
+
+    model(rows[:, :9], past_key_values=cache)
+    tokens.copy_(rows[:, 9:18])
+    face()  # on a warm cache, as every later one
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        tokens.copy_(rows[:, 18:27])
+        logits = face()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert relative_error(logits, expected[:, 18:27]) < 1e-3
+    with torch.cuda.graph(graph):
+        logits = face()
+    for first in range(27, 81, 9):
+        tokens.copy_(rows[:, first : first + 9])
+        graph.replay()
+        assert relative_error(logits, expected[:, first : first + 9]) < 1e-3

@@ -29,7 +29,9 @@ from hub_upload import (
     verify_folder,
 )
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
-from training import checkpointing, model_card, reporting
+from training.run import card as model_card
+from training.run import checkpoint as checkpointing
+from training.run import log as reporting
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO_ID = "someone/small-meshes"
@@ -340,21 +342,21 @@ def test_the_best_checkpoint_is_described_where_it_is_what_the_run_left(checkpoi
 
 
 def test_a_model_of_unknown_origin_is_not_given_a_licence(loaded):
-    card = ModelCard(model_card.model_card(loaded[0], model_card.RunRecord(), REPO_ID))
+    card = model_card.model_card(loaded[0], model_card.RunRecord(), REPO_ID)
     assert card.data.license is None and "has not been stated" in card.text
     assert card.data.eval_results is None and "## Evaluation" not in card.text
 
 
 def test_licence_data_sets_and_base_model_reach_the_metadata(loaded, tmp_path):
     run = model_card.RunRecord(progress={"arguments": {"train_file": ["x"], "model_name_or_path": "someone/base"}})
-    card = ModelCard(model_card.model_card(loaded[0], run, REPO_ID, license="cc-by-4.0", datasets=["a/b", "c/d"]))
+    card = model_card.model_card(loaded[0], run, REPO_ID, license="cc-by-4.0", datasets=["a/b", "c/d"])
     assert (card.data.license, card.data.datasets, card.data.base_model) == (
         "cc-by-4.0",
         ["a/b", "c/d"],
         "someone/base",
     )
     (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\ndatasets:\n- e/f\n---\n")
-    again = ModelCard(model_card.model_card(loaded[0], model_card.read_run(tmp_path), REPO_ID))
+    again = model_card.model_card(loaded[0], model_card.read_run(tmp_path), REPO_ID)
     assert (again.data.license, again.data.datasets) == ("cc0-1.0", ["e/f"])
 
 

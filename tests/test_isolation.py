@@ -8,8 +8,8 @@ import time
 import pytest
 from limited_handlers import make_handler
 
-from training.isolation import LimitedProcess, Limits, Pool
-from training.rejection import CRASH, MEMORY_LIMIT, TIME_LIMIT, Rejected
+from training.prepare.isolation import LimitedProcess, Limits, Pool
+from training.prepare.rejection import CRASH, MEMORY_LIMIT, TIME_LIMIT, Rejected
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of memory are those of POSIX")
 LIMITS = Limits(seconds=60, memory=2**29)

@@ -1,6 +1,8 @@
 """Geometry on arrays: reading files, and each step from a mesh to its canonical form and back."""
 
 import json
+import subprocess
+import sys
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import trimesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mesh_fixtures import gltf_square, reference_meshes, signed_volume, solids, write_gltf_binary
+from mesh_fixtures import gltf_square, reference_meshes, signed_volume, solids, write_dae, write_gltf_binary
 
 from iflame_hf.mesh_iflame import (
     MESH_SUFFIXES,
@@ -137,7 +139,7 @@ def test_triangles_of_off_files_are_those_that_trimesh_reads(tmp_path):
     vertices, faces = load_mesh(path)
     np.testing.assert_array_equal(vertices, oracle.vertices)
     np.testing.assert_array_equal(faces, oracle.faces)
-    path.write_text(path.read_text().replace("OFF\n", "OFF"))  # as in ModelNet, the counts behind the word
+    path.write_text(path.read_text().replace("OFF\n", "OFF"))  # as in ModelNet, the counts right after the word
     np.testing.assert_array_equal(load_mesh(path)[1], oracle.faces)
 
 
@@ -248,6 +250,23 @@ def test_a_bad_file_is_refused_with_its_name_and_reason(name, tmp_path):
     with pytest.raises(ValueError, match=reason) as caught:
         load_mesh(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}: ") and str(caught.value).count(name) == 1
+
+
+def test_a_dae_file_is_read_with_pycollada_and_without_it_the_package_is_named(tmp_path):
+    path = write_dae(tmp_path / "box.dae", SQUARE, HALVES, "y")
+    assert len(load_mesh(path)[1]) == 2
+    source = """
+import sys
+sys.modules["collada"] = None  # Python takes it for one that is not installed
+from iflame_hf.mesh_iflame import load_mesh
+try:
+    load_mesh(sys.argv[1])
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", source, str(path)], capture_output=True, text=True, check=True)
+    reason = "reading .dae files needs the package pycollada: pip install pycollada"
+    assert run.stdout.strip() == f"{path}: {reason}"
 
 
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):

@@ -16,7 +16,7 @@ from mesh_fixtures import gltf_square, solids, write_gltf_binary
 
 from iflame_hf import IFlameTokenizer, MeshError
 from iflame_hf.mesh_iflame import MESH_ERROR_KINDS, load_mesh, normalise
-from training.rejection import Rejected, as_rejected
+from training.prepare.rejection import Rejected, as_rejected
 
 SQUARE = np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
 HALVES = np.array([[0, 1, 2], [0, 2, 3]])
@@ -145,7 +145,7 @@ def test_a_rejection_is_counted_by_the_kind_of_its_error_whatever_its_words(erro
 
 def test_there_is_one_mesh_error_whichever_of_the_packages_comes_first():
     source = (
-        "import pickle, sys, training.geometry as geometry\n"
+        "import pickle, sys, training.prepare.geometry as geometry\n"
         "assert 'torch' not in sys.modules and 'iflame_hf' not in sys.modules\n"
         "data = pickle.dumps(geometry.MeshError('no faces', 'empty'))\n"
         "import iflame_hf, iflame_hf.mesh_iflame\n"

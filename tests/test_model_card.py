@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.model_card import RunRecord
+from training.run.card import RunRecord
 
 SHORT = {"step": 153, "max_steps": 153, "planned_steps": 2000}
 WHOLE = {"step": 2000, "max_steps": 0, "planned_steps": 2000}

@@ -187,10 +187,10 @@ def test_half_precision_steps_are_as_good_as_one_pass(dtype):
 def test_decay_rates_angles_and_states_are_float32_in_half_precision(monkeypatch, road):
     given = []
 
-    def recorded(query, key, value, slopes, state, segments, implementation):
+    def recorded(query, key, value, slopes, state, bounds, need_state, implementation):
         assert query.dtype == key.dtype == value.dtype == (torch.float16 if road == "float16" else torch.bfloat16)
         given.append((slopes, state))
-        return linear_attention(query, key, value, slopes, state, segments, implementation)
+        return linear_attention(query, key, value, slopes, state, bounds, need_state, implementation)
 
     monkeypatch.setattr(modeling_iflame, "linear_attention", recorded)
     # twelve heads have decay rates that half precision would round

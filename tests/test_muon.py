@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from training.muon import BatchedMuon, orthogonalise
+from training.optim.muon import BatchedMuon, orthogonalise
 
 SHAPES = [(24, 24), (24, 24), (40, 16), (16, 40), (40, 16), (2, 8)]
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of torch.optim.Muon

@@ -9,16 +9,21 @@ import torch
 from small_models import relative_error, small_model
 
 from iflame_hf import IFlameForCausalLM, ops_iflame
+from iflame_hf.layout_iflame import MeshBounds
 from iflame_hf.ops_iflame import (
     CHUNK_SIZE,
+    LinearAttentionCall,
     alibi_slopes,
     apply_rotary,
     check_linear_attention_implementation,
+    choose_linear_attention,
     chunked_linear_attention,
     fla_linear_attention,
     lightning_linear_attention,
     linear_attention,
+    linear_attention_step,
     recurrent_linear_attention,
+    recurrent_linear_attention_step,
     rotary_tables,
 )
 
@@ -117,22 +122,21 @@ def test_angles_are_float32_whatever_the_dtype_of_positions_and_inputs():
     torch.testing.assert_close(turned.double(), expected, atol=1e-2, rtol=0)
 
 
-def attention_formula(q, k, v, slopes, state=None, segments=None):
-    """o_t = sum over j <= t of exp(-s (t - j)) (q_t k_j) v_j, within a segment, all pairs in float64."""
+def attention_formula(q, k, v, slopes, state=None, bounds=None):
+    """o_t = sum over j <= t of exp(-s (t - j)) (q_t k_j) v_j, within a mesh, all pairs in float64."""
     batch, length, heads, size = q.shape
     q, k, v, slopes = q.double(), k.double(), v.double(), slopes.double()
     index = torch.arange(length)
-    if segments is None:
-        segments = torch.zeros(batch, length, dtype=torch.long)
+    meshes = torch.zeros(batch, length, dtype=torch.long) if bounds is None else bounds.meshes
     distance = (index[:, None] - index).clamp(min=0)
-    allowed = (index[:, None] >= index) & (segments[:, :, None] == segments[:, None, :])
+    allowed = (index[:, None] >= index) & (meshes[:, :, None] == meshes[:, None, :])
     outputs, states = [], []
     for head in range(heads):
         decay = torch.exp(-slopes[head] * distance) * allowed
         output = ((q[:, :, head] @ k[:, :, head].mT) * decay) @ v[:, :, head]
         last = (k[:, :, head] * decay[:, -1, :, None]).mT @ v[:, :, head]
         if state is not None:
-            first = (segments == segments[:, :1]).double()
+            first = (meshes == meshes[:, :1]).double()
             entering = first * torch.exp(-slopes[head] * (index + 1))
             output = output + entering[..., None] * (q[:, :, head] @ state[:, head].double())
             last = last + entering[:, -1, None, None] * state[:, head].double()
@@ -148,12 +152,15 @@ def random_inputs(batch, length, heads, size, seed=0, requires_grad=True):
     return [x.requires_grad_(requires_grad) for x in inputs]
 
 
-def segments_from(starts, length):
-    """(B, T) numbers of segments that begin at the given items of each row."""
-    numbers = torch.zeros(len(starts), length, dtype=torch.long)
+def bounds_from(starts, length):
+    """The bounds of meshes that begin at the given items of each row."""
+    begins = torch.zeros(len(starts), length, dtype=torch.bool)
     for row, items in enumerate(starts):
-        numbers[row, list(items)] = 1
-    return numbers.cumsum(dim=1)
+        begins[row, list(items)] = True
+    meshes = begins.flatten().cumsum(dim=0).view(begins.shape) - 1
+    offsets = torch.tensor([row * length + item for row, items in enumerate(starts) for item in items])
+    offsets = torch.cat([offsets, torch.tensor([begins.numel()])]).to(torch.int32)
+    return MeshBounds(meshes, offsets, offsets, int(offsets.diff().max()))
 
 
 def agreement(function, length, state=True, starts=None, heads=3, size=8, tolerance=5e-6):
@@ -161,12 +168,12 @@ def agreement(function, length, state=True, starts=None, heads=3, size=8, tolera
     batch = 2 if starts is None else len(starts)
     q, k, v, initial = random_inputs(batch, length, heads, size)
     initial = initial if state else None
-    segments = None if starts is None else segments_from(starts, length)
+    bounds = None if starts is None else bounds_from(starts, length)
     slopes = SLOPES[:heads]
     inputs = [q, k, v] + [initial] * state
     results = {}
     for name, compute in (("expected", attention_formula), ("value", function)):
-        output, last = compute(q, k, v, slopes, initial, segments)
+        output, last = compute(q, k, v, slopes, initial, bounds)
         assert output.shape == q.shape and last.shape == (batch, heads, size, size)
         weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
         loss = (output * weights).sum() + (last * last).sum()
@@ -196,7 +203,7 @@ def test_linear_attention_is_the_decayed_sum_over_all_pairs(function, state, len
         (192, [[0, 64, 128], [0, 128]]),
     ],
 )
-def test_each_segment_of_a_row_starts_from_nothing(function, state, length, starts):
+def test_each_mesh_of_a_row_starts_from_nothing(function, state, length, starts):
     agreement(function, length, state, starts)
 
 
@@ -207,10 +214,10 @@ def test_rows_of_more_than_64_chunks_are_taken_in_groups(starts):
     q, k, v, initial = random_inputs(1, length, 1, 4)
     # a decay so slow that the first chunk still counts in the last
     slopes = torch.tensor([2.0**-11])
-    segments = None if starts is None else segments_from(starts, length)
+    bounds = None if starts is None else bounds_from(starts, length)
     results = []
     for compute in (attention_formula, chunked_linear_attention):
-        output, last = compute(q, k, v, slopes, initial, segments)
+        output, last = compute(q, k, v, slopes, initial, bounds)
         loss = (output * torch.linspace(-1, 2, length).view(1, -1, 1, 1)).sum() + last.square().sum()
         results.append([output, last, *torch.autograd.grad(loss, [q, k, v, initial])])
     for expected, value in zip(*results, strict=True):
@@ -248,12 +255,12 @@ def test_a_row_may_be_given_in_pieces(function):
 @pytest.mark.parametrize("length", [3, 64, 150])
 def test_no_result_comes_from_memory_that_was_never_written(function, length):
     q, k, v, state = random_inputs(2, length, 3, 8, requires_grad=False)
-    segments = segments_from([[0, 2], [0]], length)
-    expected = function(q, k, v, SLOPES, state, segments)
+    bounds = bounds_from([[0, 2], [0]], length)
+    expected = function(q, k, v, SLOPES, state, bounds)
     torch.use_deterministic_algorithms(True)  # torch then fills new memory with NaN
     try:
         assert torch.empty(3).isnan().all()
-        value = function(q, k, v, SLOPES, state, segments)
+        value = function(q, k, v, SLOPES, state, bounds)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(value, expected, strict=True))
@@ -339,21 +346,54 @@ def test_a_gpu_package_is_not_run_on_a_cpu(monkeypatch, tmp_path, name, package)
         model.generate(max_new_tokens=2)
 
 
+@pytest.mark.parametrize("function", PLAIN)
+@pytest.mark.parametrize("starts", [None, [[0, 70], [0, 9, 150]]])
+@pytest.mark.parametrize("length", [2, 64, 200])
+def test_without_the_final_state_outputs_and_gradients_are_the_same(function, starts, length):
+    starts = None if starts is None else [[item for item in row if item < length] for row in starts]
+    bounds = None if starts is None else bounds_from(starts, length)
+    q, k, v, state = random_inputs(2, length, 3, 8)
+    results = []
+    for need_state in (True, False):
+        output, last = function(q, k, v, SLOPES, state, bounds, need_state)
+        assert (last is not None) == need_state
+        gradients = torch.autograd.grad(output.square().sum(), [q, k, v, state])
+        results.append([output, *gradients])
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [recurrent_linear_attention_step, linear_attention_step])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_writes_its_state_in_place_and_is_the_recurrence(step, dtype):
+    q, k, v, state = random_inputs(2, 5, 3, 8, requires_grad=False)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    expected, last = recurrent_linear_attention(q, k, v, SLOPES, state)
+    written = state.clone()
+    outputs = [step(*(x[:, t : t + 1] for x in (q, k, v)), SLOPES, written) for t in range(5)]
+    assert torch.equal(torch.cat(outputs, dim=1), expected) and torch.equal(written, last)
+
+
 @pytest.fixture
 def stand_in_for_fla(monkeypatch):
     """chunk_simple_gla as its documentation tells, computed by the formula."""
 
-    def chunk_simple_gla(q, k, v, g_gamma, scale, initial_state=None, output_final_state=False, cu_seqlens=None):
-        assert scale == 1.0 and output_final_state and (g_gamma < 0).all()
+    def chunk_simple_gla(
+        q, k, v, g_gamma, scale, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None
+    ):
+        assert scale == 1.0 and (g_gamma < 0).all()
         if cu_seqlens is None:
-            return attention_formula(q, k, v, -g_gamma, initial_state)
+            output, last = attention_formula(q, k, v, -g_gamma, initial_state)
+            return output, last if output_final_state else None
         assert q.shape[0] == 1 and cu_seqlens.dtype == torch.int32 and initial_state is None
         assert cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[1] and (cu_seqlens.diff() > 0).all()
+        assert torch.equal(cu_seqlens, cu_seqlens_cpu)
         parts = [
             attention_formula(q[:, a:b], k[:, a:b], v[:, a:b], -g_gamma)
             for a, b in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
         ]
-        return torch.cat([output for output, _ in parts], dim=1), torch.cat([state for _, state in parts])
+        last = torch.cat([state for _, state in parts]) if output_final_state else None
+        return torch.cat([output for output, _ in parts], dim=1), last
 
     for name in ("fla", "fla.ops", "fla.ops.simple_gla"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -371,89 +411,80 @@ def stand_in_for_lightning_attn(monkeypatch):
     sys.modules["lightning_attn.ops"].lightning_attn_func = lightning_attn_func
 
 
-CASES = [(False, None), (True, None), (False, [[0, 18, 90], [0]]), (False, [[0], [0, 9]])]
+def check_package(function, with_state=False, starts=None):
+    q, k, v, state = random_inputs(2, 100, 3, 32, requires_grad=False)
+    state = state if with_state else None
+    bounds = None if starts is None else bounds_from(starts, 100)
+    value = function(q, k, v, SLOPES, state, bounds)
+    expected = attention_formula(q, k, v, SLOPES, state, bounds)
+    assert all(relative_error(a, b) < 5e-6 for a, b in zip(value, expected, strict=True))
+    output, last = function(q, k, v, SLOPES, state, bounds, need_state=False)
+    assert last is None and relative_error(output, expected[0]) < 5e-6
 
 
-@pytest.mark.parametrize(("with_state", "starts"), CASES)
+@pytest.mark.parametrize(
+    ("with_state", "starts"), [(False, None), (True, None), (False, [[0, 18, 90], [0]]), (False, [[0], [0, 9]])]
+)
 def test_fla_is_asked_for_the_same_operator(stand_in_for_fla, with_state, starts):
     check_package(fla_linear_attention, with_state, starts)
 
 
-def test_a_state_and_several_meshes_in_a_row_are_computed_where_fla_takes_only_one_of_them(stand_in_for_fla):
-    q, k, v, state = random_inputs(1, 20, 3, 8, requires_grad=False)
-    arguments = (q, k, v, SLOPES, state, segments_from([[0, 9]], 20))
-    for value, expected in zip(fla_linear_attention(*arguments), recurrent_linear_attention(*arguments), strict=True):
-        torch.testing.assert_close(value, expected)
+def test_lightning_attn_is_asked_for_the_same_operator(stand_in_for_lightning_attn):
+    check_package(lightning_linear_attention)
 
 
-def test_lightning_attn_refuses_head_sizes_that_its_kernel_does(stand_in_for_lightning_attn):
-    q, k, v, _ = random_inputs(1, 20, 3, 16, requires_grad=False)
-    with pytest.raises(ValueError, match=r"sizes \(32, 64, 128\), and hidden_size / num_attention_heads is 16"):
-        lightning_linear_attention(q, k, v, SLOPES)
+def call(device="cuda", size=32, length=90, has_state=False, several=False, compiled=False):
+    bounds = bounds_from([[0, 9]], length) if several else None
+    if compiled:
+        bounds = MeshBounds(bounds.meshes)
+    return LinearAttentionCall(device, size, length, has_state, bounds)
 
 
 @pytest.mark.parametrize(
-    ("installed", "size", "begins", "chosen"),
+    ("installed", "arguments", "chosen"),
     [
-        ("fla lightning_attn", 32, True, "lightning_attn"),
-        ("fla lightning_attn", 32, False, "fla"),
-        ("fla lightning_attn", 16, True, "fla"),
-        ("lightning_attn", 32, False, "chunked"),
-        ("lightning_attn", 16, True, "chunked"),
-        ("fla", 32, True, "fla"),
-        ("", 32, True, "chunked"),
+        ("fla lightning_attn chunked", {}, "lightning_attn"),
+        ("fla lightning_attn chunked", {"several": True}, "fla"),
+        ("fla lightning_attn chunked", {"has_state": True}, "fla"),
+        ("fla lightning_attn chunked", {"has_state": True, "several": True}, "chunked"),
+        ("fla lightning_attn chunked", {"several": True, "compiled": True}, "chunked"),
+        ("fla lightning_attn chunked", {"size": 16}, "fla"),
+        ("fla lightning_attn chunked", {"length": 1, "has_state": True}, "fla"),
+        ("fla lightning_attn chunked", {"device": "cpu"}, "chunked"),
+        ("lightning_attn chunked", {"several": True}, "chunked"),
+        ("lightning_attn chunked", {"has_state": True}, "chunked"),
+        ("lightning_attn chunked", {"size": 16}, "chunked"),
+        ("fla chunked", {}, "fla"),
+        ("chunked", {}, "chunked"),
     ],
 )
-def test_auto_is_on_a_gpu_the_first_package_that_is_installed_and_can_do_the_call(
-    monkeypatch, installed, size, begins, chosen
-):
+def test_auto_is_on_a_gpu_the_first_that_is_installed_and_can_do_the_call(monkeypatch, installed, arguments, chosen):
     monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: name in installed.split())
-    query = types.SimpleNamespace(device=torch.device("cuda"), shape=(1, 90, 4, size))
-    state, segments = torch.zeros(1, 4, size, size), torch.zeros(1, 90)
-    assert ops_iflame._best_implementation(query, None, None if begins else segments) == chosen
-    assert ops_iflame._best_implementation(query, None if begins else state, None) == chosen
-    query.device = torch.device("cpu")
-    assert ops_iflame._best_implementation(query, None, None) == "chunked"
-
-
-@pytest.mark.parametrize(("with_state", "starts"), CASES)
-def test_lightning_attn_is_asked_for_the_same_operator(stand_in_for_lightning_attn, with_state, starts):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_package(lightning_linear_attention, with_state, starts)
-    # rows of several meshes run slower than what was asked for, and that is said
-    assert len(caught) == (starts is not None)
-    assert all("'chunked'" in str(warning.message) for warning in caught)
-
-
-def test_lightning_attn_refuses_head_sizes_that_the_package_does_not_compute(stand_in_for_lightning_attn):
-    q, k, v, _ = random_inputs(1, 20, 3, 16, requires_grad=False)
-    with pytest.raises(ValueError, match="heads of the sizes .*32.* is 16"):
-        lightning_linear_attention(q, k, v, SLOPES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_linear_attention("auto", call(**arguments)) == chosen
 
 
 @pytest.mark.parametrize(
-    ("installed", "size", "whole", "expected"),
+    ("name", "arguments", "reason"),
     [
-        ((), 32, True, "chunked"),
-        (("fla",), 32, True, "fla"),
-        (("fla", "lightning_attn"), 32, True, "lightning_attn"),
-        (("fla", "lightning_attn"), 16, True, "fla"),
-        (("fla", "lightning_attn"), 32, False, "fla"),
-        (("lightning_attn",), 32, False, "chunked"),
+        ("lightning_attn", {"several": True}, "one mesh a row"),
+        ("lightning_attn", {"has_state": True}, "begins without a state"),
+        ("fla", {"several": True, "has_state": True}, "a state for every mesh"),
+        ("fla", {"several": True, "compiled": True}, "where meshes begin"),
     ],
 )
-def test_auto_chooses_on_a_gpu_what_can_compute_the_call(monkeypatch, installed, size, whole, expected):
-    monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: name in installed)
-    q = types.SimpleNamespace(device=torch.device("cuda"), shape=(2, 20, 3, size))
-    assert ops_iflame._best_implementation(q, None, None if whole else "segments") == expected
-    assert ops_iflame._best_implementation(q, None if whole else "state", None) == expected
+def test_what_an_implementation_cannot_do_is_chunked_and_said(name, arguments, reason):
+    with pytest.warns(UserWarning, match=f"{reason}.*'chunked'"):
+        assert choose_linear_attention(name, call(**arguments)) == "chunked"
 
 
-def check_package(function, with_state, starts):
-    q, k, v, state = random_inputs(2, 100, 3, 32, requires_grad=False)
-    state = state if with_state else None
-    segments = None if starts is None else segments_from(starts, 100)
-    value = function(q, k, v, SLOPES, state, segments)
-    expected = attention_formula(q, k, v, SLOPES, state, segments)
-    assert all(relative_error(a, b) < 5e-6 for a, b in zip(value, expected, strict=True))
+@pytest.mark.parametrize("name", ["eager", "chunked", "fla", "lightning_attn"])
+def test_the_step_of_an_implementation_is_its_own_unless_a_mesh_begins(name):
+    assert choose_linear_attention(name, call(length=1, has_state=True)) == name
+    assert choose_linear_attention(name, call(length=1)) == "eager"
+
+
+def test_lightning_attn_refuses_head_sizes_that_its_kernel_does():
+    with pytest.raises(ValueError, match=r"sizes \(32, 64, 128\), and hidden_size / num_attention_heads is 16"):
+        choose_linear_attention("lightning_attn", call(size=16))

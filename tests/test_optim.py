@@ -8,7 +8,9 @@ import pytest
 import torch
 from small_models import small_model
 
-from training.optim import MuonAdamW, create_average, create_optimizer, learning_rate_curve, parameter_groups
+from training.optim.average import MovingAverage
+from training.optim.groups import MuonAdamW, create_optimizer, parameter_groups
+from training.optim.schedule import learning_rate_curve
 
 MATRIX = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
 EMBEDDING = r"model\.embed_tokens\.weight|lm_head\.weight"
@@ -31,14 +33,38 @@ def test_every_parameter_is_in_one_group_and_in_the_right_one():
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     for group, pattern in (("matrices", MATRIX), ("embeddings", EMBEDDING), ("others", OTHER)):
         assert groups[group], group
-        assert [name for name in groups[group] if not re.fullmatch(pattern, name)] == []
-    assert all(parameter.ndim == 2 for parameter in groups["matrices"].values())
+        # in the order of the model, by which a checkpoint numbers the states of an optimiser
+        assert list(groups[group]) == [name for name, _ in model.named_parameters() if re.fullmatch(pattern, name)]
+    assert all(groups[group][name] is model.get_parameter(name) for group in groups for name in groups[group])
 
 
-def test_a_parameter_that_fits_no_group_is_named():
+def test_a_matrix_that_embedding_and_head_share_is_in_one_group():
     model = small_model()
-    model.model.layers[0].strange = torch.nn.Parameter(torch.zeros(2, 2, 2))
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.strange"):
+    model.lm_head.weight = model.model.embed_tokens.weight
+    groups = parameter_groups(model)
+    assert list(groups["embeddings"]) == ["model.embed_tokens.weight"]
+    assert "lm_head.bias" in groups["others"] and all(re.fullmatch(MATRIX, name) for name in groups["matrices"])
+
+
+def test_what_is_frozen_is_in_no_group_and_adapters_are_matrices():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small_model(), peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2))
+    groups = parameter_groups(model)
+    assert set(groups["matrices"]) == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert groups["matrices"] and not groups["embeddings"] and not groups["others"]
+
+
+@pytest.mark.parametrize(
+    ("strange", "name"),
+    [
+        (torch.nn.Parameter(torch.zeros(4)), r"model\.layers\.0\.strange"),
+        (torch.nn.LayerNorm(4), r"model\.layers\.0\.strange\.weight"),
+    ],
+)
+def test_a_parameter_that_fits_no_group_is_named(strange, name):
+    model = small_model()
+    model.model.layers[0].strange = strange
+    with pytest.raises(ValueError, match=rf"the parameter {name} of shape \(4,\)"):
         parameter_groups(model)
 
 
@@ -133,7 +159,7 @@ def test_warm_up_stable_decay_decays_over_the_last_fifth():
 
 def test_the_moving_average_follows_its_formula():
     model = torch.nn.Linear(2, 2)
-    average = create_average(model, decay=0.5)
+    average = MovingAverage(model, decay=0.5)
     values = [1.0, 3.0, -2.0, 5.0, 5.0, 0.0]
     expected = None
     for count, value in enumerate(values):

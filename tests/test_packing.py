@@ -5,7 +5,8 @@ import pytest
 import torch
 from small_models import mesh_rows, small_model
 
-from training.packing import IGNORED, best_fit, pack_ids, pack_row, plan_rows, row_inputs
+from iflame_hf import IFlameTokenizer
+from training.rows.pack import IGNORED, PackedRows, best_fit, pack, plan_rows, row_inputs
 
 PAD, BOS, EOS = 129, 130, 131
 
@@ -70,59 +71,96 @@ def test_an_item_that_fits_no_row_is_refused(size):
         best_fit([3, size], 9)
 
 
-def test_a_row_restarts_positions_and_labels_neither_start_faces_nor_padding():
+@pytest.fixture(scope="module")
+def tokenizer():
+    return IFlameTokenizer()
+
+
+def inputs_of(rows, length, tokenizer, **options):
+    return row_inputs(pack(rows, length, tokenizer, **options), tokenizer)
+
+
+def test_a_row_restarts_positions_and_labels_neither_start_faces_nor_padding(tokenizer):
     first = [BOS] * 9 + list(range(9)) + [EOS] * 9
     second = [BOS] * 9 + list(range(20, 38)) + [EOS] * 9
-    row = pack_row([first, np.array(second)], 81, PAD)
-    assert {name: values.dtype for name, values in row.items()} == dict.fromkeys(row, np.dtype(np.int64))
-    assert row["input_ids"].tolist() == first + second + [PAD] * 18
-    assert row["position_ids"].tolist() == [*range(27), *range(36), *range(18)]
+    batch = inputs_of([[first, np.array(second)]], 81, tokenizer)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["input_ids"].tolist() == [first + second + [PAD] * 18]
+    assert batch["layout"].positions().tolist() == [[*range(27), *range(36), *range(18)]]
     skipped = [IGNORED] * 9
-    assert row["labels"].tolist() == skipped + first[9:] + skipped + second[9:] + skipped * 2
+    assert batch["labels"].tolist() == [skipped + first[9:] + skipped + second[9:] + skipped * 2]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])
-def test_what_follows_from_the_ids_of_rows_is_what_their_meshes_say(dtype):
+def test_rows_are_what_their_meshes_say(dtype, tokenizer):
     random = np.random.default_rng(0)
     whole = [
         np.array([BOS] * 9 + random.integers(129, size=9 * faces).tolist() + [EOS] * 9) for faces in (1, 2, 30, 4, 5)
     ]
     cropped = whole[2][: 9 * 20]
     rows = [whole, whole[:1], [], [cropped], [cropped, whole[1], cropped, whole[4][: 9 * 3]]]
-    expected = [pack_row(sequences, 9 * 52, PAD) for sequences in rows]
-    assert (expected[0]["input_ids"][-9:] == EOS).all(), "the first row should be full"
-    found = row_inputs(np.stack([pack_ids(sequences, 9 * 52, PAD, dtype) for sequences in rows]), BOS, PAD)
-    assert found.keys() == expected[0].keys()
-    for name, values in found.items():
-        assert values.dtype == np.int64
-        np.testing.assert_array_equal(values, np.stack([row[name] for row in expected]))
+    categories = np.arange(sum(map(len, rows))) % 4
+    packed = pack(rows, 9 * 52, tokenizer, {"category": categories}, dtype)
+    assert packed.ids.dtype == dtype and packed.meshes.tolist() == [5, 1, 0, 1, 4]
+    assert packed.attributes["faces"].tolist() == [1, 2, 30, 4, 5, 1, 19, 19, 2, 19, 2]
+    batch, layout = row_inputs(packed, tokenizer), row_inputs(packed, tokenizer)["layout"]
+    assert (batch["input_ids"][0, -9:] == EOS).all(), "the first row should be full"
+    mesh = 0
+    for row, sequences in enumerate(rows):
+        lengths = [len(sequence) for sequence in sequences]
+        spare = 9 * 52 - sum(lengths)
+        expected = [token for sequence in sequences for token in sequence.tolist()] + [PAD] * spare
+        assert batch["input_ids"][row].tolist() == expected
+        places = [place for length in [*lengths, spare] for place in range(length)]
+        assert layout.positions()[row].tolist() == places
+        labels = [
+            token if place >= 9 and token != PAD else IGNORED for token, place in zip(expected, places, strict=True)
+        ]
+        assert batch["labels"][row].tolist() == labels
+        own = categories[mesh : mesh + len(sequences)]
+        assert layout.attribute("category")[row].tolist() == np.repeat([*own, -1], [*lengths, spare]).tolist()
+        mesh += len(sequences)
+    assert layout.num_meshes == 11 + 4, "the padding of a row is a mesh"
 
 
-def test_no_token_is_predicted_from_another_mesh():
+def test_rows_that_were_parted_or_joined_are_the_same(tokenizer):
+    sequences = [[BOS] * 9 + [index] * 9 * index + [EOS] * 9 for index in range(1, 7)]
+    rows = [sequences[:3], [], sequences[3:5], sequences[5:]]
+    whole = pack(rows, 9 * 20, tokenizer, {"category": range(6)})
+    for first in range(5):
+        joined = PackedRows.joined([whole[:first], whole[first:]])
+        for name in ("ids", "meshes"):
+            np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+        for name, values in whole.attributes.items():
+            np.testing.assert_array_equal(joined.attributes[name], values)
+    assert whole[2:3].attributes["category"].tolist() == [3, 4]
+
+
+def test_no_token_is_predicted_from_another_mesh(tokenizer):
     sequences = [[BOS] * 9 + [index] * 9 * faces + [EOS] * 9 for index, faces in enumerate((1, 4, 2))]
-    row = pack_row(sequences, 135, PAD)
-    mesh = np.cumsum(row["position_ids"] == 0)
-    predicted = np.flatnonzero(row["labels"] != IGNORED)
+    batch = inputs_of([sequences], 135, tokenizer)
+    mesh = batch["layout"].bounds().meshes[0]
+    predicted = (batch["labels"][0] != IGNORED).nonzero().flatten()
     assert len(predicted) == sum(len(sequence) - 9 for sequence in sequences)
     assert (mesh[predicted] == mesh[predicted - 1]).all()
 
 
 @pytest.mark.parametrize(("sequences", "message"), [([[1] * 8], "whole faces"), ([[1] * 18, [1] * 18], "do not fit")])
-def test_what_is_no_whole_face_or_does_not_fit_is_refused(sequences, message):
+def test_what_is_no_whole_face_or_does_not_fit_is_refused(sequences, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        pack_row(sequences, 27, PAD)
+        pack([sequences], 27, tokenizer)
 
 
-def test_a_packed_row_has_the_loss_and_gradients_of_its_meshes_one_by_one():
+def test_a_packed_row_has_the_loss_and_gradients_of_its_meshes_one_by_one(tokenizer):
     model = small_model().train()
     sequences = [row.tolist()[: 9 * faces] for row, faces in zip(mesh_rows(3, faces=12), (12, 5, 8), strict=True)]
     labels = sum(len(sequence) - 9 for sequence in sequences)
     losses, gradients = [], []
-    for rows in ([pack_row(sequences, 9 * 28, PAD)], [pack_row([sequence], 9 * 12, PAD) for sequence in sequences]):
+    one_by_one = [inputs_of([[sequence]], 9 * 12, tokenizer) for sequence in sequences]
+    for batches in ([inputs_of([sequences], 9 * 28, tokenizer)], one_by_one):
         model.zero_grad()
         total = 0.0
-        for row in rows:
-            inputs = {name: torch.from_numpy(values)[None] for name, values in row.items()}
+        for inputs in batches:
             loss = model(**inputs, num_items_in_batch=labels).loss
             loss.backward()
             total += loss.item()

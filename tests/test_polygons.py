@@ -11,9 +11,9 @@ import pytest
 
 from iflame_hf import IFlameTokenizer
 from iflame_hf.mesh_iflame import MeshError, canonicalise, load_mesh, normalise, quantise, triangulate
-from training.data import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
-from training.sequences import MeshEncoder, MeshTable, count_triangles
-from training.streaming import StreamedRows, open_stream
+from training.rows.encode import MeshEncoder, MeshTable, count_triangles
+from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.stream import StreamedRows, open_stream
 
 TOKENIZER = IFlameTokenizer()
 PAD = TOKENIZER.pad_token_id

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 import time
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from mesh_fixtures import signed_volume
 from prepared_fixtures import content, prepare, rejected, rows, summary, write_boxes
 
 from iflame_hf import IFlameTokenizer
-from training import mesh_worker, prepared_set
-from training.data import ParquetMeshes
-from training.synsets import SYNSETS
+from training.prepare import mesh_worker, prepared_set
+from training.prepare.synsets import SYNSETS
+from training.rows.map import ParquetMeshes
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +61,13 @@ def test_a_record_gives_a_reason_without_folders_of_the_machine(tree):
         assert str(tree) not in line["reason"] and ".unpacked" not in line["reason"], line
 
 
-def test_a_planted_command_is_named_and_has_not_run(tree):
-    (line,) = [line for line in rejected(tree / "out") if line["kind"] == "unsafe pickle"]
-    assert f"{os.name}.system" in line["reason"]
+def test_a_pickle_is_not_read_and_the_recipe_for_meshgpts_is_named(tree, capsys):
+    (line,) = [line for line in rejected(tree / "out") if line["source"].endswith("planted.pkl")]
+    assert "python -m training.recipes.meshgpt_to_parquet" in line["reason"]
     assert not Path("planted").exists() and not list(tree.rglob("planted"))
+    assert prepare(tree / "files" / "table" / "planted.pkl", "--out", tree / "other") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "planted.pkl: a pickle is not read" in line and "training.recipes.meshgpt_to_parquet" in line
 
 
 def test_nothing_is_left_beside_the_data_set(tree):
@@ -178,29 +180,6 @@ def test_a_list_chooses_files_wherever_they_lie_and_what_is_not_there_is_recorde
     assert prepare(tmp_path / "in", "--ids", tmp_path / "list.txt", "--out", tmp_path / "out") == 0
     assert [row["name"].rpartition("/")[2] for row in rows(tmp_path / "out")] == ["box 001", "box 004", "box 100"]
     assert [(line["name"], line["kind"]) for line in rejected(tmp_path / "out")] == [("lost.glb", "missing file")]
-
-
-def test_meshgpts_pickle_is_read_with_its_splits_and_categories(tmp_path):
-    def mesh(width: float) -> tuple[np.ndarray, list]:
-        box = trimesh.creation.box(extents=(width, 1, 1))
-        return np.array(box.vertices, dtype=np.float32), box.faces.tolist()
-
-    names = {"train": ["03001627_a", "04379243_b", "03001627_c"], "val": ["02828884_d"]}
-    tables, width = {}, 1.0
-    for split, members in names.items():
-        meshes = [mesh(width + 0.1 * number) for number in range(len(members))]
-        width += 1
-        tables |= {f"name_{split}": members, f"vertices_{split}": [v for v, _ in meshes]}
-        tables[f"faces_{split}"] = [np.array(f) if split == "val" else f for _, f in meshes]
-    (tmp_path / "shapenet.pkl").write_bytes(pickle.dumps(tables))
-    assert prepare(tmp_path / "shapenet.pkl", "--out", tmp_path / "out", "--splits", "source") == 0
-    found = {row["name"]: row["category"] for row in rows(tmp_path / "out", "train")}
-    assert found == {"03001627_a": "chair", "04379243_b": "table", "03001627_c": "chair"}
-    assert [(row["name"], row["category"]) for row in rows(tmp_path / "out", "validation")] == [
-        ("02828884_d", "bench")
-    ]
-    for row in rows(tmp_path / "out"):
-        assert signed_volume(row["vertices"], row["faces"]) > 0
 
 
 def test_a_data_set_of_the_hub_is_streamed(tmp_path):

@@ -15,8 +15,9 @@ import pyarrow.parquet
 import pytest
 from prepared_fixtures import content, prepare, rows, write_boxes, write_rows
 
-from training import prepare_data, prepared_set
-from training.prepared_set import SPLITS
+from training import prepare_data
+from training.prepare import prepared_set
+from training.prepare.prepared_set import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +39,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_data_set(what, tmp_path, 
     )
     arguments = (boxes, "--shard_size", 4, "--num_workers", 1, "--validation_share", 0.2)
     assert prepare(*arguments, "--out", tmp_path / "whole" / "set") == 0
-    monkeypatch.setattr(prepare_data, "_COMMIT_SECONDS", 0)
+    monkeypatch.setattr(prepare_data, "_COMMIT_INTERVAL_SECONDS", 0)
     owner, _, name = what.rpartition(".")
     owners = {"os": prepared_set.os, "json": prepared_set.json, "ParquetWriter": pyarrow.parquet.ParquetWriter}
     owner = owners.get(owner, prepared_set.PreparedSet)
@@ -121,7 +122,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, mo
 def begin(out: Path, boxes: Path, monkeypatch) -> None:
     """A run that stops in the middle, after a commit."""
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "_COMMIT_SECONDS", 0)
+        patch.setattr(prepare_data, "_COMMIT_INTERVAL_SECONDS", 0)
         patch.setattr(prepared_set.PreparedSet, "finish", lambda self: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             prepare(boxes, "--out", out)
@@ -150,7 +151,7 @@ def test_other_settings_and_other_files_are_errors_with_advice(tmp_path, monkeyp
     assert len(rows(tmp_path / "out")) == 6
     assert prepare(boxes, "--out", tmp_path / "out", "--max_faces", 100) == 0
     message = capsys.readouterr().out
-    assert "finished already (6 meshes; sources that changed since were not looked at); --overwrite" in message
+    assert "finished already (6 meshes; sources that changed since were not read); --overwrite" in message
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,9 @@ def test_a_finished_set_that_lost_a_file_is_an_error_with_advice(lost, message, 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, capsys):
     boxes = write_boxes(tmp_path / "in", 3)
     options = prepare_data.parse_options([str(boxes), "--out", str(tmp_path / "out")])
-    settings = {key: value for key, value in sorted(vars(options).items()) if key not in prepare_data._FREE}
+    settings = {
+        key: value for key, value in sorted(vars(options).items()) if key not in prepare_data._OPTIONS_WITHOUT_EFFECT
+    }
     first = prepared_set.PreparedSet(tmp_path / "out", settings | {"resolution": 128}, 10, 0.1)
     for arguments in ((), ("--overwrite",)):
         assert prepare(boxes, "--out", tmp_path / "out", *arguments) == 1

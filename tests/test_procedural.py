@@ -7,7 +7,7 @@ import pytest
 import trimesh
 
 from iflame_hf.mesh_iflame import canonicalise, normalise, quantise
-from training.procedural import KINDS, ProceduralMesh, make_dataset, make_mesh
+from training.procedural.make import KINDS, ProceduralMesh, make_dataset, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def test_a_kind_stands_upright_on_the_floor_and_fills_the_grid(kind):
 def test_quantising_moves_no_vertex_and_drops_no_face(dataset):
     for mesh in dataset[:500]:
         scaled = normalise(mesh.vertices.astype(np.float64))
-        levels = quantise(scaled)
-        np.testing.assert_allclose(levels, scaled * 128 + 64, atol=1e-6)
-        assert not (levels % 4).any()
+        quantised = quantise(scaled)
+        np.testing.assert_allclose(quantised, scaled * 128 + 64, atol=1e-6)
+        assert not (quantised % 4).any()
     kept = [len(canonical(mesh)[1]) == len(mesh.faces) for mesh in dataset]
     assert np.mean(kept) > 0.999
 

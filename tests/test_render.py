@@ -8,7 +8,7 @@ from scipy.spatial import ConvexHull
 
 from iflame_cli import render
 from iflame_cli.render import render_mesh, render_meshes
-from training.procedural import KINDS, make_mesh
+from training.procedural.make import KINDS, make_mesh
 
 BOX = trimesh.creation.box((1.0, 2.0, 0.5))
 

@@ -127,6 +127,14 @@ def test_the_installed_packages_satisfy_the_ranges_of_setup_cfg():
         assert requirement.specifier.contains(installed, prereleases=True), f"{requirement}: {installed} is installed"
 
 
+def test_whatever_the_command_reads_beside_its_modules_is_installed_with_it():
+    patterns = setup_cfg()["options.package_data"]["iflame_cli"].split()
+    folder = ROOT / "iflame_cli"
+    taken = {path for pattern in patterns for path in folder.glob(pattern)}
+    read = {path for path in tracked_files() if folder in path.parents and path.suffix != ".py"}
+    assert read and read <= taken
+
+
 def test_every_package_that_a_script_or_a_test_imports_is_declared():
     sections = setup_cfg()
     texts = [

@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from training.safe_pickle import UnsafePickleError, safe_load
+from training.recipes.safe_pickle import UnsafePickleError, safe_load
 
 PLAIN = {
     "name_train": ["03001627_a", "é", ""],

@@ -4,11 +4,15 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 from training_processes import Trainer, command_line, log_of, losses_of, wait_for_step
 
 from training import train
-from training.checkpointing import Progress, find_defect
+from training.run import assess
+from training.run.checkpoint import Progress, find_defect
+from training.run.interruption import Interruption
+from training.run.write import ModelWriter
 
 OPTIONS = {"save_steps": 4, "eval_steps": 2, "sample_steps": 4, "num_samples": 1, "sample_max_faces": 6}
 
@@ -23,7 +27,7 @@ def whole(tmp_path_factory):
 
 def stop_in(monkeypatch, name, step):
     """Lets the run be asked to stop as soon as it does this after a step; counts how far it still gets."""
-    done, forwards = getattr(train, name), []
+    done, forwards = getattr(assess, name), []
 
     def stopped(model, *arguments, **options):
         if not forwards and state["run"].progress.step == step:
@@ -33,7 +37,7 @@ def stop_in(monkeypatch, name, step):
         return done(model, *arguments, **options)
 
     state, begin = {}, train.Run.start
-    monkeypatch.setattr(train, name, stopped)
+    monkeypatch.setattr(assess, name, stopped)
     monkeypatch.setattr(train.Run, "start", lambda run: (state.update(run=run), begin(run)))
     return forwards
 
@@ -70,13 +74,13 @@ def test_a_signal_in_an_evaluation_or_in_samples_saves_that_step_at_once_and_los
 
 
 def test_a_signal_while_a_checkpoint_is_saved_costs_no_further_step(tmp_path, monkeypatch):
-    save = train.Run.write_checkpoint
+    save = ModelWriter.write_checkpoint
 
-    def stopped(run, folder):
+    def stopped(writer, folder):
         os.kill(os.getpid(), signal.SIGTERM)
-        save(run, folder)
+        save(writer, folder)
 
-    monkeypatch.setattr(train.Run, "write_checkpoint", stopped)
+    monkeypatch.setattr(ModelWriter, "write_checkpoint", stopped)
     assert train.main(command_line(tmp_path)) == 0
     assert checkpoints_of(tmp_path) == ["checkpoint-4"] and max(losses_of(tmp_path)) == 4
 
@@ -108,3 +112,21 @@ def test_a_signal_to_a_process_that_waits_for_samples_stops_the_one_that_draws_t
     trainer.finish(*processes)
     assert time.monotonic() - began < 20
     assert max(losses_of(tmp_path)) == 2 and checkpoints_of(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_launcher"),
+    [
+        (["/usr/bin/python", "/venv/bin/accelerate", "launch", "train.py"], True),
+        (["/usr/bin/python", "-m", "accelerate.commands.launch", "train.py"], True),
+        (["/bin/bash", "-c", "accelerate launch train.py"], False),
+        (["/bin/bash"], False),
+    ],
+)
+def test_only_the_end_of_accelerates_launcher_stops_a_run(monkeypatch, words, is_launcher):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which users set, too
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda process: words)
+    interruption = Interruption()
+    assert not interruption.asked
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert interruption.asked == is_launcher

@@ -19,10 +19,10 @@ from training_processes import Trainer, command_line, log_of, losses_of
 
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
-from training.checkpointing import Progress
-from training.data import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
-from training.sequences import MeshEncoder
-from training.streaming import StreamedRows, open_stream
+from training.rows.encode import MeshEncoder
+from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.stream import StreamedRows, open_stream
+from training.run.checkpoint import Progress
 
 ROW = 9 * 30
 BOS, PAD = 130, 129
@@ -79,14 +79,15 @@ def names(meshes):
 
 def sequences_in(batch):
     """The token ids of every mesh in a batch, row by row."""
-    for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+    for ids, positions in zip(batch["input_ids"], batch["layout"].positions(), strict=True):
         for part in torch.tensor_split(ids, (positions == 0).nonzero()[1:, 0]):
             if part[0] != PAD:
                 yield tuple(part.tolist())
 
 
 def same(batch, other):
-    return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
+    known = [(each["input_ids"], each["labels"], each["layout"].positions()) for each in (batch, other)]
+    return batch.keys() == other.keys() and all(map(torch.equal, *known))
 
 
 def until_block(rows, last, *arguments, **options):
@@ -220,7 +221,7 @@ def test_unusable_meshes_are_left_out_and_named(tmp_path, meshes):
 
 
 def test_a_row_group_too_large_for_memory_is_refused_with_advice(files, encode, monkeypatch):
-    monkeypatch.setattr("training.streaming.MOST_MESHES", 9)
+    monkeypatch.setattr("training.rows.stream.MOST_MESHES", 9)
     with pytest.raises(ValueError, match="more than 9 meshes.*smaller row groups"):
         next(StreamedRows(open_stream(files), encode).batches([], 1))
 

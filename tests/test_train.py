@@ -19,8 +19,9 @@ from training_processes import SHARDED, Trainer, log_of, losses_of, wait_for_ste
 from transformers import GenerationConfig
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
-from training.checkpointing import find_defect
-from training.procedural import make_dataset
+from training.procedural.make import make_dataset
+from training.run.card import read_run
+from training.run.checkpoint import find_defect
 
 FULL = {"ema_decay": 0.9, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "dataloader_num_workers": 1}
 
@@ -267,7 +268,6 @@ def test_checkpoints_of_another_run_are_neither_overwritten_nor_continued(traine
     for options, message in (
         ({}, "holds the checkpoints of another run"),
         ({"resume_from_checkpoint": "latest", "seed": 1}, "belongs to other training data"),
-        ({"resume_from_checkpoint": "nowhere"}, "there is no checkpoint folder nowhere"),
     ):
         process = trainer.start(tmp_path / "run", **{**FULL, **options})
         process.join(60)
@@ -277,7 +277,8 @@ def test_checkpoints_of_another_run_are_neither_overwritten_nor_continued(traine
 
 def test_a_finished_run_that_is_resumed_only_finishes_again(trainer, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    trainer.run(tmp_path / "run", resume_from_checkpoint="latest", **FULL)
+    trainer.run(tmp_path / "run", resume_from_checkpoint="latest", max_steps=5, **FULL)
+    assert said(trainer, "step 8 of 5 is done: there is nothing left to train")
     assert losses_of(tmp_path / "run") == losses_of(undisturbed)
     assert_same_weights(tmp_path / "run", undisturbed)
 
@@ -351,13 +352,16 @@ def test_training_goes_on_from_a_model_and_from_parquet_files(trainer, undisturb
     assert not (tmp_path / "cache" / "hub").exists()
 
 
-def test_the_best_checkpoint_can_be_the_model_that_is_left(trainer, tmp_path):
-    # The learning rate ruins the model after the warm-up, so that the first checkpoint is the best.
-    trainer.run(tmp_path, warmup_steps=6, learning_rate=3.0, save_steps=2, load_best_model_at_end=True)
+def test_the_best_checkpoint_can_be_the_model_that_is_left_with_its_figures_in_the_card(trainer, tmp_path):
+    # The learning rate ruins the model after the warm-up: the first checkpoint is the best, and a step that was not
+    # saved is better still.
+    options = {"warmup_steps": 6, "learning_rate": 3.0, "load_best_model_at_end": True}
+    trainer.run(tmp_path, eval_steps=1, save_steps=2, **options)
     losses = {line["step"]: line["eval_loss"] for line in log_of(tmp_path) if "eval_loss" in line}
-    best = min(losses, key=losses.get)
-    assert best != 8
-    assert sorted(name for name in os.listdir(tmp_path) if "checkpoint" in name) == sorted(
-        {f"checkpoint-{best}", "checkpoint-8"}
-    )
+    best = min((2, 4, 6, 8), key=losses.get)
+    assert best != 8 and min(losses.values()) < losses[best]
+    assert {name for name in os.listdir(tmp_path) if "checkpoint" in name} == {f"checkpoint-{best}", "checkpoint-8"}
     assert_same_weights(tmp_path, tmp_path / f"checkpoint-{best}")
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert [result.metric_value for result in results if result.metric_type == "loss"] == [losses[best]]
+    assert read_run(tmp_path).evaluation["eval_loss"] == losses[best], "the card that hub_upload writes has them too"

@@ -10,9 +10,9 @@ from small_models import BOS, EOS, PAD, small_model
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from iflame_hf import IFlameTokenizer
-from training.collator import MeshCollator
-from training.data import MeshRows, ProceduralMeshes, RowStream, mesh_sizes
-from training.procedural import make_dataset
+from training.procedural.make import make_dataset
+from training.rows.collate import MeshCollator
+from training.rows.map import MeshRows, ProceduralMeshes, RowStream, mesh_sizes
 
 ROW = 9 * 80
 CORNERS = [[0, 0, 0], [2, 0, 0], [0, 0, 2], [0, 4, 0]]
@@ -34,7 +34,9 @@ def rows():
     meshes = ProceduralMeshes(make_dataset(30, seed=3, max_faces=48))
     stream = RowStream(*mesh_sizes(meshes, ROW, "error"), ROW // 9, seed=0)
     packed = MeshRows(meshes, IFlameTokenizer(), ROW)
-    return [packed[batch[0]] for batch, _ in zip(stream.batches(0, 0, 1), range(12), strict=False)]
+    batch = packed.batch([key for (key,), _ in zip(stream.batches(0, 0, 1), range(12), strict=False)])
+    columns = {name: batch[name] for name in ("input_ids", "labels")} | {"position_ids": batch["layout"].positions()}
+    return [{name: values[row] for name, values in columns.items()} for row in range(12)]
 
 
 def train(rows, folder, data_collator=default_data_collator, **options):
@@ -93,6 +95,12 @@ def test_trainer_learns_from_a_prepared_set_by_the_collator(row_length, prepared
     assert len(losses) == 3 and np.isfinite(evaluation) and evaluation < losses[0]
 
 
+def test_the_collator_is_found_at_its_earlier_place_too():
+    from training import collator
+
+    assert collator.MeshCollator is MeshCollator
+
+
 def test_padded_and_packed_meshes_have_the_same_loss(prepared):
     model, examples = small_model(), [prepared[index] for index in range(8)]
     padded = MeshCollator(IFlameTokenizer())(examples)
@@ -124,14 +132,18 @@ def test_padded_batches_have_ids_a_mask_and_labels_of_the_meshes_alone():
 
 def test_packed_rows_restart_positions_at_every_mesh_and_at_the_padding():
     batch = MeshCollator(IFlameTokenizer(), 9 * 10)([SIDE, TETRAHEDRON, SIDE])
-    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
-        ("input_ids", "position_ids", "labels"), torch.int64
-    )
+    assert batch.keys() == {"input_ids", "position_ids", "labels", "layout"}
+    assert {batch[name].dtype for name in ("input_ids", "position_ids", "labels")} == {torch.int64}
     mesh, labels = START + SIDE_IDS + END, IGNORED + SIDE_IDS + END
     assert batch["input_ids"].tolist() == [START + TETRAHEDRON_IDS + END + mesh + PADDING, mesh + 7 * PADDING]
     assert batch["labels"].tolist() == [IGNORED + TETRAHEDRON_IDS + END + labels + IGNORED, labels + 7 * IGNORED]
     places = [54, 27, 9], [27, 63]
     assert batch["position_ids"].tolist() == [[n for length in row for n in range(length)] for row in places]
+    assert batch["layout"].positions().tolist() == batch["position_ids"].tolist()
+    assert batch["layout"].attributes["faces"].tolist() == [4, 1, -1, 1, -1]
+    with_categories = [mesh | {"category": number} for number, mesh in enumerate((SIDE, TETRAHEDRON, SIDE))]
+    batch = MeshCollator(IFlameTokenizer(), 9 * 10)(with_categories)
+    assert batch["layout"].attributes["category"].tolist() == [1, 0, -1, 2, -1]
 
 
 @pytest.mark.parametrize("row_length", [None, 9 * 10])
@@ -146,7 +158,7 @@ def test_ids_arrays_and_tensors_make_the_same_batch_as_lists(row_length):
     ]
     for batch in map(collator, others):
         assert batch.keys() == expected.keys()
-        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        assert all(torch.equal(batch[name], expected[name]) for name in expected.keys() - {"layout"})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The options of training/train.py, and how a yaml file and the command line set them."""
 
+import argparse
 import difflib
 import json
 import sys
@@ -10,16 +11,21 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from training.ending import is_first_to_say
-from training.optim import OPTIMIZERS, SCHEDULES
-from training.packing import TOKENS_PER_FACE
-from training.procedural import KINDS
+from training.optim.groups import OPTIMIZERS
+from training.optim.schedule import SCHEDULES
+from training.procedural.make import KINDS
+from training.rows.pack import TOKENS_PER_FACE
+from training.run.ending import is_first_to_say
 
 LONG_MESHES = ("error", "crop", "drop")
 # What train.py does without arguments.
-DEMO = Path(__file__).with_name("configs") / "demo.yaml"
-# What a file says of the end of its run, by the options of the command line that make the run another one.
-REPLACED_BY = {"max_minutes": ("max_steps",), "required_eval_loss": ("max_steps", "train_file")}
+DEMO_CONFIG = Path(__file__).with_name("configs") / "demo.yaml"
+# What a file says of the end of its run, and the options that make the run another one if the command line gives them.
+REPLACING_OPTIONS = {
+    "max_steps": ("num_train_epochs",),
+    "max_minutes": ("max_steps", "num_train_epochs"),
+    "required_eval_loss": ("max_steps", "num_train_epochs", "train_file"),
+}
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -91,11 +97,14 @@ class DataArguments:
 class TrainArguments:
     output_dir: str = option("outputs/train", "Where checkpoints, log, samples and in the end the model are written.")
     max_steps: int = option(-1, "Steps of the optimiser; by default as many as num_train_epochs takes.")
-    num_train_epochs: float = option(3.0, "Passes through the data, if max_steps is not given.")
+    num_train_epochs: float = option(
+        3.0,
+        "Passes through the data, if max_steps is not given; on the command line it goes before a file's max_steps.",
+    )
     max_minutes: float | None = option(
         None,
         "Minutes that training may take: on a machine too slow for max_steps the run, schedule and all, is shortened. "
-        "max_steps on the command line goes before the minutes of a file.",
+        "max_steps or num_train_epochs on the command line goes before the minutes of a file.",
     )
     required_eval_loss: float | None = option(
         None,
@@ -234,6 +243,14 @@ class Arguments:
 
 
 class _Parser(HfArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.options: dict[str, argparse.Action] = {}  # by name; of --name and --no_name the first
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        return self.options.setdefault(action.dest, action)
+
     def error(self, message: str) -> NoReturn:
         """As argparse does, but of all processes of a launch one says it."""
         if not is_first_to_say(message):
@@ -259,34 +276,31 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        argv = argv or [str(DEMO)]
+        argv, settings = argv or [str(DEMO_CONFIG)], {}
         if not argv[0].startswith("-"):
-            settings, argv = _read_yaml(Path(argv[0])), argv[1:]
-            named = {word.lstrip("-").split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-            for name, others in REPLACED_BY.items():
-                if not named.isdisjoint(others):
-                    settings.pop(name, None)
-            parser.set_defaults(**{name: None for name, value in settings.items() if value is None})
-            argv = _as_options(settings) + argv
-        *parts, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
+            settings, argv = _read_yaml(Path(argv[0]), parser.options), argv[1:]
+        # Options are never None on the command line, so None stands for those that it does not give.
+        values, rest = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(_option_types())))
         if rest:
             raise ValueError(f"no such option: {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
-        not_given = object()
-        parser.set_defaults(**dict.fromkeys(_option_types(), not_given))
-        given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not not_given}
-        return Arguments(*parts, given=frozenset(given))
+        command_line = {name: value for name, value in vars(values).items() if value is not None}
+        given = {
+            name: value
+            for name, value in settings.items()
+            if command_line.keys().isdisjoint(REPLACING_OPTIONS.get(name, ()))
+        } | command_line
+        return Arguments(*parser.parse_dict(given), given=frozenset(given))
     except ValueError as error:
         parser.error(str(error))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, options: dict[str, argparse.Action]) -> dict[str, Any]:
     """
-    The settings of a yaml file by name; None only for options that may be None.
+    The settings of a yaml file by name, of the types that the options have; None only for options that may be None.
 
     Raises:
-        ValueError: the file is missing, is no mapping in yaml, or names what is no option.
+        ValueError: the file is missing, is no mapping in yaml, names what is no option, or gives one what it does not
+            take.
     """
     if not path.is_file():
         raise ValueError(f"there is no configuration file {path}")
@@ -302,20 +316,40 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: no such option: {key}{_suggestion(str(key))}")
         if value is None and type(None) not in get_args(types[key]):
             raise ValueError(f"{path}: {key} cannot be null: give a value, or leave the line out")
+        try:
+            settings[key] = _as_on_the_command_line(value, options[key])
+        except ValueError as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
     return settings
 
 
-def _as_options(settings: dict[str, Any]) -> list[str]:
-    """Settings other than None as on the command line, so that both are checked alike."""
-    options = []
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            options.append(f"--{key}={json.dumps(value)}")
-        elif isinstance(value, list):
-            options += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            options.append(f"--{key}={value}")
-    return options
+def _as_on_the_command_line(value: Any, option: argparse.Action) -> Any:
+    """
+    A value of a yaml file as argparse makes it of the same words: to yaml `1e-3` is a string.
+
+    Raises:
+        ValueError: it is not of the option's type, none of its choices, or not as many values as it takes.
+    """
+    if value is None:
+        return None
+    if isinstance(value, dict) and option.dest == "lr_scheduler_kwargs":
+        value = json.dumps(value)
+    is_list, takes_list = isinstance(value, list), option.nargs == "+"
+    if isinstance(value, dict) or (is_list and not takes_list):
+        raise ValueError(f"one value is expected, got {value}")
+    if is_list and not value:
+        raise ValueError("expected at least one value, got []")
+    values = []
+    for word in map(str, value if is_list else [value]):
+        try:
+            values.append(option.type(word))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(error) from error
+        except ValueError as error:
+            raise ValueError(f"invalid {option.type.__name__} value: {word!r}") from error
+        if option.choices is not None and values[-1] not in option.choices:
+            raise ValueError(f"invalid choice: {word!r} (choose from {', '.join(map(repr, option.choices))})")
+    return values if takes_list else values[0]
 
 
 class _UniqueKeys(yaml.SafeLoader):

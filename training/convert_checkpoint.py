@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
-from training.ending import ends_in_words
+from training.run.ending import ends_in_words
 
 # The original's six lists of blocks in the order in which they run, and the stage of the hourglass each belongs to.
 STAGES = {

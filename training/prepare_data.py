@@ -4,7 +4,7 @@ Turns collections of meshes into a data set that `datasets.load_dataset` and tra
     python -m training.prepare_data SOURCE... --out DIR
 
 A SOURCE is a folder, searched through for every format that trimesh reads; a mesh file; a zip or tar archive; a
-parquet file with vertices and faces; MeshGPT's processed ShapeNet (a pickle); or hub:user/name, a data set of the Hub.
+parquet file with vertices and faces; or hub:user/name, a data set of the Hub.
 Folders may hold all of these. Run the same command again to go on after an interruption.
 """
 
@@ -26,19 +26,19 @@ from typing import Any
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
-from training.data_card import data_card, summary_of
-from training.ending import ends_in_words
-from training.isolation import Limits, Pool, preload
-from training.items import Selection, chosen_categories
-from training.mesh_worker import Recipe, can_decimate, make_handler
-from training.prepared_set import SUMMARY, UNPACKED, PreparedSet, remove_earlier, write_whole
-from training.rejection import NOT_CHOSEN, Rejected
-from training.sources import SourceLostError, Sources
+from training.prepare.card import data_card, summary_of
+from training.prepare.isolation import Limits, Pool, preload
+from training.prepare.items import Selection, chosen_categories
+from training.prepare.mesh_worker import Recipe, can_decimate, make_handler
+from training.prepare.prepared_set import SUMMARY, UNPACKED, PreparedSet, remove_earlier, write_whole
+from training.prepare.rejection import NOT_CHOSEN, Rejected
+from training.prepare.sources import SourceLostError, Sources
+from training.run.ending import ends_in_words
 
-_COMMIT_SECONDS = 5
+_COMMIT_INTERVAL_SECONDS = 5
 _RESOLUTION = 128  # of the published model
-# Options on which the result does not depend.
-_FREE = ("out", "num_workers", "overwrite", "disable_tqdm")
+# Options that do not change the result: a run that goes on with others of these writes the same set.
+_OPTIONS_WITHOUT_EFFECT = ("out", "num_workers", "overwrite", "disable_tqdm")
 
 
 def prepare_data(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -60,7 +60,7 @@ def prepare_data(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     sources = Sources(options.sources, selection, str(folder / UNPACKED), str(folder), limits)
     if options.overwrite:
         remove_earlier(folder)
-    settings = {key: value for key, value in sorted(vars(options).items()) if key not in _FREE}
+    settings = {key: value for key, value in sorted(vars(options).items()) if key not in _OPTIONS_WITHOUT_EFFECT}
     settings |= {"ids": _name_ids(options.ids, listed), "resolution": _RESOLUTION}
     recipe = Recipe(
         options.min_faces, options.max_faces, options.up_axis, options.decimate, options.max_deviation, _RESOLUTION
@@ -114,7 +114,7 @@ def _run(prepared: PreparedSet, sources: Sources, pool: Pool, disable_tqdm: bool
             _remove(item.temporary)
             bar.set_postfix(taken=taken, rejected=rejected, refresh=False)
             bar.update()
-            if time.monotonic() - committed > _COMMIT_SECONDS:
+            if time.monotonic() - committed > _COMMIT_INTERVAL_SECONDS:
                 prepared.commit()
                 committed = time.monotonic()
 
@@ -173,7 +173,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     flag = {"action": argparse.BooleanOptionalAction}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("sources", nargs="+", metavar="SOURCE", help="folder, file, archive, parquet, pickle, or hub:user/name")
+    add("sources", nargs="+", metavar="SOURCE", help="folder, file, archive, parquet, or hub:user/name")
     add("--out", required=True, metavar="DIR", help="folder to write, new or of the same run")
     add("--ids", metavar="FILE", help="take only the files in this list, one name a line, wherever they lie")
     add("--categories", nargs="+", metavar="NAME", help="take only these, by name or by ShapeNet's synset id")
@@ -220,7 +220,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the set is finished, 1 on an error or if it has no mesh, 130 and 143 after Ctrl-C and SIGTERM."""
     options = parse_options(arguments)
-    preload("training.mesh_worker", "training.containers")
+    preload("training.prepare.mesh_worker", "training.prepare.containers")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     before = signal.signal(signal.SIGTERM, _terminate)
     again = "run the same command again to go on"
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_report(options.out, summary))
     else:
         print(
-            f"{options.out} is finished already ({total:,} meshes; sources that changed since were not looked at); "
+            f"{options.out} is finished already ({total:,} meshes; sources that changed since were not read); "
             "--overwrite makes it anew"
         )
     return 0 if total else 1

@@ -1,0 +1,130 @@
+"""Which parameter is trained by which optimiser."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from iflame_hf.modeling_iflame import IFlameRMSNorm, IFlameUpsample
+
+OPTIMIZERS = ("muon", "adamw_torch")
+# The group of a parameter by the class of its module, or one that is derived from, and its name there. Only the head's
+# matrix, which is a Linear's weight too, belongs to the embeddings.
+GROUPS = {
+    (nn.Embedding, "weight"): "embeddings",
+    (nn.Linear, "weight"): "matrices",
+    (nn.Linear, "bias"): "others",
+    (IFlameRMSNorm, "weight"): "others",
+    (IFlameUpsample, "scale"): "others",
+}
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """
+    Every trainable parameter by name, in exactly one of three groups:
+
+    - `matrices`: the weight matrices inside the blocks;
+    - `embeddings`: the token embedding and the head's matrix;
+    - `others`: norms, biases and scalars, which are never decayed.
+
+    Raises:
+        ValueError: a parameter belongs nowhere, for example a new kind of layer that GROUPS does not name.
+    """
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "embeddings": {}, "others": {}}
+    head = model.get_output_embeddings()
+    grouped = set()  # of a parameter that two modules share the first name counts, as in named_parameters
+    for path, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if parameter in grouped or not parameter.requires_grad:
+                continue
+            grouped.add(parameter)
+            name = f"{path}.{own_name}" if path else own_name
+            kinds = ((kind, own_name) for kind in type(module).__mro__)
+            group = next((GROUPS[kind] for kind in kinds if kind in GROUPS), None)
+            if module is head and own_name == "weight":
+                group = "embeddings"
+            if group is None:
+                raise ValueError(
+                    f"no optimiser group for the parameter {name} of shape {tuple(parameter.shape)}: GROUPS in "
+                    f"training/optim/groups.py has no line for {own_name!r} of {type(module).__name__}"
+                )
+            groups[group][name] = parameter
+    return groups
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """
+    Muon and AdamW as one optimiser: torch's own classes (Muon's with a faster step), each on its groups, with one
+    `step`, one `state_dict` and one list of groups. One object is what a gradient scaler (a step is skipped for all
+    parameters or for none), a scheduler and a checkpoint expect.
+
+    Muon's step is scaled so that its size is that of AdamW's ("match_rms_adamw", arXiv 2502.16982): one learning rate
+    serves both, as in the paper's code.
+    """
+
+    def __init__(
+        self,
+        muon_groups: list[dict[str, Any]],
+        adamw_groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        momentum: float = 0.95,
+    ):
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(
+                f"Muon needs torch 2.9 or newer, this is {torch.__version__}; --optim adamw_torch does not"
+            )
+        from training.optim.muon import BatchedMuon
+
+        self._muon = BatchedMuon(muon_groups, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps)
+        super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both optimisers work on this one's groups and state."""
+        count = len(self._muon.param_groups)
+        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        self._muon.state = self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._muon.step()
+        self._adamw.step()
+        return loss
+
+
+def create_optimizer(
+    model: nn.Module,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """
+    "muon": Muon for the matrices in the blocks, AdamW for everything else; "adamw_torch": AdamW for everything. Only
+    the matrices in the blocks are decayed.
+
+    Raises:
+        ImportError: Muon is asked for and torch is older than 2.9.
+        ValueError: for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optim must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    groups = {key: list(parameters.values()) for key, parameters in parameter_groups(model).items()}
+    matrices = [{"params": groups["matrices"], "weight_decay": weight_decay}]
+    rest = [{"params": groups[key], "weight_decay": 0.0} for key in ("embeddings", "others") if groups[key]]
+    if name == "muon" and groups["matrices"]:
+        return MuonAdamW(matrices, rest, lr, betas, eps)
+    return torch.optim.AdamW(matrices + rest, lr=lr, betas=betas, eps=eps)

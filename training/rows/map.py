@@ -1,0 +1,438 @@
+"""Meshes for training and evaluation: where they come from, how they vary from epoch to epoch, and their order.
+
+Everything random is a function of the seed, the epoch and the mesh, so that neither the number of worker processes nor
+of devices changes what is learnt, and a place in the data is two numbers: an epoch and a row.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Any, NamedTuple, Protocol
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow.parquet
+from accelerate import Accelerator
+
+from iflame_hf.tokenization_iflame import IFlameTokenizer
+from training.arguments import Arguments
+from training.procedural.make import make_dataset
+from training.rows.encode import MeshEncoder, MeshTable, count_triangles
+from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, best_fit, pack, plan_rows
+from training.rows.stream import stream_rows
+
+# Meshes that are read together in search of a usable one.
+MESHES_AT_ONCE = 256
+# What a worker sends at once: so many rows cost little more than one.
+ROWS_IN_MESSAGE = 32
+# Another number when the same seed comes to mean other rows: checkpoints from before are then refused.
+ORDER = 2
+# What the held-out procedural meshes add to the seed.
+VALIDATION_SEED = 1_000_003
+
+
+class Meshes(Protocol):
+    """A collection of meshes, in memory or on disk."""
+
+    num_faces: np.ndarray  # (N,) triangles
+    categories: np.ndarray  # (N,) indices into category_names
+    category_names: list[str]
+
+    def read(self, indices: Sequence[int]) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+        """Vertices (V, 3) and faces (F, 3) of some meshes; getting a damaged one raises ValueError."""
+
+    def describe(self, index: int) -> str:
+        """What an error message calls the mesh."""
+
+
+class ProceduralMeshes:
+    """Meshes of `training.procedural.make`, in memory; their kind is their category."""
+
+    def __init__(self, meshes: Sequence[Any]):
+        self._meshes = meshes
+        self.num_faces = np.array([len(mesh.faces) for mesh in meshes], dtype=np.int64)
+        self.category_names, self.categories = _number([mesh.kind for mesh in meshes])
+
+    def read(self, indices: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(self._meshes[index].vertices, self._meshes[index].faces) for index in indices]
+
+    def describe(self, index: int) -> str:
+        return f"generated mesh {index} ({self._meshes[index].kind})"
+
+
+class ParquetMeshes:
+    """
+    The meshes of parquet files, here or at hf:// addresses, memory-mapped by `datasets`: columns `vertices` and
+    `faces` (lists of three numbers; of more corners, which become fans of triangles), and `category` and `name` where
+    there are such.
+
+    Raises:
+        ValueError: no such file, a column is missing or of another type, or there is no mesh in them.
+    """
+
+    def __init__(self, files: Sequence[str], max_samples: int | None = None):
+        optional, filled = {"category", "name"}, []
+        for file in chain.from_iterable(map(expand, files)):
+            try:
+                with fsspec.open(file) as opened:
+                    metadata = pyarrow.parquet.read_metadata(opened)
+            except (OSError, pyarrow.ArrowInvalid) as error:
+                raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
+            names = set(metadata.schema.to_arrow_schema().names)
+            missing = {"vertices", "faces"} - names
+            if missing:
+                raise ValueError(f"{file} has no column {' and no column '.join(sorted(missing))}")
+            optional &= names
+            filled += [str(file)] * (metadata.num_rows > 0)
+        if not filled:
+            raise ValueError(f"there is no mesh in {', '.join(map(str, files))}")
+        self._data = datasets.load_dataset(
+            "parquet", data_files=filled, split="train", columns=["vertices", "faces", *sorted(optional)]
+        )
+        if max_samples is not None:
+            self._data = self._data.take(min(max_samples, len(self._data)))
+        table = self._data.with_format("arrow")
+        self.num_faces = count_triangles(table["faces"][:])
+        categories = self._data["category"][:] if "category" in optional else ["all"] * len(self._data)
+        self.category_names, self.categories = _number([str(category) for category in categories])
+        self._rows = self._data.select_columns(["vertices", "faces"]).with_format("arrow")
+        self._names = self._data.select_columns(["name"]) if "name" in optional else None
+
+    def read(self, indices: Sequence[int]) -> MeshTable:
+        return MeshTable(self._rows[list(indices)])
+
+    def describe(self, index: int) -> str:
+        return f"mesh {index}" if self._names is None else f"mesh {index} ({self._names[index]['name']})"
+
+
+def expand(pattern: str) -> list[str]:
+    """
+    The files that a pattern names, on this machine or, of hf:// addresses, on the Hub; a plain name is itself. Raises
+    ValueError if there is none.
+    """
+    if not fsspec.core.has_magic(pattern):
+        return [pattern]
+    system, path = fsspec.core.url_to_fs(pattern)
+    found = sorted(system.glob(path))
+    if not found:
+        is_held_out = "validation" in pattern.rpartition("/")[2]
+        advice = "; a set without held-out meshes has none: leave out --validation_file" if is_held_out else ""
+        raise ValueError(f"no file matches {pattern}{advice}")
+    return [system.unstrip_protocol(name) if "://" in pattern else name for name in found]
+
+
+def _number(names: list[str]) -> tuple[list[str], np.ndarray]:
+    unique, indices = np.unique(names, return_inverse=True)
+    return unique.tolist(), indices
+
+
+class RowKey(NamedTuple):
+    """
+    All that a row is made from. A draw is a mesh's index, plus the number of meshes for every time that the mesh was
+    drawn in the same epoch before.
+    """
+
+    epoch: int
+    draws: np.ndarray
+
+
+class MeshRows:
+    """
+    Packed rows by their keys, for training and evaluation. Of each mesh its category is known: `category`, an index
+    into the names of the meshes' categories.
+
+    A mesh that turns out to be unusable, for example flat to a point once it is quantised, is left out with a warning.
+    """
+
+    def __init__(
+        self,
+        meshes: Meshes,
+        tokenizer: IFlameTokenizer,
+        row_length: int,
+        seed: int = 0,
+        scale: bool = False,
+        shift: bool = False,
+    ):
+        self.meshes = meshes
+        self.tokenizer = tokenizer
+        self.row_length = row_length
+        self.encode = MeshEncoder(tokenizer, row_length, seed, scale, shift)
+
+    def pack(self, keys: Sequence[RowKey]) -> PackedRows:
+        """The rows of N keys, in the order of these."""
+        found = self._sequences(keys)
+        categories = [self.meshes.categories[index] for of_row in found for index, _ in of_row]
+        sequences = [[sequence for _, sequence in of_row] for of_row in found]
+        return pack(sequences, self.row_length, self.tokenizer, {"category": categories}, self.encode.id_type)
+
+    def batch(self, keys: Sequence[RowKey]) -> Batch:
+        """The model's inputs for the rows of N keys."""
+        return batch_inputs(self.pack(keys), self.tokenizer)
+
+    def _sequences(self, keys: Sequence[RowKey]) -> list[list[tuple[int, np.ndarray]]]:
+        """For every row the indices of its meshes and their token ids."""
+        draws = [key.draws.tolist() for key in keys]
+        indices = [draw % len(self.meshes.num_faces) for draw in chain.from_iterable(draws)]
+        meshes, done, rows = self.meshes.read(indices), 0, []
+        for key, of_row in zip(keys, draws, strict=True):
+            rows.append([])
+            for draw in of_row:
+                index, number, done = indices[done], done, done + 1
+                try:
+                    rows[-1].append((index, self.encode(meshes[number], key.epoch, draw)))
+                except ValueError as error:
+                    warnings.warn(f"{self.meshes.describe(index)} is left out: {error}", stacklevel=1)
+        return rows
+
+
+def mesh_sizes(meshes: Meshes, row_length: int, long_meshes: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The largest number of faces (N,) each mesh can take in a row, and the indices (M,) of the meshes to use.
+
+    Sizes are those before quantisation, which can only merge faces: rows are planned without reading a mesh.
+
+    Raises:
+        ValueError: a mesh is longer than a row and `long_meshes` is "error", or no mesh is left.
+    """
+    sizes, capacity = meshes.num_faces + EXTRA_FACES, row_length // TOKENS_PER_FACE
+    too_long = sizes > capacity
+    if too_long.any() and long_meshes == "error":
+        longest = int(sizes.argmax())
+        raise ValueError(
+            f"{too_long.sum()} of {len(sizes)} meshes are longer than a row of {row_length} tokens; the longest, "
+            f"{meshes.describe(longest)}, has {meshes.num_faces[longest]} faces as triangles: give --row_length "
+            f"{TOKENS_PER_FACE * sizes[longest]}, or --long_meshes crop or --long_meshes drop"
+        )
+    used = np.flatnonzero(~too_long) if long_meshes == "drop" else np.arange(len(sizes))
+    if len(used) == 0:
+        raise ValueError(f"every mesh is longer than a row of {row_length} tokens: give a larger --row_length")
+    return np.minimum(sizes, capacity), used
+
+
+def require_usable(rows: MeshRows, used: np.ndarray, option: str, files: Sequence[str]) -> None:
+    """
+    Raises ValueError, with the reason of the first, if not one of the meshes to use becomes tokens; reads no further
+    than to the first that does.
+
+    Args:
+        used: (M,) their indices.
+        option: of the command line, by which the files were given.
+    """
+    reason = ""
+    for first in range(0, len(used), MESHES_AT_ONCE):
+        indices = used[first : first + MESHES_AT_ONCE].tolist()
+        meshes = rows.meshes.read(indices)
+        for number, index in enumerate(indices):
+            try:
+                rows.encode(meshes[number], 0, index)
+                return
+            except ValueError as error:
+                reason = reason or f"{rows.meshes.describe(index)}: {error}"
+    named = f"{option} {' '.join(files[:3])}{' ...' if len(files) > 3 else ''}"
+    raise ValueError(f"not one of the {len(used):,} meshes of {named} can be used: {reason}")
+
+
+class RowStream:
+    """
+    The endless stream of training rows: one epoch after the other, each in its own random order and company.
+
+    Args:
+        sizes: (N,) faces of every mesh in a row.
+        used: (M,) indices of the meshes to use.
+        capacity: faces of a row.
+        categories: (N,) category of each mesh, if an epoch's M meshes are to be drawn with replacement such that every
+            category is equally likely; otherwise an epoch is every mesh once.
+    """
+
+    def __init__(
+        self, sizes: np.ndarray, used: np.ndarray, capacity: int, seed: int, categories: np.ndarray | None = None
+    ):
+        self.sizes = sizes
+        self.used = used
+        self.capacity = capacity
+        self.seed = seed
+        self.weights = None
+        if categories is not None:
+            _, inverse, counts = np.unique(categories[used], return_inverse=True, return_counts=True)
+            self.weights = 1 / (len(counts) * counts[inverse])
+        self.rows_of = lru_cache(maxsize=2)(self._rows_of)
+
+    def _rows_of(self, epoch: int) -> list[np.ndarray]:
+        """The draws of every row of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        draws = self.used
+        if self.weights is not None:
+            draws = np.sort(rng.choice(self.used, size=len(self.used), p=self.weights))
+            draws = draws + len(self.sizes) * (np.arange(len(draws)) - np.searchsorted(draws, draws))
+        rows = plan_rows(self.sizes[draws % len(self.sizes)], self.capacity, rng)
+        return [draws[row] for row in rows]
+
+    def advance(self, epoch: int, row: int, count: int) -> tuple[int, int]:
+        """The place `count` rows after row `row` of `epoch`."""
+        row += count
+        while row >= len(self.rows_of(epoch)):
+            row -= len(self.rows_of(epoch))
+            epoch += 1
+        return epoch, row
+
+    def batches(self, epoch: int, row: int, size: int, rank: int = 0, world_size: int = 1) -> Iterator[list[RowKey]]:
+        """From that place on, without end: every `world_size` batches of `size` rows, the one of `rank`."""
+        position = self.advance(epoch, row, rank * size)
+        while True:
+            batch = []
+            for _ in range(size):
+                batch.append(RowKey(position[0], self.rows_of(position[0])[position[1]]))
+                position = self.advance(*position, 1)
+            yield batch
+            position = self.advance(*position, (world_size - 1) * size)
+
+    def digest(self) -> str:
+        """Changes with the meshes, their order, or the length of rows: what a place in the data depends on."""
+        content = hashlib.sha256(repr((ORDER, self.capacity, self.seed, self.weights is not None)).encode())
+        for array in (self.sizes, self.used):
+            content.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        return content.hexdigest()[:16]
+
+
+def evaluation_batches(
+    sizes: np.ndarray, used: np.ndarray, capacity: int, size: int, rank: int = 0, world_size: int = 1
+) -> list[list[RowKey]]:
+    """
+    Every mesh once in tightly packed rows, as batches of `size` rows; all ranks get the same number of batches, the
+    last filled up with empty rows.
+    """
+    order = used[np.argsort(-sizes[used], kind="stable")]
+    keys = [RowKey(0, order[row]) for row in best_fit(sizes[order].tolist(), capacity)]
+    keys += [RowKey(0, order[:0])] * (-len(keys) % (size * world_size))
+    batches = [keys[first : first + size] for first in range(0, len(keys), size)]
+    return batches[rank::world_size]
+
+
+class MappedRows(TrainingRows):
+    """
+    Training rows of meshes that can be had in any order. A place, an epoch and a row in it, is the same for all
+    processes: they take their batches by turns.
+    """
+
+    def __init__(self, rows: MeshRows, stream: RowStream):
+        self.rows = rows
+        self.stream = stream
+        self.rows_in_epoch = len(stream.rows_of(0))
+
+    def batches(
+        self,
+        places: list[Place],
+        size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Iterator[tuple[Batch, Place]]:
+        epoch, row = places[0] if places else (0, 0)
+        batches = self.stream.batches(epoch, row, size, rank, world_size)
+        at_once = max(1, ROWS_IN_MESSAGE // size)
+        tasks = iter(lambda: list(chain.from_iterable(islice(batches, at_once))), [])
+        for rows in in_workers(self.rows.pack, tasks, num_workers):
+            for first in range(0, len(rows.ids), size):
+                epoch, row = self.stream.advance(epoch, row, world_size * size)
+                yield batch_inputs(rows[first : first + size], self.rows.tokenizer, pin_memory), [epoch, row]
+
+    def epochs(self, place: Place) -> float:
+        epoch, row = place
+        return epoch + row / len(self.stream.rows_of(epoch))
+
+    def describe(self) -> str:
+        return f"{len(self.stream.used):,} meshes in {self.rows_in_epoch:,} rows"
+
+    def digest(self) -> str:
+        return self.stream.digest()
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """The batches of an evaluation, made anew whenever they are gone through."""
+
+    rows: MeshRows
+    keys: list[list[RowKey]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.rows.batch, self.keys)
+
+
+@dataclass
+class Data:
+    """What a run learns from and is judged by."""
+
+    rows: TrainingRows
+    validation: Meshes | None
+    validation_loader: HeldOutRows | None
+
+
+def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
+    """The training rows, and the held-out rows if there are any."""
+    options, train = arguments.data, arguments.train
+    meshes: Meshes | None = None
+    validation: Meshes | None = None
+    if options.train_file:
+        with _main_process_first(accelerator):  # which fills the cache of `datasets` for the others
+            if not options.streaming:
+                meshes = ParquetMeshes(options.train_file, options.max_train_samples)
+            if options.validation_file:
+                validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
+    else:
+        chosen = {"max_faces": options.procedural_max_faces, "kinds": tuple(options.procedural_kinds)}
+        count = min(options.num_procedural_meshes, options.max_train_samples or options.num_procedural_meshes)
+        meshes = ProceduralMeshes(make_dataset(count, train.seed, **chosen))
+        count = options.num_procedural_validation_meshes
+        count = min(count, options.max_eval_samples or count)
+        if count:
+            validation = ProceduralMeshes(make_dataset(count, train.seed + VALIDATION_SEED, **chosen))
+
+    length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
+    varied = (train.seed, options.scale_augmentation, options.shift_augmentation)
+    rows: TrainingRows
+    if meshes is None:
+        encode = MeshEncoder(tokenizer, length, *varied)
+        rows = stream_rows(options.train_file, encode, options.long_meshes, options.streaming_row_groups)
+    else:
+        sizes, used = mesh_sizes(meshes, length, options.long_meshes)
+        balanced = meshes.categories if options.balance == "category" else None
+        stream = RowStream(sizes, used, capacity, train.seed, balanced)
+        mapped = MeshRows(meshes, tokenizer, length, *varied)
+        if options.train_file:
+            require_usable(mapped, used, "--train_file", options.train_file)
+        rows = MappedRows(mapped, stream)
+    held_out = None
+    if validation is not None:
+        sizes, used = mesh_sizes(validation, length, options.long_meshes)
+        fixed = MeshRows(validation, tokenizer, length)
+        if options.validation_file:
+            require_usable(fixed, used, "--validation_file", options.validation_file)
+        batches = evaluation_batches(
+            sizes,
+            used,
+            capacity,
+            train.per_device_eval_batch_size or train.per_device_train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        held_out = HeldOutRows(fixed, batches)
+    return Data(rows, validation, held_out)
+
+
+@contextmanager
+def _main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Accelerate's leaves the others waiting where the main process fails: here they go on, and fail as it did."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            accelerator.wait_for_everyone()

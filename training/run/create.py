@@ -1,0 +1,170 @@
+"""What a run begins with: Accelerate's object, the model with its tokenizer, the optimiser, compiled blocks."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
+from iflame_hf.names import model_folder
+from training.arguments import Arguments, TrainArguments
+from training.optim.average import MovingAverage
+from training.optim.groups import create_optimizer
+from training.run.weights import are_sharded
+
+# Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
+# mesh a row or several.
+MAX_COMPILED_BLOCKS = 24
+# Options that a model to start from has decided.
+SIZE_OPTIONS = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "stage_layers",
+    "full_attention_interval",
+    "initializer_range",
+)
+
+
+def create_accelerator(arguments: Arguments) -> Accelerator:
+    train = arguments.train
+    _check_trackers(train.report_to)
+    accelerator = Accelerator(
+        cpu=train.use_cpu,
+        mixed_precision="bf16" if train.bf16 else "fp16" if train.fp16 else None,
+        log_with=train.report_to or None,
+        project_dir=train.output_dir,
+        step_scheduler_with_optimizer=False,
+    )
+    # The loss is divided once, by the labels of a whole step, and not by what the environment says.
+    accelerator.gradient_accumulation_steps = 1
+    if accelerator.mixed_precision != "no":
+        # What autocast leaves in float32, the states of linear attention above all, may be multiplied as tf32.
+        torch.set_float32_matmul_precision("high")
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy  # which torch 2.5 has not
+
+        # Autocast chooses the types, as it does where weights are not sharded; Accelerate's policy would hand on what
+        # blocks compute, the loss and the gradients in bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    return accelerator
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raises ValueError for trackers that do not exist or are not installed; Accelerate passes the latter over."""
+    known, available = LoggerType.list(), {tracker.value for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"report_to must be none or some of {', '.join(known)}; got {name!r}")
+        if name not in ("all", *available):
+            raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+
+
+def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
+    """
+    A fresh model of the sizes asked for, or a trained one to go on from.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it contradicts an option that was given.
+    """
+    sizes = arguments.model
+    implementations = {"linear_attn_implementation": sizes.linear_attn_implementation}
+    if sizes.attn_implementation is not None:
+        implementations["attn_implementation"] = sizes.attn_implementation
+    if sizes.model_name_or_path is not None:
+        model_folder(sizes.model_name_or_path)
+        settings, _ = IFlameConfig.get_config_dict(sizes.model_name_or_path)
+        if settings.get("model_type") != IFlameConfig.model_type:
+            raise ValueError(
+                f"{sizes.model_name_or_path} is no iFlame model: its model_type is {settings.get('model_type')!r}"
+            )
+        tokenizer = IFlameTokenizer.from_pretrained(sizes.model_name_or_path)
+        _check_sizes(arguments, IFlameConfig.from_dict(settings), tokenizer)
+        model = IFlameForCausalLM.from_pretrained(sizes.model_name_or_path, dtype=torch.float32, **implementations)
+    else:
+        tokenizer = IFlameTokenizer(up_axis=arguments.data.up_axis)
+        config = IFlameConfig(
+            vocab_size=tokenizer.vocab_size,
+            coordinate_resolution=tokenizer.coordinate_resolution,
+            hidden_size=sizes.hidden_size,
+            num_attention_heads=sizes.num_attention_heads,
+            intermediate_size=sizes.intermediate_size,
+            stage_layers=sizes.stage_layers,
+            full_attention_interval=sizes.full_attention_interval,
+            initializer_range=sizes.initializer_range,
+            **implementations,
+        )
+        model = IFlameForCausalLM(config)
+    if sizes.gradient_checkpointing:
+        enable_activation_checkpointing(model)
+    return tokenizer, model
+
+
+def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
+    """Lets the backward pass compute blocks again; transformers renamed the method in 5.23."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+
+
+def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTokenizer) -> None:
+    """Raises ValueError if an option was given that the model to start from does not have so."""
+
+    def shown(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    own = {name: getattr(config, name) for name in SIZE_OPTIONS} | {"up_axis": tokenizer.up_axis}
+    given = arguments.to_dict()
+    others = [
+        f"--{name} {shown(given[name])} (its own is {shown(value)})"
+        for name, value in own.items()
+        if name in arguments.given and shown(given[name]) != shown(value)
+    ]
+    if others:
+        raise ValueError(
+            f"{arguments.model.model_name_or_path} is as it is made and cannot have {', '.join(others)}: leave that "
+            "out, or leave out --model_name_or_path to train a new model"
+        )
+
+
+def create_optimization(
+    options: TrainArguments, model: IFlameForCausalLM, accelerator: Accelerator
+) -> tuple[torch.optim.Optimizer, MovingAverage | None]:
+    """
+    The optimiser that the options name, and the moving average of the weights if they ask for one.
+
+    Raises:
+        ValueError: an average is asked for while the weights are sharded.
+    """
+    average = None
+    if options.ema_decay is not None:
+        if are_sharded(accelerator):
+            raise ValueError(
+                "ema_decay is not available while the weights are sharded (FSDP): leave it out, or use DDP"
+            )
+        average = MovingAverage(model, options.ema_decay, accelerator.device)
+    optimizer = create_optimizer(
+        model,
+        options.optim,
+        options.learning_rate,
+        options.weight_decay,
+        (options.adam_beta1, options.adam_beta2),
+        options.adam_epsilon,
+    )
+    return optimizer, average
+
+
+def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:
+    """
+    Compile every block by itself: there are few different ones (two kinds of attention at three lengths), so that
+    compiling takes a fraction of the time that the whole network would, while little is left to fuse between them.
+
+    Rows have one length, so the shapes of the first step are those of all; evaluation and training compile apart, and
+    so do rows of one mesh and of several.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_BLOCKS)
+    for block in model.model.layers:
+        block.compile(mode=mode, backend=backend, dynamic=False)

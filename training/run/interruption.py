@@ -1,0 +1,54 @@
+"""A run that is asked to stop, by Ctrl-C, a signal, or the end of what started it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+class Stopped(Exception):
+    """The run was asked to stop, in the middle of what can be done again."""
+
+
+class Interruption:
+    """
+    While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once. The
+    end of `accelerate launch`, which dies of a SIGTERM without a word to the process it has started, counts as one.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._first = 0.0
+        self._before: dict[int, Any] = {}
+        parent = os.getppid()
+        self._launcher = parent if _is_accelerate(parent) else None
+
+    @property
+    def asked(self) -> bool:
+        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
+
+    def __enter__(self) -> "Interruption":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if not self._asked:
+            self._asked, self._first = True, time.monotonic()
+            os.write(2, b"\nstopping, once a checkpoint is saved\n")  # print must not be used in a handler
+        elif number == signal.SIGINT and time.monotonic() - self._first > 5:
+            raise KeyboardInterrupt
+
+
+def _is_accelerate(process: int) -> bool:
+    try:
+        words = psutil.Process(process).cmdline()
+    except psutil.Error:
+        return False
+    return "accelerate.commands.launch" in words or any(Path(word).stem.startswith("accelerate") for word in words[:2])
