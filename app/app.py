@@ -20,7 +20,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from sampling import TOKENS_PER_FACE, Growing, Prompt, grow, load, read_part, write, write_all
+from sampling import Growing, Prompt, grow, load, read_part, write, write_all
 from transformers import Pipeline
 from waiting_line import Line, Place
 
@@ -111,7 +111,8 @@ class Page:
 
     def __init__(self, generator: Pipeline, name: str, examples: bool = True):
         self.generator = generator
-        self.most_faces = min(MOST_FACES, generator.model.config.max_position_embeddings // TOKENS_PER_FACE - 2)
+        longest = generator.model.config.max_position_embeddings
+        self.most_faces = min(MOST_FACES, generator.tokenizer.format.most_faces(longest))
         self.default_faces = min(200, self.most_faces)
         self._line = Line()
         self._runs = itertools.count(1)

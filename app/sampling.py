@@ -17,20 +17,17 @@ from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, pipel
 from transformers.generation.streamers import BaseStreamer
 
 TASK = "mesh-generation"
-TOKENS_PER_FACE = 9  # tokens of a face; a sequence begins with a start face
 FORMATS = ("glb", "obj")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What meshes begin with: ids (T,), and the box (2, 3) that places them in the units of a given part, or None."""
+    """What meshes begin with: ids (T,) with the start face, how many faces they hold, and the box (2, 3) that places
+    them in the units of a given part, or None."""
 
     ids: list[int]
+    faces: int = 0
     bounds: np.ndarray | None = None
-
-    @property
-    def faces(self) -> int:
-        return len(self.ids) // TOKENS_PER_FACE - 1
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,9 @@ def read_part(generator: Pipeline, path: str | Path, share: float = 1.0, room_ab
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).replace(str(path), path.name)
         raise ValueError(reason if path.name in reason else f"{path.name}: {reason}") from error
-    faces = len(row["input_ids"]) // TOKENS_PER_FACE - 1
-    return Prompt(row["input_ids"][: TOKENS_PER_FACE * (1 + max(1, round(share * faces)))], row["bounds"])
+    layout = generator.tokenizer.format
+    kept = max(1, round(share * layout.prompt_faces(len(row["input_ids"]))))
+    return Prompt(row["input_ids"][: layout.num_tokens(kept, start=True)], kept, row["bounds"])
 
 
 class _Steps(BaseStreamer):
@@ -147,7 +145,7 @@ def grow(
     early, the generation stops.
     """
     model, tokenizer = generator.model, generator.tokenizer
-    prompt = prompt or Prompt([tokenizer.bos_token_id] * TOKENS_PER_FACE)
+    prompt = prompt or Prompt(tokenizer.format.start_face)
     room = max_faces - prompt.faces
     if room < 1:
         raise ValueError(
@@ -165,7 +163,7 @@ def grow(
                 torch.tensor([prompt.ids], device=model.device),
                 do_sample=True,
                 num_return_sequences=number,
-                max_new_tokens=TOKENS_PER_FACE * room + 1,  # the last may say that the mesh ends
+                max_new_tokens=tokenizer.format.num_tokens(room) + 1,  # the last may say that the mesh ends
                 temperature=temperature,
                 top_k=0,
                 top_p=top_p,
@@ -179,7 +177,7 @@ def grow(
     def look() -> list[Growing]:
         new = np.array(streamer.steps[:], dtype=np.int64).reshape(-1, number).T
         rows = np.concatenate([np.tile(prompt.ids, (number, 1)), new], axis=1)
-        ended = (new > tokenizer.coordinate_resolution).any(axis=1)
+        ended = (~tokenizer.format.is_coordinate(new)).any(axis=1)
         return [
             Growing(row, *tokenizer.decode_arrays(row), bool(end), seed)
             for row, end, seed in zip(rows, ended, seeds, strict=True)

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from transformers import pipeline
 
-FACE = 9  # tokens
-
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,12 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = generator.tokenizer
     # The start face, then all faces from the lowest on: a beginning of this sequence is a part the model goes on from.
     ids = tokenizer.encode_mesh(options.mesh, add_end=False)
-    kept = max(1, round(options.keep * (len(ids) // FACE - 1)))
-    part = tokenizer.decode_mesh(ids[: FACE * (1 + kept)])
+    faces = tokenizer.format.prompt_faces(len(ids))
+    kept = max(1, round(options.keep * faces))
+    part = tokenizer.decode_mesh(ids[: tokenizer.format.num_tokens(kept, start=True)])
 
     options.out.mkdir(parents=True, exist_ok=True)
     generator.export(part, options.out / "part.glb", winding="kept")
-    print(f"{options.out / 'part.glb'}: the {kept} lowest of {len(ids) // FACE - 1} faces")
+    print(f"{options.out / 'part.glb'}: the {kept} lowest of {faces} faces")
     meshes = generator(part, num_meshes=options.num, max_faces=options.max_faces, top_p=0.9, seed=options.seed)
     for number, mesh in enumerate(meshes):
         path = generator.export(mesh, options.out / f"completed-{number:02d}.glb")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import random
 import sys
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from iflame_cli.errors import CommandError
 from iflame_cli.models import check_model
 from iflame_cli.reading import MeshFile, check_decimation, mesh_files, read_mesh
+from iflame_hf.files_iflame import write_whole
 from iflame_hf.mesh_iflame import load_mesh, turn, up_axis_of
 
 RECORD = "meshes.json"
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
                 _tell(job, entry, options.json)
     finally:
         if record["meshes"]:
-            _write_record(options.out / RECORD, record)
+            write_whole(options.out / RECORD, json.dumps(record, indent=1) + "\n")
     written = sum(entry["file"] is not None for entry in record["meshes"])
     if options.seed is None:
         print(f"seed {seed}: give --seed {seed} for the same meshes", file=sys.stderr)
@@ -150,9 +150,3 @@ def _tell(job: Job, entry: dict[str, Any], as_json: bool) -> None:
             text += f"; not ended: cut off at {entry['faces'] + sum(dropped.values())} faces (--max-faces)"
     tqdm.write(text)
     sys.stdout.flush()
-
-
-def _write_record(path: Path, record: dict) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -15,7 +15,7 @@ from iflame_cli.errors import CommandError
 from iflame_cli.models import check_model_type
 from iflame_cli.reading import MeshFile
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline
-from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_hf.format_iflame import MeshFormat
 from iflame_hf.mesh_iflame import errors_name
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_faces")
@@ -66,7 +66,7 @@ def check_parts(generator: MeshGenerationPipeline, parts: list[MeshFile], option
     for part in parts:
         with errors_name(part.path):
             row = generator.preprocess((part.vertices, part.faces), prompt_up_axis=part.up_axis, **_placing(options))
-        faces = len(row["input_ids"]) // TOKENS_PER_FACE - 1
+        faces = generator.tokenizer.format.prompt_faces(len(row["input_ids"]))
         if faces >= most:
             raise CommandError(
                 f"{part.path}: it has {faces} faces, and the completed mesh may have {most}: keep its lowest faces "
@@ -82,14 +82,14 @@ def _placing(options: argparse.Namespace) -> dict[str, Any]:
 class Progress(StoppingCriteria):
     """Moves a bar as the rows of a batch come to their ends; stops nothing."""
 
-    def __init__(self, bar: tqdm, eos_token_id: int):
-        self.bar, self.eos_token_id = bar, eos_token_id
+    def __init__(self, bar: tqdm, layout: MeshFormat):
+        self.bar, self.layout = bar, layout
         self.before = bar.n
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.shape[1] % TOKENS_PER_FACE == 0 and not self.bar.disable:
-            self.bar.set_postfix(faces=input_ids.shape[1] // TOKENS_PER_FACE - 1, refresh=False)
-            self.bar.n = self.before + int((input_ids == self.eos_token_id).any(dim=1).sum())
+        if self.layout.is_whole(input_ids.shape[1]) and not self.bar.disable:
+            self.bar.set_postfix(faces=self.layout.prompt_faces(input_ids.shape[1]), refresh=False)
+            self.bar.n = self.before + int((input_ids == self.layout.eos_token_id).any(dim=1).sum())
             self.bar.refresh()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -109,7 +109,7 @@ def make_meshes(
         same = list(group)
         for start in range(0, len(same), options.batch_size):
             batch = same[start : start + options.batch_size]
-            progress = Progress(bar, generator.tokenizer.eos_token_id)
+            progress = Progress(bar, generator.tokenizer.format)
             shared = {**sampling, "seed": seed + done, "stopping_criteria": [progress], "batch_size": len(batch)}
             if up_axis is None:
                 meshes = generator(num_meshes=len(batch), **shared)

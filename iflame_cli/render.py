@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from iflame_hf.files_iflame import write_whole
 
 BACKGROUND = (255, 255, 255)
 OUTSIDE = (140, 184, 224)
@@ -131,9 +134,6 @@ def render_meshes(
             pen.text((left + size / 2, top + size), titles[place], fill=EDGE, font=font, anchor="ma")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        sheet.save(beside, format="PNG")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    picture = BytesIO()
+    sheet.save(picture, format="PNG")
+    write_whole(path, picture.getvalue())

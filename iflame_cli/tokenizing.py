@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
 from iflame_cli.reading import check_decimation, mesh_files, read_mesh
+from iflame_hf.format_iflame import known_format
 from iflame_hf.mesh_iflame import (
     MAX_RESOLUTION,
     bounding_box,
@@ -24,7 +25,6 @@ from iflame_hf.mesh_iflame import (
     turn,
 )
 
-TOKENS_PER_FACE = 9
 DROPPED = {
     "faces_with_equal_corners": "had two equal corners",
     "faces_flattened_by_rounding": "became a line or a point when rounded",
@@ -109,7 +109,7 @@ def measure(
         "faces": len(faces),
         "kept_vertices": len(kept_levels),
         "kept_faces": len(kept_faces),
-        "tokens": TOKENS_PER_FACE * (1 + len(kept_faces) + 1),  # a start face before, an end face after
+        "tokens": known_format().num_tokens(len(kept_faces), start=True, end=True),
         "vertices_welded": len(vertices) - int(exact.max()) - 1,
         "vertices_merged_by_rounding": int(exact.max()) - int(merged.max()),
         "faces_with_equal_corners": int(was_flat.sum()),

@@ -3,7 +3,6 @@
 import argparse
 import html
 import json
-import os
 import sys
 import webbrowser
 from base64 import b64encode
@@ -14,6 +13,7 @@ import numpy as np
 
 from iflame_cli.errors import CommandError
 from iflame_cli.reading import mesh_files
+from iflame_hf.files_iflame import write_whole
 from iflame_hf.mesh_iflame import load_mesh, normalise, turn, up_axis_of
 
 MARK = "<!-- written by iflame view -->"
@@ -37,9 +37,7 @@ def run(options: argparse.Namespace) -> None:
     if not meshes:
         raise CommandError("none of the meshes can be read")
     text = build_page(meshes, title=first.name or str(first))
-    beside = page.with_name(f".{page.name}.{os.getpid()}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, page)
+    write_whole(page, text)
     print(page)
     if not options.no_browser and not webbrowser.open(page.resolve().as_uri()):
         print("iflame: no browser could be opened: open the page yourself", file=sys.stderr)

@@ -5,12 +5,8 @@ import re
 
 from transformers import PreTrainedConfig
 
-VERTICES_PER_FACE = 3
-COORDINATES_PER_VERTEX = 3
-TOKENS_PER_FACE = VERTICES_PER_FACE * COORDINATES_PER_VERTEX
+from .format_iflame import DEFAULT_MESH_FORMAT, MESH_FORMATS, known_format
 
-# Tokens that one item of a level spans: a coordinate, a vertex, a face.
-LEVEL_STRIDES = (1, COORDINATES_PER_VERTEX, TOKENS_PER_FACE)
 # The level of each of the five stages of the hourglass.
 STAGE_LEVELS = (0, 1, 2, 1, 0)
 
@@ -20,8 +16,8 @@ LINEAR_ATTENTION_IMPLEMENTATIONS = ("auto", "eager", "chunked", "lightning_attn"
 TASK = "mesh-generation"
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}}
 
-# Start face, 800 faces (the most the published model was trained on), end face.
-DEFAULT_MAX_LENGTH = (1 + 800 + 1) * TOKENS_PER_FACE
+# Of a generated mesh by default: the most that the published model was trained on.
+DEFAULT_MAX_FACES = 800
 
 
 class IFlameConfig(PreTrainedConfig):
@@ -47,6 +43,8 @@ class IFlameConfig(PreTrainedConfig):
         coordinate_resolution (`int`): intervals of the coordinate grid; there are one more levels, with the token ids
             0 to `coordinate_resolution`.
         pad_token_id, bos_token_id, eos_token_id (`int`): special ids, by default the three ids after the levels.
+        mesh_format (`str`): how a mesh becomes a sequence, a key of `format_iflame.MESH_FORMATS`. What a face is to
+            the model follows from it: `tokens_per_face`, `level_strides`.
         use_cache (`bool`): whether the model returns its decoding state by default.
         linear_attn_implementation (`str`): how linear attention is computed: `"eager"` (the recurrence itself),
             `"chunked"` (plain torch), `"lightning_attn"` or `"fla"` (the packages of those names), or `"auto"`: the
@@ -75,6 +73,7 @@ class IFlameConfig(PreTrainedConfig):
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
+        mesh_format=DEFAULT_MESH_FORMAT,
         use_cache=True,
         tie_word_embeddings=False,
         linear_attn_implementation="auto",
@@ -91,6 +90,7 @@ class IFlameConfig(PreTrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.coordinate_resolution = coordinate_resolution
+        self.mesh_format = mesh_format
         self.use_cache = use_cache
         self.linear_attn_implementation = linear_attn_implementation
 
@@ -138,6 +138,21 @@ class IFlameConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def tokens_per_face(self) -> int:
+        return MESH_FORMATS[self.mesh_format].tokens_per_face
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Coordinates of a vertex, vertices of a face: items of a level that are one item of the next."""
+        strides = self.level_strides
+        return tuple(above // below for below, above in zip(strides, strides[1:], strict=False))
+
+    @property
+    def level_strides(self) -> tuple[int, int, int]:
+        """Tokens that one item of a level spans: a coordinate, a vertex, a face."""
+        return MESH_FORMATS[self.mesh_format].level_strides
+
+    @property
     def linear_attn_implementation(self) -> str:
         return self._linear_attn_implementation
 
@@ -149,14 +164,6 @@ class IFlameConfig(PreTrainedConfig):
                 f"{name!r}"
             )
         self._linear_attn_implementation = name
-
-    @property
-    def level_strides(self) -> tuple[int, ...]:
-        return LEVEL_STRIDES
-
-    @property
-    def tokens_per_face(self) -> int:
-        return TOKENS_PER_FACE
 
     def stage_slices(self) -> list[slice]:
         """Where the blocks of each of the five stages lie in the stack of all blocks."""
@@ -221,6 +228,7 @@ class IFlameConfig(PreTrainedConfig):
                 "hidden_size / num_attention_heads must be a multiple of 4 (half of the rotary frequencies are zero), "
                 f"got {self.head_dim}"
             )
+        known_format(self.mesh_format)
         specials = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         for name, value in specials.items():
             if isinstance(value, bool) or not isinstance(value, int):

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .mesh_iflame import FILE_UP_AXES, UP_AXES, import_trimesh, load_mesh, turn
+from .files_iflame import write_whole
+from .format_iflame import UP_AXES
+from .mesh_iflame import FILE_UP_AXES, import_trimesh, load_mesh, turn
 
 EXPORT_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 WINDINGS = ("outward", "kept")
@@ -83,7 +85,7 @@ def export_mesh(
     name = _one_line(name or path.stem)
     notes = [GENERATOR, name] + ([f"licence: {_one_line(license)}"] if license else [])
     write = {".glb": _glb, ".obj": _obj, ".ply": _ply, ".stl": _stl}[suffix]
-    _write_whole(path, write(piece, name, notes, normals, license, extras))
+    write_whole(path, write(piece, name, notes, normals, license, extras))
     return path
 
 
@@ -189,12 +191,3 @@ def _stl(piece: Any, name: str, notes: list[str], *_: Any) -> bytes:
     data = piece.export(file_type="stl")
     header = ", ".join(notes).encode("ascii", "replace")[:80]  # of 80 bytes; must not begin with "solid"
     return header.ljust(80) + data[80:]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -17,7 +17,6 @@ import numpy as np
 
 MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off", ".dae")
 READER_PACKAGES = {".dae": "pycollada", ".zae": "pycollada"}  # with which trimesh reads these files
-UP_AXES = ("y", "z")
 # The vertical axis of a file that does not say: of glTF by specification, of dae by its default, of the others as
 # Blender and slicers write and read them. `up_axis_of` looks into the file too.
 FILE_UP_AXES = {".glb": "y", ".gltf": "y", ".obj": "y", ".off": "y", ".dae": "y", ".ply": "z", ".stl": "z"}

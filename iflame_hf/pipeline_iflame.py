@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from transformers import Pipeline
 
-from .configuration_iflame import TOKENS_PER_FACE
 from .export_iflame import export_mesh
+from .format_iflame import UP_AXES
 from .mesh_iflame import (
-    UP_AXES,
     MeshError,
     OptionError,
     bounding_box,
@@ -172,7 +171,7 @@ class MeshGenerationPipeline(Pipeline):
                     "%s, %s, %s and %s are of a prompt, and there is none",
                     *("room_above", "bounds", "keep", "prompt_up_axis"),
                 )
-            return {"input_ids": [self.tokenizer.bos_token_id] * TOKENS_PER_FACE, "bounds": None}
+            return {"input_ids": self.tokenizer.format.start_face, "bounds": None}
         if not is_mesh(prompt):
             raise ValueError(
                 f"a prompt is the path of a mesh file, a Trimesh, a Scene or a tuple (vertices, faces), got {prompt!r}"
@@ -209,18 +208,22 @@ class MeshGenerationPipeline(Pipeline):
                 (vertices, faces), add_end=False, normalise=bounds is not None, bounds=bounds
             )
         if keep is not None:
-            kept = max(1, round(keep * (len(ids) // TOKENS_PER_FACE - 1))) if isinstance(keep, float) else keep
-            ids = ids[: TOKENS_PER_FACE * (1 + kept)]
+            layout = self.tokenizer.format
+            kept = max(1, round(keep * layout.prompt_faces(len(ids)))) if isinstance(keep, float) else keep
+            ids = ids[: layout.num_tokens(kept, start=True)]
         return {"input_ids": ids, "bounds": bounds}
 
     @property
     def default_max_faces(self) -> int:
         """Most faces of a mesh where a call does not give `max_faces`."""
-        return max(self.model.generation_config.max_length // TOKENS_PER_FACE - 2, 1)
+        return max(self.tokenizer.format.most_faces(self.model.generation_config.max_length), 1)
+
+    def _num_faces(self, row: dict) -> int:
+        return self.tokenizer.format.prompt_faces(len(row["input_ids"]))
 
     def _check_room(self, row: dict, max_faces: int | None) -> None:
         """Raises MeshError for a prompt that leaves no room for another face."""
-        faces, most = _num_faces(row), max_faces or self.default_max_faces
+        faces, most = self._num_faces(row), max_faces or self.default_max_faces
         if faces >= most:
             message = f"the prompt has {faces} faces already: %s must be more, not {most}"
             raise MeshError(message, "too_many_faces", options=("max_faces",))
@@ -228,7 +231,7 @@ class MeshGenerationPipeline(Pipeline):
     def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         most = max_faces or self.default_max_faces
         # The last token may say that the mesh ends.
-        new_tokens = TOKENS_PER_FACE * (most - min(map(_num_faces, rows))) + 1
+        new_tokens = self.tokenizer.format.num_tokens(most - min(map(self._num_faces, rows))) + 1
         return {**self._sampling_options(**options), "max_new_tokens": new_tokens}
 
     def _sampling_options(self, **options: Any) -> dict[str, Any]:
@@ -285,10 +288,6 @@ def _placed(faces: Iterator[np.ndarray], bounds: Any) -> Iterator[np.ndarray]:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _num_faces(row: dict) -> int:
-    return len(row["input_ids"]) // TOKENS_PER_FACE - 1
 
 
 def _whole(name: str, value: Any) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .configuration_iflame import TOKENS_PER_FACE
 from .mesh_iflame import is_mesh
 
 _generating: dict[threading.Event, threading.Thread] = {}  # by what has them stop
@@ -82,14 +81,14 @@ class FaceStreamer(BaseStreamer):
     def _take(self, token: int) -> None:
         if self._mesh_ended:
             return
-        if not 0 <= token <= self.tokenizer.coordinate_resolution:
-            in_front = token in (self.tokenizer.pad_token_id, self.tokenizer.bos_token_id) and not self._ids
-            self._mesh_ended = not in_front
+        layout = self.tokenizer.format
+        if not layout.is_coordinate(token):
+            self._mesh_ended = bool(self._ids) or not layout.may_precede_mesh(token)
             return
         self._ids.append(token)
-        if len(self._ids) % TOKENS_PER_FACE:
+        if not layout.is_whole(len(self._ids)):
             return
-        vertices, faces = self.tokenizer.decode_arrays(self._ids[-TOKENS_PER_FACE:])
+        vertices, faces = self.tokenizer.decode_arrays(self._ids[-layout.tokens_per_face :])
         key = frozenset(map(tuple, vertices.tolist()))
         if len(faces) and key not in self._seen:
             self._seen.add(key)

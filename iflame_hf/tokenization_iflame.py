@@ -1,14 +1,15 @@
 """Meshes to token ids and back."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
+from .format_iflame import DEFAULT_MESH_FORMAT, MeshFormat, known_format
 from .mesh_iflame import (
     MAX_RESOLUTION,
-    UP_AXES,
     MeshError,
     canonicalise,
     declared_up_axis,
@@ -26,12 +27,8 @@ from .mesh_iflame import (
 )
 from .mesh_iflame import normalise as normalise_vertices
 
-FACE = 9  # tokens of a face: three vertices of three coordinates
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}  # in the order of their ids
-
-_ZXY = np.array([2, 0, 1])  # token order of a vertex's coordinates
-_XYZ = np.array([1, 2, 0])
-_SWAP = np.array([0, 2, 1])  # second and third vertex of a face
+MOST_FACES = 10_000  # a default of tokenizers, of which a model may hold fewer
 
 
 class IFlameTokenizer(PreTrainedTokenizer):
@@ -47,9 +44,11 @@ class IFlameTokenizer(PreTrainedTokenizer):
             file that declares another one is turned; other files are taken to have this one.
         reversed_winding: the second and third vertex of every face stand swapped in the sequences, as in those of
             the original iFlame code. For checkpoints trained on such sequences; meshes are the same either way.
+        mesh_format: the layout of sequences, a key of `format_iflame.MESH_FORMATS`.
         kwargs: as of any transformers tokenizer.
 
-    Calling it takes meshes (see `__call__`) or text; `decode` gives text, `decode_mesh` meshes.
+    `format`, a `MeshFormat`, holds all of this and does the arithmetic of tokens and faces. Calling the tokenizer
+    takes meshes (see `__call__`) or text; `decode` gives text, `decode_mesh` meshes.
     """
 
     vocab_files_names: dict[str, str] = {}
@@ -57,18 +56,24 @@ class IFlameTokenizer(PreTrainedTokenizer):
     padding_side = "left"
 
     def __init__(
-        self, coordinate_resolution: int = 128, up_axis: str = "y", reversed_winding: bool = False, **kwargs: Any
+        self,
+        coordinate_resolution: int = 128,
+        up_axis: str = "y",
+        reversed_winding: bool = False,
+        mesh_format: str = DEFAULT_MESH_FORMAT,
+        **kwargs: Any,
     ):
         if not isinstance(coordinate_resolution, int) or not 1 <= coordinate_resolution <= MAX_RESOLUTION:
             raise ValueError(
                 f"coordinate_resolution must be a whole number from 1 to {MAX_RESOLUTION}, "
                 f"got {coordinate_resolution!r}"
             )
-        if up_axis not in UP_AXES:
-            raise ValueError(f"up_axis must be one of {', '.join(UP_AXES)}, got {up_axis!r}")
-        self._resolution = coordinate_resolution
-        self.up_axis = up_axis
-        self.reversed_winding = bool(reversed_winding)
+        self.format: MeshFormat = known_format(
+            mesh_format,
+            coordinate_resolution=coordinate_resolution,
+            up_axis=up_axis,
+            reversed_winding=bool(reversed_winding),
+        )
         self._tokens = [str(level) for level in range(coordinate_resolution + 1)] + list(SPECIAL_TOKENS.values())
         self._ids = {token: index for index, token in enumerate(self._tokens)}
 
@@ -77,9 +82,13 @@ class IFlameTokenizer(PreTrainedTokenizer):
                 raise ValueError(f"{name} of an IFlameTokenizer is always {token}, got {kwargs[name]}")
         kwargs["added_tokens_decoder"] = self._saved_tokens(kwargs.get("added_tokens_decoder", {}))
         kwargs.setdefault("special_tokens_pattern", "none")
-        kwargs.setdefault("model_max_length", FACE * 10_000)
+        kwargs.setdefault("model_max_length", self.format.num_tokens(MOST_FACES))
         super().__init__(
-            coordinate_resolution=coordinate_resolution, up_axis=up_axis, reversed_winding=reversed_winding, **kwargs
+            coordinate_resolution=coordinate_resolution,
+            up_axis=up_axis,
+            reversed_winding=reversed_winding,
+            mesh_format=mesh_format,
+            **kwargs,
         )
 
     def _saved_tokens(self, saved: dict[int, Any]) -> dict[int, Any]:
@@ -94,7 +103,19 @@ class IFlameTokenizer(PreTrainedTokenizer):
 
     @property
     def coordinate_resolution(self) -> int:
-        return self._resolution
+        return self.format.coordinate_resolution
+
+    @property
+    def up_axis(self) -> str:
+        return self.format.up_axis
+
+    @up_axis.setter
+    def up_axis(self, axis: str) -> None:
+        self.format = replace(self.format, up_axis=axis)
+
+    @property
+    def reversed_winding(self) -> bool:
+        return self.format.reversed_winding
 
     @property
     def vocab_size(self) -> int:
@@ -195,15 +216,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
                 "simplify it first or raise max_faces",
                 "too_many_faces",
             )
-        if self.reversed_winding:
-            faces = faces[:, _SWAP]
-        start = FACE if add_start else 0
-        stop = start + FACE * len(faces)
-        ids = np.empty(stop + (FACE if add_end else 0), dtype=np.int64)
-        ids[:start] = self.bos_token_id
-        ids[start:stop] = levels[:, _ZXY][faces].ravel()
-        ids[stop:] = self.eos_token_id
-        return ids
+        return self.format.to_ids(levels[faces], start=add_start, end=add_end)
 
     def decode_arrays(self, ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """Vertices (V, 3) float64 in [-0.5, 0.5] and faces (F, 3) int64 of one sequence of ids.
@@ -221,11 +234,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
         ids = _to_array(ids)
         if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
             raise ValueError(f"ids must be one sequence of whole numbers, got {ids.dtype} of the shape {ids.shape}")
-        in_front = (ids == self.pad_token_id) | (ids == self.bos_token_id)
-        ids = ids[_first(~in_front) :]
-        ids = ids[: _first((ids < 0) | (ids > self.coordinate_resolution))]
-        corners = ids[: len(ids) // FACE * FACE].astype(np.int64).reshape(-1, 3, 3)[:, :, _XYZ]
-        return corners[:, _SWAP] if self.reversed_winding else corners
+        ids = ids[_first(~self.format.may_precede_mesh(ids)) :]
+        return self.format.to_corners(ids[: _first(~self.format.is_coordinate(ids))])
 
     def _coordinates(self, levels: np.ndarray) -> np.ndarray:
         """Levels (V, 3), y up, as coordinates (V, 3) in the axes of meshes."""
@@ -316,8 +326,11 @@ class IFlameTokenizer(PreTrainedTokenizer):
             if padding == "max_length":
                 lengths["max_length"] = max_length
             for name, length in lengths.items():
-                if length is not None and length % FACE:
-                    raise ValueError(f"meshes are padded by whole faces: {name} must be a multiple of 9, got {length}")
+                if length is not None and not self.format.is_whole(length):
+                    raise ValueError(
+                        f"meshes are padded by whole faces: {name} must be a multiple of "
+                        f"{self.format.tokens_per_face}, got {length}"
+                    )
         add_end = add_special_tokens if add_end is None else add_end
         rows = []
         for index, mesh in enumerate(meshes):
@@ -327,9 +340,12 @@ class IFlameTokenizer(PreTrainedTokenizer):
                 )
                 rows.append(ids)
         if truncation != "do_not_truncate":
-            if max_length < FACE:
-                raise ValueError(f"max_length must hold a face, nine tokens, got {max_length}")
-            rows = [row[: max_length // FACE * FACE] for row in rows]
+            kept = self.format.num_tokens(self.format.whole_faces(max_length))
+            if kept == 0:
+                raise ValueError(
+                    f"max_length must hold a face, {self.format.tokens_per_face} tokens, got {max_length}"
+                )
+            rows = [row[:kept] for row in rows]
         batch = self.pad(
             {"input_ids": rows},
             padding=padding,

@@ -24,6 +24,7 @@ from hub_upload import lay_out_cache
 from iflame_cli.command_line import main
 from iflame_cli.making import Progress
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
+from iflame_hf.format_iflame import known_format
 from iflame_hf.mesh_iflame import read_gltf_tree
 
 
@@ -173,7 +174,7 @@ def test_too_little_memory_is_told_with_advice(model, tmp_path, monkeypatch, cap
 def test_the_bar_counts_meshes_as_they_end_and_the_faces_so_far():
     written = io.StringIO()
     with tqdm(total=5, initial=2, file=written, mininterval=0) as bar:
-        progress = Progress(bar, EOS)
+        progress = Progress(bar, known_format())
         rows = torch.tensor([[BOS] * 9 + [1] * 18, [BOS] * 9 + [1] * 9 + [EOS] * 9])
         assert progress(rows[:, :18], None).tolist() == [False, False] and bar.n == 2
         assert progress(rows, None).tolist() == [False, False] and bar.n == 3

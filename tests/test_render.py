@@ -120,12 +120,12 @@ def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkey
     path = tmp_path / "sheet.png"
     path.write_bytes(b"old")
 
-    def half_written(self, file, **kwargs):
-        with open(file, "wb") as stream:
-            stream.write(b"half")
+    def half_written(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:100])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", half_written)
+    monkeypatch.setattr("pathlib.Path.write_bytes", half_written)
     with pytest.raises(OSError, match="no space left"):
         render_meshes([BOX], path)
     assert path.read_bytes() == b"old"
