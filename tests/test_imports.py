@@ -39,8 +39,7 @@ from iflame_hf.export_iflame import GENERATOR
         "from iflame_hf import IFlameConfig",
         "import iflame_hf.modeling_iflame",
         "from iflame_hf.configuration_iflame import IFlameConfig",
-        "from iflame_hf.mesh_iflame import normalise",
-        "from iflame_hf.tokenization_iflame import IFlameTokenizer",
+        "from iflame_hf.mesh_iflame import normalisefrom iflame_hf.tokenization_iflame import IFlameTokenizer",
         "import importlib, iflame_hf; importlib.reload(iflame_hf)",
     ],
 )
