@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_relative_imports
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
-from iflame_hf.configuration_iflame import TOKENS_PER_FACE
 from training.run.card import model_card, read_run
 from training.run.ending import CommandError, ends_in_words
 
@@ -222,8 +221,10 @@ def verify_folder(folder: Path, repo_id: str, model: IFlameForCausalLM) -> None:
         UploadError: it does not load, or computes something else, with the reason.
     """
     random = torch.Generator().manual_seed(0)
-    levels = torch.randint(0, model.config.coordinate_resolution + 1, (1, 7 * TOKENS_PER_FACE), generator=random)
-    start = torch.full((1, TOKENS_PER_FACE), model.config.bos_token_id)
+    levels = torch.randint(
+        0, model.config.coordinate_resolution + 1, (1, 7 * model.config.tokens_per_face), generator=random
+    )
+    start = torch.full((1, model.config.tokens_per_face), model.config.bos_token_id)
     input_ids = torch.cat([start, levels], dim=1)
     with torch.no_grad():
         expected = model.float()(input_ids).logits

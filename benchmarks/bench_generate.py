@@ -23,9 +23,11 @@ from benchmarks.models import build_model, draw_models, mesh_tokens
 from benchmarks.oracle import Oracle, WrongResult, computes_in, require_close
 from benchmarks.reference import original_generate, original_logits, original_prefill
 from iflame_hf import IFlameConfig, IFlameForCausalLM
-from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_hf.format_iflame import known_format
 from iflame_hf.threads_iflame import spare_a_core
 from training.run.ending import ends_in_words
+
+TOKENS_PER_FACE = known_format().tokens_per_face
 
 # B batch, T tokens
 

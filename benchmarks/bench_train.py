@@ -22,9 +22,11 @@ from benchmarks import common
 from benchmarks.common import Row, gibibytes, measure
 from benchmarks.models import build_model, draw_models, mesh_labels, mesh_tokens
 from benchmarks.oracle import Oracle, WrongResult, computes_in, flat_gradients, gradients_of, require_close
-from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_hf.format_iflame import known_format
 from training.convert_checkpoint import convert_weights
 from training.run.ending import ends_in_words
+
+TOKENS_PER_FACE = known_format().tokens_per_face
 
 # B batch, T tokens
 

@@ -9,8 +9,10 @@ from torch import nn
 
 from benchmarks.reference import load_original
 from iflame_hf import IFlameConfig, IFlameForCausalLM
-from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_hf.format_iflame import known_format
 from training.convert_checkpoint import Weights, convert_weights
+
+TOKENS_PER_FACE = known_format().tokens_per_face
 
 # T tokens
 

@@ -14,7 +14,8 @@ from iflame_cli.errors import CommandError
 from iflame_cli.models import check_model
 from iflame_cli.reading import MeshFile, check_decimation, mesh_files, read_mesh
 from iflame_hf.files_iflame import write_whole
-from iflame_hf.mesh_iflame import load_mesh, turn, up_axis_of
+from iflame_hf.mesh_files_iflame import load_mesh, up_axis_of
+from iflame_hf.mesh_iflame import turn
 
 RECORD = "meshes.json"
 RECORDED_OPTIONS = ("model", "revision", "batch_size", "temperature", "top_p", "top_k", "max_faces", "height", "pivot")

@@ -16,7 +16,7 @@ from iflame_cli.models import check_model_type
 from iflame_cli.reading import MeshFile
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline
 from iflame_hf.format_iflame import MeshFormat
-from iflame_hf.mesh_iflame import errors_name
+from iflame_hf.mesh_errors_iflame import errors_name
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_faces")
 

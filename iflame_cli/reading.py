@@ -9,7 +9,7 @@ import numpy as np
 from iflame_cli.errors import CommandError
 from iflame_hf.attributes import lost_attributes
 from iflame_hf.export_iflame import GENERATOR
-from iflame_hf.mesh_iflame import MESH_SUFFIXES, import_trimesh, load_mesh, read_gltf_tree, up_axis_of
+from iflame_hf.mesh_files_iflame import MESH_SUFFIXES, import_trimesh, load_mesh, read_gltf_tree, up_axis_of
 
 
 class MeshFile(NamedTuple):

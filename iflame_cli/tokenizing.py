@@ -12,14 +12,14 @@ from tqdm import tqdm
 from iflame_cli.errors import CommandError
 from iflame_cli.reading import check_decimation, mesh_files, read_mesh
 from iflame_hf.format_iflame import known_format
+from iflame_hf.mesh_errors_iflame import errors_name
+from iflame_hf.mesh_files_iflame import import_trimesh
 from iflame_hf.mesh_iflame import (
     MAX_RESOLUTION,
     bounding_box,
     canonicalise,
     dequantise,
-    errors_name,
     has_equal_corners,
-    import_trimesh,
     normalise,
     quantise,
     turn,

@@ -14,7 +14,8 @@ import numpy as np
 from iflame_cli.errors import CommandError
 from iflame_cli.reading import mesh_files
 from iflame_hf.files_iflame import write_whole
-from iflame_hf.mesh_iflame import load_mesh, normalise, turn, up_axis_of
+from iflame_hf.mesh_files_iflame import load_mesh, up_axis_of
+from iflame_hf.mesh_iflame import normalise, turn
 
 MARK = "<!-- written by iflame view -->"
 VIEWER_FOLDER = Path(__file__).with_name("viewer")

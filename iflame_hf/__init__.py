@@ -1,7 +1,7 @@
 """
 iFlame: triangle meshes, token by token, as a transformers model.
 
-The names below are imported when they are asked for: geometry, as in `from iflame_hf.mesh_iflame import load_mesh`,
+The names below are imported when they are asked for: geometry, as in `from iflame_hf.mesh_iflame import load_mesh`
 needs neither torch nor transformers, and imports neither. transformers knows the classes as soon as both packages are
 imported, in whatever order.
 """
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from .cache_iflame import IFlameCache, StaticIFlameCache
     from .configuration_iflame import IFlameConfig
     from .export_iflame import export_mesh
+    from .faces_iflame import FaceStreamer, stream_faces
     from .layout_iflame import RowLayout
-    from .mesh_iflame import MeshError
+    from .mesh_errors_iflame import MeshError
     from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
     from .pipeline_iflame import MeshGenerationPipeline
-    from .streaming_iflame import FaceStreamer, stream_faces
     from .tokenization_iflame import IFlameTokenizer
 
 _MODULES = {
-    "FaceStreamer": "streaming_iflame",
+    "FaceStreamer": "faces_iflame",
     "IFlameCache": "cache_iflame",
     "IFlameConfig": "configuration_iflame",
     "IFlameForCausalLM": "modeling_iflame",
     "IFlameModel": "modeling_iflame",
     "IFlamePreTrainedModel": "modeling_iflame",
     "IFlameTokenizer": "tokenization_iflame",
-    "MeshError": "mesh_iflame",
+    "MeshError": "mesh_errors_iflame",
     "MeshGenerationPipeline": "pipeline_iflame",
     "RowLayout": "layout_iflame",
     "StaticIFlameCache": "cache_iflame",
     "export_mesh": "export_iflame",
     "lost_attributes": "attributes",
-    "stream_faces": "streaming_iflame",
+    "stream_faces": "faces_iflame",
 }
 
 __all__ = [

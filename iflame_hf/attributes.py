@@ -7,11 +7,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .mesh_iflame import (
-    NOT_A_MESH,
-    MeshError,
+from .mesh_errors_iflame import NOT_A_MESH, MeshError, errors_name
+from .mesh_files_iflame import (
     check_file,
-    errors_name,
     errors_of_reader,
     is_mesh,
     is_scene,

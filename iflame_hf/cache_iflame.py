@@ -46,14 +46,14 @@ class IFlameCache(Cache):
         self._strides = config.level_strides
         super().__init__(layers=[self._layer(config, index) for index in range(config.num_hidden_layers)])
         # Of coordinates and of vertices.
-        self.open_groups = [self._open_group(config) for _ in range(len(self._strides) - 1)]
+        self.open_groups = [self._open_group(config, size) for size in config.group_sizes]
         self._forget_rows()
 
     def _layer(self, config, index: int) -> LayerState:
         return KeyValueState() if config.layer_types[index] == "full_attention" else RecurrentState()
 
-    def _open_group(self, config) -> OpenGroup:
-        return OpenGroup()
+    def _open_group(self, config, size: int) -> OpenGroup:
+        return OpenGroup(size)
 
     def _forget_rows(self) -> None:
         self.tokens_seen = 0
@@ -235,8 +235,8 @@ class StaticIFlameCache(IFlameCache):
         room = self.room(config.layer_levels()[index])
         return StaticKeyValueState((self._batch_size, heads, room, size), **self._options)
 
-    def _open_group(self, config) -> OpenGroup:
-        return StaticOpenGroup(self._batch_size, config.hidden_size, **self._options)
+    def _open_group(self, config, size: int) -> OpenGroup:
+        return StaticOpenGroup(size, self._batch_size, config.hidden_size, **self._options)
 
     def _forget_rows(self) -> None:
         super()._forget_rows()

@@ -7,12 +7,6 @@ from transformers import PreTrainedConfig
 
 from .format_iflame import DEFAULT_MESH_FORMAT, MESH_FORMATS, known_format
 
-VERTICES_PER_FACE = 3
-COORDINATES_PER_VERTEX = 3
-TOKENS_PER_FACE = VERTICES_PER_FACE * COORDINATES_PER_VERTEX
-
-# Tokens that one item of a level spans: a coordinate, a vertex, a face.
-LEVEL_STRIDES = (1, COORDINATES_PER_VERTEX, TOKENS_PER_FACE)
 # The level of each of the five stages of the hourglass.
 STAGE_LEVELS = (0, 1, 2, 1, 0)
 
@@ -22,8 +16,8 @@ LINEAR_ATTENTION_IMPLEMENTATIONS = ("auto", "eager", "chunked", "lightning_attn"
 TASK = "mesh-generation"
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}}
 
-# Start face, 800 faces (the most the published model was trained on), end face.
-DEFAULT_MAX_LENGTH = (1 + 800 + 1) * TOKENS_PER_FACE
+# Of a generated mesh by default: the most that the published model was trained on.
+DEFAULT_MAX_FACES = 800
 
 
 class IFlameConfig(PreTrainedConfig):
@@ -146,6 +140,12 @@ class IFlameConfig(PreTrainedConfig):
     @property
     def tokens_per_face(self) -> int:
         return MESH_FORMATS[self.mesh_format].tokens_per_face
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Coordinates of a vertex, vertices of a face: items of a level that are one item of the next."""
+        strides = self.level_strides
+        return tuple(above // below for below, above in zip(strides, strides[1:], strict=False))
 
     @property
     def level_strides(self) -> tuple[int, int, int]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from .files_iflame import write_whole
 from .format_iflame import UP_AXES
-from .mesh_iflame import FILE_UP_AXES, import_trimesh, load_mesh, turn
+from .mesh_files_iflame import FILE_UP_AXES, import_trimesh, load_mesh
+from .mesh_iflame import turn
 
 EXPORT_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 WINDINGS = ("outward", "kept")

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode
 
 from .cache_iflame import IFlameCache, StaticIFlameCache
-from .configuration_iflame import DEFAULT_MAX_LENGTH, TOKENS_PER_FACE
+from .configuration_iflame import DEFAULT_MAX_FACES
 from .sampling_iflame import SeededSampling, row_seeds
 from .threads_iflame import spare_a_core
 from .versions_iflame import CACHE_NAME, with_own_cache_name
@@ -92,7 +92,8 @@ class IFlameGenerationMixin(GenerationMixin):
     def _set_generation_defaults(self) -> None:
         """20 tokens, transformers' default, are not a mesh."""
         if self.generation_config.max_length in (None, 20):
-            self.generation_config.max_length = min(DEFAULT_MAX_LENGTH, self.config.max_position_embeddings)
+            longest = (DEFAULT_MAX_FACES + 2) * self.config.tokens_per_face  # with start and end face
+            self.generation_config.max_length = min(longest, self.config.max_position_embeddings)
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
         # max_new_tokens takes the place of the default length; it is no conflict to warn of.
@@ -106,7 +107,7 @@ class IFlameGenerationMixin(GenerationMixin):
     def _maybe_initialize_input_ids_for_generation(self, inputs=None, bos_token_id=None, model_kwargs=None):
         initialised = super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
         if inputs is None and initialised.shape[1] == 1:
-            return initialised.expand(-1, TOKENS_PER_FACE).contiguous()
+            return initialised.expand(-1, self.config.tokens_per_face).contiguous()
         return initialised
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):

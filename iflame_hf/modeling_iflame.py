@@ -188,10 +188,17 @@ class IFlameBlock(GradientCheckpointingLayer):
 
 
 class IFlameUpsample(nn.Module):
-    """Hands the outputs of a level up to the finer level above: repeat three times, shift right by two, scale, add."""
+    """
+    Hands the outputs of a level up to the finer level above: repeat for each item of a group, shift right by all of
+    them but one, scale, add.
 
-    def __init__(self):
+    Args:
+        group_size: items of the finer level in a group: 3.
+    """
+
+    def __init__(self, group_size: int):
         super().__init__()
+        self.group_size = group_size
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, hidden_states, coarse, offset: int, positions: torch.Tensor | None):
@@ -199,13 +206,13 @@ class IFlameUpsample(nn.Module):
         Args:
             hidden_states: (B, T, C) outputs of the encoder of the finer level.
             coarse: (B, 1 + G, C) the last output handed up before, then those of the G groups that are complete now.
-            offset: members (0 to 2) of the open group before the first of the T items.
-            positions: (B, T) positions in the mesh, or None: the first two of a mesh are handed nothing.
+            offset: members of the open group before the first of the T items.
+            positions: (B, T) positions in the mesh, or None: those before the end of its first group get nothing.
         """
         first = offset + 1
-        handed = coarse.repeat_interleave(3, dim=1)[:, first : first + hidden_states.shape[1]]
+        handed = coarse.repeat_interleave(self.group_size, dim=1)[:, first : first + hidden_states.shape[1]]
         if positions is not None:
-            handed = handed.masked_fill((positions < 2)[..., None], 0.0)
+            handed = handed.masked_fill((positions < self.group_size - 1)[..., None], 0.0)
         return hidden_states + self.scale.to(handed.dtype) * handed
 
 
@@ -258,7 +265,7 @@ class IFlameModel(IFlamePreTrainedModel):
         self.embed_norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList([IFlameBlock(config, index) for index in range(config.num_hidden_layers)])
         # To the coordinates, to the vertices.
-        self.upsamplers = nn.ModuleList([IFlameUpsample(), IFlameUpsample()])
+        self.upsamplers = nn.ModuleList([IFlameUpsample(size) for size in config.group_sizes])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -355,8 +362,8 @@ class IFlameModel(IFlamePreTrainedModel):
         """
         Runs the stages of level `depth` and of all levels below it on (B, T, C) new items, T >= 1.
 
-        Position i of a level reads group floor((i - 2) / 3) of the level below, which is complete exactly when item i
-        arrives.
+        In groups of g, position i of a level reads group floor((i - g + 1) / g) of the level below, which is complete
+        exactly when item i arrives.
         """
         level = levels[depth]
         encoder, decoder = depth, len(STAGE_LEVELS) - 1 - depth
@@ -364,11 +371,11 @@ class IFlameModel(IFlamePreTrainedModel):
         if encoder == decoder:
             return hidden_states
 
-        ends = OpenGroup() if cache is None else cache.open_groups[depth]
+        ends = OpenGroup(self.config.group_sizes[depth]) if cache is None else cache.open_groups[depth]
         members, offset = ends.push(hidden_states)
         groups = None
         if members.shape[1] > 0:
-            pooled = members.unflatten(1, (-1, 3)).mean(dim=2)
+            pooled = members.unflatten(1, (-1, ends.size)).mean(dim=2)
             groups = self._hourglass(depth + 1, pooled, levels, cache, trace)
         coarse = ends.hand_up(groups, hidden_states)
         hidden_states = self.upsamplers[depth](hidden_states, coarse, offset, level.positions)

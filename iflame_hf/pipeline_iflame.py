@@ -11,21 +11,12 @@ import torch
 from transformers import Pipeline
 
 from .export_iflame import export_mesh
+from .faces_iflame import stream_faces
 from .format_iflame import UP_AXES
-from .mesh_iflame import (
-    MeshError,
-    OptionError,
-    bounding_box,
-    denormalise,
-    errors_name,
-    import_trimesh,
-    is_mesh,
-    load_mesh,
-    turn,
-    up_axis_of,
-)
+from .mesh_errors_iflame import MeshError, OptionError, errors_name
+from .mesh_files_iflame import import_trimesh, is_mesh, load_mesh, up_axis_of
+from .mesh_iflame import bounding_box, denormalise, turn
 from .sampling_iflame import row_seeds
-from .streaming_iflame import stream_faces
 
 DEFAULT_BATCH_SIZE = 8
 

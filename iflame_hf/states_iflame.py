@@ -210,14 +210,18 @@ class StaticRecurrentState(RecurrentState):
 class OpenGroup:
     """
     What a level of the hourglass carries from one call to the next: the outputs of its encoder that wait for their
-    group of three to fill, and the last output that the level below handed up. Without a cache it lasts for one call.
+    group to fill, and the last output that the level below handed up. Without a cache it lasts for one call.
+
+    Args:
+        size: items of a group.
     """
 
-    def __init__(self):
+    def __init__(self, size: int):
+        self.size = size
         self.reset()
 
     def reset(self) -> None:
-        self.waiting: torch.Tensor | None = None  # (B, 0..2, C)
+        self.waiting: torch.Tensor | None = None  # (B, 0..size - 1, C)
         self.handed_up: torch.Tensor | None = None  # (B, 1, C)
 
     def push(self, items: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -225,10 +229,10 @@ class OpenGroup:
         Adds the outputs (B, T, C) of the encoder.
 
         Returns:
-            The items (B, 3 G, C) of the groups that are complete now, and how many waited before.
+            The items (B, size x G, C) of the groups that are complete now, and how many waited before.
         """
         members = items if self.waiting is None else torch.cat([self.waiting, items], dim=1)
-        whole = members.shape[1] // 3 * 3
+        whole = members.shape[1] // self.size * self.size
         self.waiting = members[:, whole:]
         return members[:, :whole], members.shape[1] - items.shape[1]
 
@@ -256,8 +260,9 @@ class OpenGroup:
 class StaticOpenGroup(OpenGroup):
     """The same in tensors that stay where they are."""
 
-    def __init__(self, batch_size: int, channels: int, **options):
-        self._members = torch.zeros(batch_size, 2, channels, **options)
+    def __init__(self, size: int, batch_size: int, channels: int, **options):
+        self.size = size
+        self._members = torch.zeros(batch_size, size - 1, channels, **options)
         self.handed_up = torch.zeros(batch_size, 1, channels, **options)
         self._count = 0
 
@@ -276,7 +281,7 @@ class StaticOpenGroup(OpenGroup):
     def push(self, items: torch.Tensor) -> tuple[torch.Tensor, int]:
         before = self._count
         members = torch.cat([self.waiting.to(items), items], dim=1) if before else items
-        whole = members.shape[1] // 3 * 3
+        whole = members.shape[1] // self.size * self.size
         kept = members[:, whole:]
         self._count = kept.shape[1]
         if self._count:

@@ -8,18 +8,14 @@ import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .format_iflame import DEFAULT_MESH_FORMAT, MeshFormat, known_format
+from .mesh_errors_iflame import MeshError, errors_name
+from .mesh_files_iflame import declared_up_axis, import_trimesh, is_mesh, load_mesh
 from .mesh_iflame import (
     MAX_RESOLUTION,
-    MeshError,
     canonicalise,
-    declared_up_axis,
     dequantise,
-    errors_name,
     from_y_up,
     has_equal_corners,
-    import_trimesh,
-    is_mesh,
-    load_mesh,
     quantise,
     to_y_up,
     turn,

@@ -25,7 +25,7 @@ from iflame_cli.command_line import main
 from iflame_cli.making import Progress
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.format_iflame import known_format
-from iflame_hf.mesh_iflame import read_gltf_tree
+from iflame_hf.mesh_files_iflame import read_gltf_tree
 
 
 def drop_a_weight(path):

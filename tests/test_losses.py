@@ -11,7 +11,8 @@ from mesh_fixtures import gltf_square, write_gltf_binary
 from PIL import Image
 
 from iflame_hf.attributes import LOST_ATTRIBUTES, lost_attributes
-from iflame_hf.mesh_iflame import MESH_SUFFIXES, MeshError, load_mesh
+from iflame_hf.mesh_errors_iflame import MeshError
+from iflame_hf.mesh_files_iflame import MESH_SUFFIXES, load_mesh
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 
 BOS, EOS = 130, 131

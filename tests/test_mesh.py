@@ -12,18 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mesh_fixtures import gltf_square, reference_meshes, signed_volume, solids, write_dae, write_gltf_binary
 
-from iflame_hf.mesh_iflame import (
-    MESH_SUFFIXES,
-    canonicalise,
-    dequantise,
-    from_y_up,
-    is_mesh,
-    load_mesh,
-    normalise,
-    quantise,
-    to_y_up,
-    weld,
-)
+from iflame_hf.mesh_files_iflame import MESH_SUFFIXES, is_mesh, load_mesh
+from iflame_hf.mesh_iflame import canonicalise, dequantise, from_y_up, normalise, quantise, to_y_up, weld
 
 SQUARE = np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
 HALVES = np.array([[0, 1, 2], [0, 2, 3]])
@@ -258,7 +248,7 @@ def test_a_dae_file_is_read_with_pycollada_and_without_it_the_package_is_named(t
     source = """
 import sys
 sys.modules["collada"] = None  # Python takes it for one that is not installed
-from iflame_hf.mesh_iflame import load_mesh
+from iflame_hf.mesh_files_iflame import load_mesh
 try:
     load_mesh(sys.argv[1])
 except ImportError as error:

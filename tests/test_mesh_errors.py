@@ -15,7 +15,9 @@ import trimesh
 from mesh_fixtures import gltf_square, solids, write_gltf_binary
 
 from iflame_hf import IFlameTokenizer, MeshError
-from iflame_hf.mesh_iflame import MESH_ERROR_KINDS, load_mesh, normalise
+from iflame_hf.mesh_errors_iflame import MESH_ERROR_KINDS
+from iflame_hf.mesh_files_iflame import load_mesh
+from iflame_hf.mesh_iflame import normalise
 from training.prepare.rejection import Rejected, as_rejected
 
 SQUARE = np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
@@ -143,14 +145,13 @@ def test_a_rejection_is_counted_by_the_kind_of_its_error_whatever_its_words(erro
     assert rejected.kind == kind and rejected.reason
 
 
-def test_there_is_one_mesh_error_whichever_of_the_packages_comes_first():
+def test_a_mesh_error_goes_from_process_to_process_with_its_kind():
     source = (
-        "import pickle, sys, training.prepare.geometry as geometry\n"
-        "assert 'torch' not in sys.modules and 'iflame_hf' not in sys.modules\n"
-        "data = pickle.dumps(geometry.MeshError('no faces', 'empty'))\n"
-        "import iflame_hf, iflame_hf.mesh_iflame\n"
-        "from iflame_hf.mesh_iflame import MeshError\n"
-        "error = pickle.loads(data)\n"
-        "assert type(error) is MeshError is geometry.MeshError is iflame_hf.MeshError and error.kind == 'empty'\n"
+        "import pickle, sys\n"
+        "from training.prepare.rejection import MeshError\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "error = pickle.loads(pickle.dumps(MeshError('no faces', 'empty')))\n"
+        "import iflame_hf\n"
+        "assert type(error) is MeshError is iflame_hf.MeshError and error.kind == 'empty'\n"
     )
     subprocess.run([sys.executable, "-c", source], check=True, cwd=Path(__file__).parent.parent)

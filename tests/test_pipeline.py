@@ -18,7 +18,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 import iflame_hf
 from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline, export_mesh
-from iflame_hf.mesh_iflame import MeshError, OptionError, denormalise, errors_name, turn
+from iflame_hf.mesh_errors_iflame import MeshError, OptionError, errors_name
+from iflame_hf.mesh_iflame import denormalise, turn
 
 IMPLEMENTATION = {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
 
@@ -315,7 +316,7 @@ def test_the_task_is_registered_once_however_often_the_package_is_imported(caplo
 def test_a_saved_folder_names_the_task_and_holds_its_code(folder):
     assert json.loads((folder / "config.json").read_text())["custom_pipelines"] == {"mesh-generation": IMPLEMENTATION}
     names = {path.name for path in folder.iterdir()}
-    assert {"pipeline_iflame.py", "streaming_iflame.py", "export_iflame.py"} <= names
+    assert {"pipeline_iflame.py", "faces_iflame.py", "export_iflame.py"} <= names
     for path in folder.glob("*.py"):
         assert {f"{module}.py" for module in get_relative_imports(path)} <= names
 

@@ -10,7 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from iflame_hf import IFlameTokenizer
-from iflame_hf.mesh_iflame import MeshError, canonicalise, load_mesh, normalise, quantise, triangulate
+from iflame_hf.mesh_errors_iflame import MeshError
+from iflame_hf.mesh_files_iflame import load_mesh
+from iflame_hf.mesh_iflame import canonicalise, normalise, quantise, triangulate
 from training.rows.encode import MeshEncoder, MeshTable, count_triangles
 from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
 from training.rows.stream import StreamedRows, open_stream
@@ -72,9 +74,9 @@ def sequences(rows):
     """The meshes of an epoch: the token ids of each, in order."""
     if isinstance(rows, MappedRows):
         batches = islice(rows.stream.batches(0, 0, 1), rows.rows_in_epoch)
-        ids = rows.rows.ids([key for batch in batches for key in batch])
+        ids = rows.rows.pack([key for batch in batches for key in batch]).ids
     else:
-        ids = np.concatenate([rows.read_block(block) for block in range(rows.blocks_in_epoch)])
+        ids = np.concatenate([rows.read_block(block).ids for block in range(rows.blocks_in_epoch)])
     found = []
     for row in ids:
         faces = row[row != PAD].reshape(-1, 9)

@@ -7,7 +7,8 @@ from mesh_fixtures import solids, write_dae
 from prepared_fixtures import prepare, rows
 
 from iflame_hf import IFlameTokenizer
-from iflame_hf.mesh_iflame import FILE_UP_AXES, declared_up_axis, from_y_up, load_mesh, to_y_up, turn, up_axis_of
+from iflame_hf.mesh_files_iflame import FILE_UP_AXES, declared_up_axis, load_mesh, up_axis_of
+from iflame_hf.mesh_iflame import from_y_up, to_y_up, turn
 
 AXES = ("x", "y", "z")
 

@@ -26,11 +26,12 @@ from typing import Any
 from tqdm import tqdm
 
 from iflame_cli.errors import CommandError
+from iflame_hf.files_iflame import write_whole
 from training.prepare.card import data_card, summary_of
 from training.prepare.isolation import Limits, Pool, preload
 from training.prepare.items import Selection, chosen_categories
 from training.prepare.mesh_worker import Recipe, can_decimate, make_handler
-from training.prepare.prepared_set import SUMMARY, UNPACKED, PreparedSet, remove_earlier, write_whole
+from training.prepare.prepared_set import SUMMARY, UNPACKED, PreparedSet, remove_earlier
 from training.prepare.rejection import NOT_CHOSEN, Rejected
 from training.prepare.sources import SourceLostError, Sources
 from training.run.ending import ends_in_words

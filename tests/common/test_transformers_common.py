@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from iflame_hf import IFlameCache, IFlameConfig, IFlameForCausalLM, IFlameModel
-from iflame_hf.configuration_iflame import LEVEL_STRIDES, TOKENS_PER_FACE
+from iflame_hf.format_iflame import known_format
 
 if "TRANSFORMERS_TESTS" not in os.environ:
     pytest.skip("TRANSFORMERS_TESTS does not name a checkout of transformers", allow_module_level=True)
@@ -37,6 +37,8 @@ from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from transformers.models.auto import modeling_auto
 
 from tests import test_modeling_common
+
+LEVEL_STRIDES, TOKENS_PER_FACE = known_format().level_strides, known_format().tokens_per_face
 
 
 class IFlameModelTester:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from iflame_cli.render import render_meshes
-from iflame_hf.mesh_iflame import load_mesh
+from iflame_hf.mesh_files_iflame import load_mesh
 from training.rows.map import ParquetMeshes
 from training.run.ending import ends_in_words
 

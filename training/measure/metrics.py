@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.nn import functional as F
 
-from training.rows.pack import IGNORED, TOKENS_PER_FACE
+from iflame_hf.format_iflame import known_format
+from training.rows.pack import IGNORED
 
-TOKENS_PER_VERTEX = 3
+_, TOKENS_PER_VERTEX, TOKENS_PER_FACE = known_format().level_strides
 # What is counted for each category, in this order.
 COUNTS = ("loss", "tokens", "right_tokens", "vertices", "right_vertices", "faces", "right_faces")
 

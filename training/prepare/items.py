@@ -7,7 +7,7 @@ from typing import Any
 
 from trimesh.exchange.load import mesh_formats
 
-from training.prepare.geometry import MESH_SUFFIXES
+from iflame_hf.mesh_files_iflame import MESH_SUFFIXES
 from training.prepare.rejection import NOT_CHOSEN, Rejected
 from training.prepare.synsets import SYNSETS, category_name, synset_category
 

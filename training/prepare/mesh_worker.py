@@ -9,15 +9,8 @@ from urllib.parse import unquote
 import numpy as np
 import trimesh
 
-from training.prepare.geometry import (
-    MESH_SUFFIXES,
-    canonicalise,
-    declared_up_axis,
-    load_mesh,
-    normalise,
-    quantise,
-    to_y_up,
-)
+from iflame_hf.mesh_files_iflame import MESH_SUFFIXES, declared_up_axis, load_mesh
+from iflame_hf.mesh_iflame import canonicalise, normalise, quantise, to_y_up
 from training.prepare.items import printable
 from training.prepare.rejection import Rejected, as_rejected
 

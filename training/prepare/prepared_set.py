@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from iflame_hf.files_iflame import write_whole
 from training.prepare.items import Item
 from training.prepare.mesh_worker import Prepared
 from training.prepare.rejection import DUPLICATE, NOT_CHOSEN, Rejected
@@ -264,13 +265,6 @@ def hashed_share(name: str) -> float:
 
 def shard_name(split: str, index: int) -> str:
     return f"data/{split}-{index:05d}.parquet"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is never seen half written."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def remove_earlier(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 
-from training.prepare.geometry import MeshError
+from iflame_hf.mesh_errors_iflame import MeshError
 
 NOT_CHOSEN = "not chosen"
 DUPLICATE = "duplicate"

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from training.prepare.geometry import triangulate
+from iflame_hf.mesh_iflame import triangulate
 from training.prepare.items import READ_SUFFIXES, Item, printable, suffix_of
 from training.prepare.rejection import Rejected
 from training.prepare.synsets import synset_category

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from iflame_hf.mesh_iflame import MeshError, load_mesh, normalise, triangulate
+from iflame_hf.mesh_errors_iflame import MeshError
+from iflame_hf.mesh_files_iflame import load_mesh
+from iflame_hf.mesh_iflame import normalise, triangulate
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 
 # Ranges of the paper's code.

@@ -1,6 +1,6 @@
 """Rows of a fixed length from whole meshes: which meshes share a row, and what the row looks like.
 
-Sizes and capacities are counted in faces, start and end face included; lengths in tokens, nine to a face.
+Sizes and capacities are counted in faces, start and end face included; lengths in tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from iflame_hf.configuration_iflame import LEVEL_STRIDES
+from iflame_hf.format_iflame import known_format
 from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 
-TOKENS_PER_FACE = 9
+TOKENS_PER_FACE = known_format().tokens_per_face
 # Start and end face.
 EXTRA_FACES = 2
 # Label that no loss counts, as everywhere in torch and transformers.
@@ -120,17 +120,19 @@ def pack(
         ValueError: a sequence is not made of whole faces, or they do not fit into the row together.
     """
     ids = np.full((len(rows), row_length), tokenizer.pad_token_id, dtype=dtype)
-    faces, eos_token_id = [], tokenizer.eos_token_id
+    faces, form = [], tokenizer.format
     for row, sequences in zip(ids, rows, strict=True):
         end = 0
         for sequence in sequences:
             start, end = end, end + len(sequence)
-            if len(sequence) % TOKENS_PER_FACE:
-                raise ValueError(f"a mesh must be made of whole faces of nine tokens, got {len(sequence)} tokens")
+            if not form.is_whole(len(sequence)):
+                raise ValueError(
+                    f"a mesh must be made of whole faces of {form.tokens_per_face} tokens, got {len(sequence)} tokens"
+                )
             if end > row_length:
                 raise ValueError(f"meshes of {end} tokens together do not fit into a row of {row_length}")
             row[start:end] = sequence
-            faces.append(len(sequence) // TOKENS_PER_FACE - 1 - int(sequence[-1] == eos_token_id))
+            faces.append(form.prompt_faces(len(sequence)) - int(sequence[-1] == form.eos_token_id))
     known = {"faces": faces, **(attributes or {})}
     return PackedRows(
         ids,
@@ -148,13 +150,14 @@ def row_inputs(rows: PackedRows, tokenizer: IFlameTokenizer) -> dict[str, Any]:
     Labels are the ids (the model shifts them), but -100 on start faces and padding: nothing is predicted across the
     border of two meshes.
     """
-    first = rows.ids[:, ::TOKENS_PER_FACE]  # (B, F), one id of every face
-    padding = first == tokenizer.pad_token_id
-    begins = first == tokenizer.bos_token_id
+    form = tokenizer.format
+    first = rows.ids[:, :: form.tokens_per_face]  # (B, F), one id of every face
+    padding = first == form.pad_token_id
+    begins = first == form.bos_token_id
     begins[:, :1] = True
     begins[:, 1:] |= padding[:, 1:] & ~padding[:, :-1]
     input_ids = rows.ids.astype(np.int64)
-    labels = input_ids.reshape(*first.shape, TOKENS_PER_FACE).copy()
+    labels = input_ids.reshape(*first.shape, form.tokens_per_face).copy()
     labels[begins | padding] = IGNORED
     is_mesh = ~padding[begins]
     attributes = {}
@@ -165,6 +168,6 @@ def row_inputs(rows: PackedRows, tokenizer: IFlameTokenizer) -> dict[str, Any]:
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels.reshape(rows.ids.shape)),
         "layout": RowLayout.of_begins(
-            torch.from_numpy(begins), rows.ids.shape[1], LEVEL_STRIDES, attributes=attributes
+            torch.from_numpy(begins), rows.ids.shape[1], form.level_strides, attributes=attributes
         ),
     }

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from iflame_hf.configuration_iflame import TOKENS_PER_FACE
+from iflame_hf.format_iflame import known_format
 
 # What train.py writes; its own modules need packages that publishing does not.
 STATE = "trainer_state.json"
@@ -274,7 +274,7 @@ model = AutoModel.from_pretrained(name, {at}trust_remote_code=True)
 
 sampling = {sampling}
 # at most {faces} faces, and the end of the mesh
-ids = model.generate(num_return_sequences=4, max_new_tokens={TOKENS_PER_FACE} * {faces + 1}, **sampling)
+ids = model.generate(num_return_sequences=4, max_new_tokens={known_format().tokens_per_face} * {faces + 1}, **sampling)
 for number, mesh in enumerate(tokenizer.batch_decode_mesh(ids)):
     mesh.export(f"mesh_{{number}}.glb")"""
 
@@ -294,7 +294,7 @@ for number, mesh in enumerate(generator({given})):
 
 
 def _most_faces(model: PreTrainedModel, run: RunRecord) -> int:
-    return run.arguments.get("sample_max_faces") or model.generation_config.max_length // TOKENS_PER_FACE - 2
+    return run.arguments.get("sample_max_faces") or known_format().most_faces(model.generation_config.max_length)
 
 
 def _sampling(run: RunRecord) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from iflame_hf.files_iflame import write_whole
 from training.run.checkpoint import Progress
 
 LOG = "log.jsonl"
@@ -123,10 +124,3 @@ class Window:
         self.seconds += seconds
         self.rows += rows
         self.labels += labels
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)

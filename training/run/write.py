@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
+from iflame_hf.files_iflame import write_whole
 from training.run.card import RunRecord, model_card
 from training.run.checkpoint import Checkpoints, Progress
-from training.run.log import RunLog, write_whole
+from training.run.log import RunLog
 from training.run.weights import Weights
 
 

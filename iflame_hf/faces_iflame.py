@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from .mesh_iflame import is_mesh
+from .mesh_files_iflame import is_mesh
 
 _generating: dict[threading.Event, threading.Thread] = {}  # by what has them stop
 
