@@ -152,8 +152,8 @@ def grow(
             f"the part has {prompt.faces} faces already, and a mesh may have {max_faces}: "
             "allow more faces, or keep fewer of the part"
         )
-    left = threading.Event()
-    stop = stop or left
+    nobody_looks = threading.Event()
+    stop = stop or nobody_looks
     streamer, failure = _Steps(), []
     seeds = [seed + row for row in range(number)]
 
@@ -169,7 +169,7 @@ def grow(
                 top_p=top_p,
                 seed=seeds,
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_StopWhen(stop, left)]),
+                stopping_criteria=StoppingCriteriaList([_StopWhen(stop, nobody_looks)]),
             )
         except BaseException as error:
             failure.append(error)
@@ -193,7 +193,7 @@ def grow(
             yield look()
             pause = max(interval, 9 * (time.perf_counter() - began))
     finally:
-        left.set()
+        nobody_looks.set()
         thread.join()
     if failure:
         raise failure[0]

@@ -36,7 +36,7 @@ def render_mesh(vertices: np.ndarray, faces: np.ndarray, size: int = 256) -> np.
     """A picture (size, size, 3) uint8 of vertices (V, 3), y up, in any unit, and triangles (F, 3).
 
     Parallel projection, the same direction for all meshes, fitted to the picture. Every edge is drawn. Faces seen from
-    outside are blue, from inside (wrong winding, or a hole in front) red. A mesh without faces leaves it white. Raises
+    outside are blue, from inside (wrong winding, or through a hole) red. A mesh without faces leaves it white. Raises
     ValueError for a coordinate that is not finite.
     """
     vertices, faces = np.asarray(vertices, dtype=np.float64), np.asarray(faces, dtype=np.int64)

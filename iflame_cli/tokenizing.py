@@ -90,15 +90,15 @@ def measure(
     size = float(np.ptp(bounding_box(vertices), axis=0).max())
     with errors_name(path):
         normalised = normalise(vertices)
-        levels = quantise(normalised, resolution)
-        kept_levels, kept_faces = canonicalise(levels, faces)
+        grid = quantise(normalised, resolution)
+        kept_points, kept_faces = canonicalise(grid, faces)
         if len(kept_faces) == 0:
             raise ValueError(f"no face is left after rounding to {resolution} steps")
 
     exact = np.unique(vertices, axis=0, return_inverse=True)[1].reshape(-1)
-    merged = np.unique(levels, axis=0, return_inverse=True)[1].reshape(-1)
-    was_flat, is_flat = has_equal_corners(vertices[faces]), has_equal_corners(levels[faces])
-    distances = np.linalg.norm(normalised - dequantise(levels, resolution), axis=1) * size
+    merged = np.unique(grid, axis=0, return_inverse=True)[1].reshape(-1)
+    was_flat, is_flat = has_equal_corners(vertices[faces]), has_equal_corners(grid[faces])
+    distances = np.linalg.norm(normalised - dequantise(grid, resolution), axis=1) * size
     return {
         "file": str(path),
         "up_axis": mesh.up_axis,
@@ -107,7 +107,7 @@ def measure(
         "faces_in_file": mesh.faces_in_file,
         "vertices": len(vertices),
         "faces": len(faces),
-        "kept_vertices": len(kept_levels),
+        "kept_vertices": len(kept_points),
         "kept_faces": len(kept_faces),
         "tokens": known_format().num_tokens(len(kept_faces), start=True, end=True),
         "vertices_welded": len(vertices) - int(exact.max()) - 1,

@@ -15,7 +15,7 @@ from .mesh_files_iflame import (
     is_scene,
     is_trimesh,
     read_gltf_tree,
-    read_off_rows,
+    read_off_lines,
 )
 
 # All that `lost_attributes` can say, in this order.
@@ -177,9 +177,9 @@ def _stl(path: str) -> set[str]:
 
 
 def _off(path: str) -> set[str]:
-    header, _, polygons = read_off_rows(path)
+    header, _, polygons = read_off_lines(path)
     found = {meaning for mark, meaning in (("ST", "UVs"), ("C", "vertex colours"), ("N", "normals")) if mark in header}
-    if any(len(row) > 1 + int(row[0]) for row in polygons):
+    if any(len(words) > 1 + int(words[0]) for words in polygons):
         found.add("face colours")
     return found
 

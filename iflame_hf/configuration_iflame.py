@@ -26,7 +26,7 @@ class IFlameConfig(PreTrainedConfig):
     (iFlame, arXiv 2503.16653).
 
     Args:
-        vocab_size (`int`): number of token ids: coordinate levels and the three special tokens.
+        vocab_size (`int`): number of token ids: grid coordinates and the three special tokens.
         hidden_size (`int`): channels C of every block.
         num_attention_heads (`int`): heads H; `hidden_size / num_attention_heads` must be a multiple of 4, since half
             of the frequencies of the rotary embedding are zero.
@@ -40,9 +40,9 @@ class IFlameConfig(PreTrainedConfig):
         rms_norm_eps (`float`): added to the mean square in every RMSNorm.
         initializer_range (`float`): standard deviation of fresh weights; the two projections that write into the
             residual stream are further divided by `sqrt(2 * num_hidden_layers)`.
-        coordinate_resolution (`int`): intervals of the coordinate grid; there are one more levels, with the token ids
-            0 to `coordinate_resolution`.
-        pad_token_id, bos_token_id, eos_token_id (`int`): special ids, by default the three ids after the levels.
+        coordinate_resolution (`int`): steps of the grid along a side, on whose points vertices lie; the token ids 0 to
+            `coordinate_resolution` are grid coordinates.
+        pad_token_id, bos_token_id, eos_token_id (`int`): special ids, by default the three after the grid coordinates.
         mesh_format (`str`): how a mesh becomes a sequence, a key of `format_iflame.MESH_FORMATS`. What a face is to
             the model follows from it: `tokens_per_face`, `level_strides`.
         use_cache (`bool`): whether the model returns its decoding state by default.
@@ -235,7 +235,7 @@ class IFlameConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one whole number, got {value!r}")
             if not self.coordinate_resolution < value < self.vocab_size:
                 raise ValueError(
-                    f"{name} must lie behind the coordinate levels 0 to {self.coordinate_resolution} and below "
+                    f"{name} must lie above the grid coordinates 0 to {self.coordinate_resolution} and below "
                     f"vocab_size {self.vocab_size}, got {value}"
                 )
         if len(set(specials.values())) < len(specials):

@@ -16,7 +16,7 @@ EXPORT_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 WINDINGS = ("outward", "kept")
 PIVOTS = ("ground", "centre")
 GENERATOR = "iFlame"
-# glTF's own default is bare metal, which is black without surroundings to mirror, and hides what is seen from behind.
+# glTF's own default is bare metal, which is black without surroundings to mirror, and hides the inside of faces.
 _MATERIAL = {
     "name": "matte",
     "doubleSided": True,
@@ -51,7 +51,7 @@ def export_mesh(
         height: the mesh is scaled, about the origin, so that it is so high: metres, in glb by its specification, in
             the other formats where a unit is taken for one. By default it keeps its size.
         pivot: where the origin is put, about which programs turn and place the mesh: "ground" under the centre of the
-            mesh's bounding box, at its lowest level; "centre" at the centre of that box. By default it stays.
+            mesh's bounding box, at its lowest height; "centre" at the centre of that box. By default it stays.
         normals: write smooth normals of the vertices. Without them programs shade each face flat, which suits meshes
             of few faces. (stl always has the normals of its faces.)
         name: of the object; by default the file's name without its suffix.

@@ -12,15 +12,16 @@ from transformers.generation.streamers import BaseStreamer
 
 from .mesh_files_iflame import is_mesh
 
-_generating: dict[threading.Event, threading.Thread] = {}  # by what has them stop
+# The threads that generate, by the events that have them stop at their next token.
+_generating: dict[threading.Event, threading.Thread] = {}
 
 
 class FaceStreamer(BaseStreamer):
     """Hands over each face of the mesh that `generate()` makes as soon as it is complete.
 
     It is to faces what transformers' `TextIteratorStreamer` is to text: `generate(streamer=streamer)` runs in a thread
-    and `for face in streamer` in another; `stream_faces` owns the thread for you. A face is an array (3, 3) float64, a
-    vertex a row, in the units and axes of `tokenizer.decode_mesh`. Together the faces are those of `decode_mesh` of
+    and `for face in streamer` in another; `stream_faces` owns the thread for you. A face is an array (3 vertices, 3)
+    float64 in the units and axes of `tokenizer.decode_mesh`. Together the faces are those of `decode_mesh` of
     all ids, in the same order and winding: degenerate and repeated ones are left out, and at the first id that is no
     coordinate the mesh ends. It can be used again once `generate()` has ended.
 
@@ -49,7 +50,7 @@ class FaceStreamer(BaseStreamer):
         self._is_prompt = True
         self._mesh_ended = False
         self._ended = False
-        self._left = threading.Event()  # the generation is to stop
+        self._must_stop = threading.Event()
 
     @property
     def mesh(self) -> "trimesh.Trimesh":  # noqa: F821
@@ -62,7 +63,7 @@ class FaceStreamer(BaseStreamer):
             self._begin()
         if self._is_prompt:
             self._generates_here()
-        if self._left.is_set():
+        if self._must_stop.is_set():
             raise SystemExit
         if value.dim() > 1 and value.shape[0] != 1 or value.dim() == 1 and not self._is_prompt and len(value) != 1:
             error = ValueError(
@@ -76,7 +77,7 @@ class FaceStreamer(BaseStreamer):
         self._is_prompt = False
 
     def _generates_here(self) -> None:
-        _generating[self._left] = threading.current_thread()
+        _generating[self._must_stop] = threading.current_thread()
 
     def _take(self, token: int) -> None:
         if self._mesh_ended:
@@ -106,7 +107,7 @@ class FaceStreamer(BaseStreamer):
     def _finish(self, last: BaseException | None) -> None:
         if not self._ended:
             self._ended = True
-            _generating.pop(self._left, None)
+            _generating.pop(self._must_stop, None)
             self._queue.put(last)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -152,7 +153,7 @@ def stream_faces(
     """
     for name in ("num_return_sequences", "num_beams"):
         if (generate_kwargs.get(name) or 1) != 1:
-            raise ValueError(f"faces are streamed of one mesh at a time: leave out {name}")
+            raise ValueError(f"faces come of one mesh at a time: leave out {name}")
     if "streamer" in generate_kwargs:
         raise ValueError("stream_faces has a streamer of its own: leave out streamer")
     if prompt is not None:
@@ -171,9 +172,9 @@ def _prompt_ids(tokenizer: Any, prompt: Any) -> torch.Tensor:
     return ids
 
 
-def _stop(left: threading.Event, generating: threading.Thread, timeout: float | None = None) -> None:
+def _stop(must_stop: threading.Event, generating: threading.Thread, timeout: float | None = None) -> None:
     """Has a generation stop at its next token, and waits for that, `timeout` seconds at most."""
-    left.set()
+    must_stop.set()
     if generating is not threading.current_thread():
         generating.join(timeout)
 
@@ -181,8 +182,8 @@ def _stop(left: threading.Event, generating: threading.Thread, timeout: float | 
 @atexit.register
 def _stop_all() -> None:
     """A thread that is within torch when the interpreter is taken down would abort the process."""
-    for left, generating in list(_generating.items()):
-        _stop(left, generating)
+    for must_stop, generating in list(_generating.items()):
+        _stop(must_stop, generating)
 
 
 def _run(model: Any, streamer: FaceStreamer, generate_kwargs: dict[str, Any]) -> Iterator[np.ndarray]:
@@ -199,4 +200,4 @@ def _run(model: Any, streamer: FaceStreamer, generate_kwargs: dict[str, Any]) ->
     try:
         yield from streamer
     finally:
-        _stop(streamer._left, thread, streamer.timeout)
+        _stop(streamer._must_stop, thread, streamer.timeout)

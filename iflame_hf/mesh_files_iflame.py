@@ -216,26 +216,26 @@ def _check_gltf(path: str) -> None:
                 raise MeshError("its positions are normalised integers; save it with floating-point positions")
 
 
-def read_off_rows(path: str) -> tuple[str, list[list[str]], list[list[str]]]:
-    """The header's word of an OFF file, such as "COFF", and the words of the rows of its vertices and of its faces."""
+def read_off_lines(path: str) -> tuple[str, list[list[str]], list[list[str]]]:
+    """The first word of an OFF file, such as "COFF", and the words in the lines of its vertices and of its faces."""
     with open(path, encoding="utf-8", errors="replace") as file:
         text = re.sub(r"#.*", "", file.read()).strip()
     header = re.match(r"(ST)?C?N?OFF", text)
     if header is None:
         raise MeshError("it does not begin with OFF", "wrong_format")
-    rows = [line.split() for line in text[header.end() :].splitlines() if line.strip()]
-    end_of_vertices = 1 + int(rows[0][0])
-    end = end_of_vertices + int(rows[0][1])
-    if len(rows) < end:
+    lines = [line.split() for line in text[header.end() :].splitlines() if line.strip()]
+    end_of_vertices = 1 + int(lines[0][0])
+    end = end_of_vertices + int(lines[0][1])
+    if len(lines) < end:
         raise MeshError("it ends early")
-    return header[0], rows[1:end_of_vertices], rows[end_of_vertices:end]
+    return header[0], lines[1:end_of_vertices], lines[end_of_vertices:end]
 
 
 def _read_off(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Vertices and triangles of an OFF file. trimesh 5.2 fails where polygons of different sizes meet."""
-    _, rows, polygons = read_off_rows(path)
-    vertices = np.array([row[:3] for row in rows], dtype=np.float64)
-    polygons = [row[1 : 1 + int(row[0])] for row in polygons]
+    _, points, polygons = read_off_lines(path)
+    vertices = np.array([words[:3] for words in points], dtype=np.float64)
+    polygons = [words[1 : 1 + int(words[0])] for words in polygons]
     polygons = [corners for corners in polygons if len(corners) >= 3]  # others are points and lines
     if not polygons:
         return vertices, np.zeros((0, 3), dtype=np.int64)

@@ -1,8 +1,8 @@
 """Geometry of triangle meshes on arrays: normalise, turn, quantise, canonicalise, weld.
 
-Arrays, unless said otherwise: `vertices` (V, 3) float64 in the axis order x, y, z; `levels` (V, 3) int64, quantised
-vertices in the same order; `faces` (F, 3) int64 rows of vertex indices, counter-clockwise seen from outside. y is up
-from `to_y_up` to `from_y_up`. No function changes its arguments.
+Arrays, unless said otherwise: `vertices` (V, 3) float64 in the axis order x, y, z; `grid` (V, 3) int64, quantised
+vertices in the same order; `faces` (F, 3) int64, the vertices of each face, counter-clockwise seen from outside. y is
+up from `to_y_up` to `from_y_up`. No function changes its arguments.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from .mesh_errors_iflame import MeshError
 
-# Vertices are ordered by y, then x, then z. A level needs 21 bits at most, three of them fit one int64.
+# Vertices are ordered by y, then x, then z. Grid coordinates need 21 bits at most: three fit one int64.
 MAX_RESOLUTION = 2**21 - 1
 _VERTEX_KEY = np.array([2**21, 2**42, 1], dtype=np.int64)
 _ROTATIONS = np.array([[0, 1, 2], [1, 2, 0], [2, 0, 1]])
@@ -76,19 +76,19 @@ def _centre_and_size(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, flo
 
 
 def quantise(vertices: np.ndarray, resolution: int = 128) -> np.ndarray:
-    """Nearest of the levels 0..resolution, half to even: (V, 3) in [-0.5, 0.5] -> (V, 3) int64. What lies outside is
-    clipped."""
+    """Nearest grid coordinates 0..resolution, half to even: (V, 3) in [-0.5, 0.5] -> (V, 3) int64. What lies outside
+    is clipped."""
     return np.rint(np.minimum(np.maximum(vertices + 0.5, 0), 1) * resolution).astype(np.int64)
 
 
-def dequantise(levels: np.ndarray, resolution: int = 128) -> np.ndarray:
-    """The coordinates of levels: (V, 3) int64 in 0..resolution -> (V, 3) float64 in [-0.5, 0.5]."""
-    return levels / resolution - 0.5
+def dequantise(grid: np.ndarray, resolution: int = 128) -> np.ndarray:
+    """The coordinates of points of the grid: (V, 3) int64 in 0..resolution -> (V, 3) float64 in [-0.5, 0.5]."""
+    return grid / resolution - 0.5
 
 
 def to_y_up(vertices: np.ndarray, up_axis: str) -> np.ndarray:
-    """Turn vertices or levels (V, 3) whose up-axis is `up_axis` so that y is up; winding is kept. Right stays right,
-    where that is x in y-up and z-up axes, and -y in x-up ones (COLLADA 1.4, `<up_axis>`)."""
+    """Turn vertices or grid points (V, 3) whose up-axis is `up_axis` so that y is up; winding is kept. Right stays
+    right, where that is x in y-up and z-up axes, and -y in x-up ones (COLLADA 1.4, `<up_axis>`)."""
     if up_axis == "z":
         return np.stack([vertices[:, 0], vertices[:, 2], -vertices[:, 1]], axis=1)
     if up_axis == "x":
@@ -110,7 +110,7 @@ def turn(vertices: np.ndarray, up_axis: str, to_up_axis: str) -> np.ndarray:
     return vertices if up_axis == to_up_axis else from_y_up(to_y_up(vertices, up_axis), to_up_axis)
 
 
-def canonicalise(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def canonicalise(grid: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The one form of a quantised mesh that sequences are written from, in the order of PolyGen (arXiv 2002.10880).
 
     Equal vertices are merged; faces that lost a corner are dropped, and so are all but the first, in the order given,
@@ -118,20 +118,20 @@ def canonicalise(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.
     y, then x, then z; each face is rotated, never reversed, so that its lowest vertex comes first; faces are ordered
     by their sorted vertices. (V, 3), (F, 3) -> (V', 3), (F', 3); F' may be 0.
     """
-    levels, faces = _merge_vertices(levels, faces)
+    grid, faces = _merge_vertices(grid, faces)
     faces = faces[_distinct_faces(faces)]
     faces = faces[np.arange(len(faces))[:, None], _ROTATIONS[faces.argmin(axis=1)]]
-    return _drop_unused(levels, faces)
+    return _drop_unused(grid, faces)
 
 
 def weld(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Levels (V, 3) and faces (F', 3) of separate triangles `corners` (F, 3 corners, 3) int64.
+    """Grid points (V, 3) and faces (F', 3) of separate triangles `corners` (F, 3 corners, 3) int64.
 
     Equal corners become one vertex, ordered as by `canonicalise`. Degenerate faces, and all but the first on the same
     three vertices, are dropped; the others keep their order and their corners' order.
     """
-    levels, faces = _merge_vertices(corners.reshape(-1, 3), np.arange(3 * len(corners)).reshape(-1, 3))
-    return _drop_unused(levels, faces[np.sort(_distinct_faces(faces))])
+    grid, faces = _merge_vertices(corners.reshape(-1, 3), np.arange(3 * len(corners)).reshape(-1, 3))
+    return _drop_unused(grid, faces[np.sort(_distinct_faces(faces))])
 
 
 def has_equal_corners(corners: np.ndarray) -> np.ndarray:
@@ -157,8 +157,8 @@ def triangulate(corners: np.ndarray, sides: np.ndarray) -> np.ndarray:
     return corners[np.stack([first, second, second + 1], axis=1)]
 
 
-def _merge_vertices(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    keys = levels @ _VERTEX_KEY
+def _merge_vertices(grid: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    keys = grid @ _VERTEX_KEY
     order = keys.argsort()
     keys = keys[order]
     is_new = np.empty(len(keys), dtype=bool)
@@ -166,7 +166,7 @@ def _merge_vertices(levels: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, 
     np.not_equal(keys[1:], keys[:-1], out=is_new[1:])
     renumbered = np.empty(len(keys), dtype=np.int64)
     renumbered[order] = is_new.cumsum() - 1
-    return levels[order[is_new]], renumbered[faces]
+    return grid[order[is_new]], renumbered[faces]
 
 
 def _distinct_faces(faces: np.ndarray) -> np.ndarray:

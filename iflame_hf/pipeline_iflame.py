@@ -109,7 +109,7 @@ class MeshGenerationPipeline(Pipeline):
         """
         preprocess, forward, _ = self._parameters(kwargs)
         if forward.pop("num_meshes", 1) != 1 or isinstance(prompt, list):
-            raise ValueError("faces are streamed of one mesh at a time: leave out num_meshes and give one prompt")
+            raise ValueError("faces come of one mesh at a time: leave out num_meshes and give one prompt")
         row = self.preprocess(prompt, **preprocess)
         with errors_name(prompt):
             self._check_room(row, forward.get("max_faces"))

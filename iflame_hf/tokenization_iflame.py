@@ -30,7 +30,7 @@ MOST_FACES = 10_000  # a default of tokenizers, of which a model may hold fewer
 class IFlameTokenizer(PreTrainedTokenizer):
     """Turns triangle meshes into token ids and back.
 
-    Ids 0..R (R is the coordinate resolution, 128) are coordinate levels; R + 1 is the padding, R + 2 the start and
+    Ids 0..R (R is the coordinate resolution, 128) are grid coordinates; R + 1 is the padding, R + 2 the start and
     R + 3 the end token. A mesh is a start face of nine start tokens, nine tokens for each face of its canonical form,
     and an end face of nine end tokens; a vertex is three tokens in the order z, x, y.
 
@@ -70,7 +70,7 @@ class IFlameTokenizer(PreTrainedTokenizer):
             up_axis=up_axis,
             reversed_winding=bool(reversed_winding),
         )
-        self._tokens = [str(level) for level in range(coordinate_resolution + 1)] + list(SPECIAL_TOKENS.values())
+        self._tokens = [str(value) for value in range(coordinate_resolution + 1)] + list(SPECIAL_TOKENS.values())
         self._ids = {token: index for index, token in enumerate(self._tokens)}
 
         for name, token in SPECIAL_TOKENS.items():
@@ -201,8 +201,8 @@ class IFlameTokenizer(PreTrainedTokenizer):
         taken as valid (`load_mesh` checks them); coordinates outside are clipped. Raises MeshError if no face is
         left after quantisation, or more than `max_faces`.
         """
-        levels = quantise(to_y_up(vertices, self.up_axis), self.coordinate_resolution)
-        levels, faces = canonicalise(levels, faces)
+        grid = quantise(to_y_up(vertices, self.up_axis), self.coordinate_resolution)
+        grid, faces = canonicalise(grid, faces)
         if len(faces) == 0:
             message = f"no face is left after quantisation to {self.coordinate_resolution} steps"
             raise MeshError(message, "no_face_left")
@@ -212,30 +212,31 @@ class IFlameTokenizer(PreTrainedTokenizer):
                 "simplify it first or raise max_faces",
                 "too_many_faces",
             )
-        return self.format.to_ids(levels[faces], start=add_start, end=add_end)
+        return self.format.to_ids(grid[faces], start=add_start, end=add_end)
 
     def decode_arrays(self, ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """Vertices (V, 3) float64 in [-0.5, 0.5] and faces (F, 3) int64 of one sequence of ids.
 
         Takes a list, an array or a tensor of whole numbers, with anything in it that a model can emit: padding and
-        start tokens in front are skipped, the whole faces before the first id that is no coordinate are kept, and of
-        these, degenerate and repeated ones dropped. Equal vertices are merged; faces keep their order and winding.
-        What has no face gives empty arrays. Raises ValueError for ids that are not whole numbers or not one sequence.
+        start tokens before the first coordinate are skipped, the whole faces before the first id that is no coordinate
+        are kept, and of these, degenerate and repeated ones dropped. Equal vertices are merged; faces keep their order
+        and winding. What has no face gives empty arrays. Raises ValueError for ids that are not whole numbers or not
+        one sequence.
         """
-        levels, faces = weld(self._corners(ids))
-        return self._coordinates(levels), faces
+        grid, faces = weld(self._corners(ids))
+        return self._coordinates(grid), faces
 
     def _corners(self, ids: Any) -> np.ndarray:
-        """Levels (F, 3 corners, 3) int64 of the whole faces of a sequence of ids, y up, in the winding of meshes."""
+        """Grid points (F, 3 corners, 3) int64 of the whole faces in a sequence of ids, y up, winding as in meshes."""
         ids = _to_array(ids)
         if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
             raise ValueError(f"ids must be one sequence of whole numbers, got {ids.dtype} of the shape {ids.shape}")
         ids = ids[_first(~self.format.may_precede_mesh(ids)) :]
         return self.format.to_corners(ids[: _first(~self.format.is_coordinate(ids))])
 
-    def _coordinates(self, levels: np.ndarray) -> np.ndarray:
-        """Levels (V, 3), y up, as coordinates (V, 3) in the axes of meshes."""
-        return from_y_up(dequantise(levels, self.coordinate_resolution), self.up_axis)
+    def _coordinates(self, grid: np.ndarray) -> np.ndarray:
+        """Grid points (V, 3), y up, as coordinates (V, 3) in the axes of meshes."""
+        return from_y_up(dequantise(grid, self.coordinate_resolution), self.up_axis)
 
     def decode_mesh(self, ids: Any) -> "trimesh.Trimesh":  # noqa: F821
         """A welded `trimesh.Trimesh` within [-0.5, 0.5] of one sequence of ids: `decode_arrays` as a mesh.
@@ -248,11 +249,11 @@ class IFlameTokenizer(PreTrainedTokenizer):
         sequence, ImportError where trimesh is missing.
         """
         corners = self._corners(ids)
-        levels, faces = weld(corners)
+        grid, faces = weld(corners)
         degenerate = int(has_equal_corners(corners).sum())
         dropped = {"degenerate": degenerate, "repeated": len(corners) - degenerate - len(faces)}
         return import_trimesh().Trimesh(
-            vertices=self._coordinates(levels), faces=faces, process=False, metadata={"dropped_faces": dropped}
+            vertices=self._coordinates(grid), faces=faces, process=False, metadata={"dropped_faces": dropped}
         )
 
     def batch_decode_mesh(self, ids: Any) -> "list[trimesh.Trimesh]":  # noqa: F821

@@ -58,7 +58,7 @@ def test_the_counts_add_up_and_the_error_is_that_of_rounding(name, tmp_path):
     merged = found["vertices_welded"] + found["vertices_merged_by_rounding"]
     assert found["kept_vertices"] <= found["vertices"] - merged
     assert found["mean_error"] <= found["largest_error"] <= 3**0.5 / 2 * found["step"] * 1.0001
-    assert (found["mean_error"] > 0) == (name != "box"), "the corners of the box lie on levels"
+    assert (found["mean_error"] > 0) == (name != "box"), "the corners of the box lie on points of the grid"
     assert found["longest_side"] == pytest.approx(mesh.extents.max(), rel=1e-6)
     assert found["closed_before"]
 

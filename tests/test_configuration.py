@@ -48,7 +48,7 @@ def test_stages_cover_the_stack_and_know_their_level():
     assert [layers[stage] for stage in config.stage_slices()] == [[0], [1, 2], [3, 4, 5], [], [6, 7, 8, 9]]
 
 
-def test_special_ids_follow_the_coordinate_levels():
+def test_special_ids_follow_the_grid_coordinates():
     config = IFlameConfig(coordinate_resolution=64, vocab_size=68)
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (65, 66, 67)
 
@@ -79,8 +79,8 @@ def test_the_hidden_units_follow_the_width_unless_they_are_given():
         ({"stage_layers": [0] * 5}, "at least one block"),
         ({"hidden_size": 100, "num_attention_heads": 3}, "multiple of num_attention_heads, got 100 and 3"),
         ({"hidden_size": 60, "num_attention_heads": 10}, "must be a multiple of 4 .* got 6"),
-        ({"vocab_size": 131}, "eos_token_id must lie behind .* below vocab_size 131, got 131"),
-        ({"pad_token_id": 128}, "pad_token_id must lie behind the coordinate levels 0 to 128"),
+        ({"vocab_size": 131}, "eos_token_id must lie above .* below vocab_size 131, got 131"),
+        ({"pad_token_id": 128}, "pad_token_id must lie above the grid coordinates 0 to 128"),
         ({"eos_token_id": [131]}, "eos_token_id must be one whole number"),
         ({"pad_token_id": 131}, "pad, bos and eos must be three different ids"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),

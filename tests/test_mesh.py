@@ -21,7 +21,7 @@ HALVES = np.array([[0, 1, 2], [0, 2, 3]])
 
 @st.composite
 def quantised_meshes(draw):
-    """Small levels, so that vertices meet, and faces with any corners, so that many are degenerate or repeated."""
+    """A small grid, so that vertices meet, and faces with any corners, so that many are degenerate or repeated."""
     seed, vertex_count, face_count = (
         draw(st.integers(0, 2**32 - 1)),
         draw(st.integers(1, 12)),
@@ -312,15 +312,15 @@ def test_a_point_and_an_endless_mesh_cannot_be_normalised():
 
 def test_levels_run_from_zero_to_the_resolution_and_round_half_to_even():
     steps = np.array([-1.0, 0, 0.5, 1.5, 2.5, 63.49, 64, 64.5, 127.5, 128, 129])
-    levels = quantise(np.stack([steps / 128 - 0.5] * 3, axis=1))
-    assert levels[:, 0].tolist() == [0, 0, 0, 2, 2, 63, 64, 64, 128, 128, 128]
-    assert levels.dtype == np.int64
+    grid = quantise(np.stack([steps / 128 - 0.5] * 3, axis=1))
+    assert grid[:, 0].tolist() == [0, 0, 0, 2, 2, 63, 64, 64, 128, 128, 128]
+    assert grid.dtype == np.int64
 
 
 @pytest.mark.parametrize("resolution", [1, 64, 128, 1000])
 def test_dequantising_is_the_inverse_of_quantising(resolution):
-    levels = np.random.default_rng(0).integers(0, resolution + 1, (200, 3))
-    np.testing.assert_array_equal(quantise(dequantise(levels, resolution), resolution), levels)
+    grid = np.random.default_rng(0).integers(0, resolution + 1, (200, 3))
+    np.testing.assert_array_equal(quantise(dequantise(grid, resolution), resolution), grid)
 
 
 def test_turning_z_up_into_y_up_is_a_rotation_and_can_be_undone():
@@ -337,80 +337,80 @@ def test_turning_z_up_into_y_up_is_a_rotation_and_can_be_undone():
 @pytest.mark.parametrize("name", reference_meshes())
 def test_the_canonical_form_is_the_original_codes_with_two_vertices_swapped(name):
     vertices, faces, tokens = reference_meshes()[name]
-    levels, faces = canonicalise(quantise(normalise(vertices)), faces)
-    corners = levels[faces][:, [0, 2, 1]]
+    grid, faces = canonicalise(quantise(normalise(vertices)), faces)
+    corners = grid[faces][:, [0, 2, 1]]
     np.testing.assert_array_equal(corners[:, :, [2, 0, 1]].reshape(-1, 9), tokens)
 
 
 @settings(max_examples=200, deadline=None)
 @given(quantised_meshes())
 def test_a_canonical_mesh_is_ordered_and_clean_and_holds_the_same_triangles(mesh):
-    levels, faces, _ = mesh
-    new_levels, new_faces = canonicalise(levels, faces)
+    grid, faces, _ = mesh
+    new_grid, new_faces = canonicalise(grid, faces)
 
-    heights = [(y, x, z) for x, y, z in new_levels.tolist()]
+    heights = [(y, x, z) for x, y, z in new_grid.tolist()]
     assert heights == sorted(set(heights)) and set(new_faces.ravel().tolist()) == set(range(len(heights)))
     triples = [tuple(sorted(face)) for face in new_faces.tolist()]
     assert triples == sorted(set(triples)) and all(len(set(triple)) == 3 for triple in triples)
     assert all(face[0] == min(face) for face in new_faces.tolist())
 
     expected = {}
-    for face in levels[faces].tolist():
+    for face in grid[faces].tolist():
         corners = [tuple(corner) for corner in face]
         if len(set(corners)) == 3:
             expected.setdefault(frozenset(corners), turned(corners))
-    assert triangles(new_levels, new_faces) == sorted(expected.values())
+    assert triangles(new_grid, new_faces) == sorted(expected.values())
 
 
 @settings(max_examples=100, deadline=None)
 @given(quantised_meshes())
 def test_numbering_of_vertices_turns_of_faces_and_order_of_distinct_faces_make_no_difference(mesh):
-    levels, faces, rng = mesh
-    expected = canonicalise(levels, faces)
-    shuffle = rng.permutation(len(levels))
+    grid, faces, rng = mesh
+    expected = canonicalise(grid, faces)
+    shuffle = rng.permutation(len(grid))
     renumbered = np.argsort(shuffle)[faces]
     rolled = np.take_along_axis(renumbered, (np.arange(3) + rng.integers(0, 3, (len(faces), 1))) % 3, axis=1)
     shuffled_faces = expected[1][rng.permutation(len(expected[1]))]
-    for found in (canonicalise(levels[shuffle], rolled), canonicalise(expected[0], shuffled_faces)):
+    for found in (canonicalise(grid[shuffle], rolled), canonicalise(expected[0], shuffled_faces)):
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_array_equal(found[1], expected[1])
 
 
 def test_of_faces_on_the_same_vertices_the_first_stays():
-    levels = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    grid = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]])
     for first in permutations(range(3)):
         for second in permutations(range(3)):
-            both, alone = (canonicalise(levels, np.array(faces))[1] for faces in ([first, second], [first]))
+            both, alone = (canonicalise(grid, np.array(faces))[1] for faces in ([first, second], [first]))
             np.testing.assert_array_equal(both, alone)
 
 
 def test_canonicalise_and_weld_do_not_change_what_they_are_given():
-    levels, faces = quantise(normalise(SQUARE)), HALVES[::-1].copy()
-    copies, corners = (levels.copy(), faces.copy()), levels[faces]
+    grid, faces = quantise(normalise(SQUARE)), HALVES[::-1].copy()
+    copies, corners = (grid.copy(), faces.copy()), grid[faces]
     kept = corners.copy()
-    canonicalise(levels, faces)
+    canonicalise(grid, faces)
     weld(corners)
-    np.testing.assert_array_equal(levels, copies[0])
+    np.testing.assert_array_equal(grid, copies[0])
     np.testing.assert_array_equal(faces, copies[1])
     np.testing.assert_array_equal(corners, kept)
 
 
 def test_nothing_is_left_of_a_mesh_of_degenerate_faces():
-    levels, faces = canonicalise(np.array([[0, 0, 0], [1, 0, 0], [1, 0, 0]]), np.array([[0, 1, 2]]))
-    assert levels.shape == (0, 3) and faces.shape == (0, 3)
+    grid, faces = canonicalise(np.array([[0, 0, 0], [1, 0, 0], [1, 0, 0]]), np.array([[0, 1, 2]]))
+    assert grid.shape == (0, 3) and faces.shape == (0, 3)
 
 
 def test_welding_keeps_the_order_of_faces_and_corners_and_drops_the_bad():
     a, b, c, d = ([0, 0, 0], [5, 0, 0], [0, 5, 0], [0, 0, 5])
     corners = np.array([[d, c, b], [a, a, b], [b, c, a], [c, d, b], [b, d, c], [a, b, d]])
-    levels, faces = weld(corners)
-    np.testing.assert_array_equal(levels[faces], corners[[0, 2, 5]])
-    assert len(levels) == 4
+    grid, faces = weld(corners)
+    np.testing.assert_array_equal(grid[faces], corners[[0, 2, 5]])
+    assert len(grid) == 4
 
 
 def test_welding_nothing_gives_nothing():
-    levels, faces = weld(np.zeros((0, 3, 3), dtype=np.int64))
-    assert levels.shape == (0, 3) and faces.shape == (0, 3)
+    grid, faces = weld(np.zeros((0, 3, 3), dtype=np.int64))
+    assert grid.shape == (0, 3) and faces.shape == (0, 3)
 
 
 def test_running_out_of_memory_is_not_blamed_on_the_file(tmp_path, monkeypatch):

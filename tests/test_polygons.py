@@ -183,7 +183,7 @@ def test_a_quad_keeps_its_area_and_the_side_it_is_seen_from():
     vertices, faces = load_mesh(table[0])
     sides = vertices[faces[:, 1:]] - vertices[faces[:, :1]]
     np.testing.assert_array_equal(np.cross(sides[:, 0], sides[:, 1]), [[0, 0, 1]] * 2)
-    levels, faces = canonicalise(quantise(normalise(vertices)), faces)
+    points, faces = canonicalise(quantise(normalise(vertices)), faces)
     assert len(faces) == 2
 
 

@@ -255,7 +255,7 @@ def test_a_face_that_was_cut_short_is_left_out(cut, tokenizer):
     assert len(tokenizer.decode_mesh(ids[:-cut] + END).faces) == 11
 
 
-def test_padding_in_front_the_start_face_and_all_behind_the_end_are_passed_over(tokenizer):
+def test_padding_before_the_mesh_the_start_face_and_all_after_the_end_are_passed_over(tokenizer):
     box = trimesh.creation.box()
     faces = tokenizer.encode_mesh(box, add_start=False, add_end=False)
     expected = corner_triples(tokenizer.decode_mesh(faces))
