@@ -34,7 +34,7 @@ def corners(mesh):
     return np.asarray(mesh.vertices)[np.asarray(mesh.faces)]
 
 
-def streamed(model, tokenizer, seed, prompt=None, **options):
+def faces_of(model, tokenizer, seed, prompt=None, **options):
     torch.manual_seed(seed)
     faces = stream_faces(model, tokenizer, prompt, **{"do_sample": True, "max_new_tokens": 9 * FACES, **options})
     return np.array(list(faces)).reshape(-1, 3, 3)
@@ -50,12 +50,12 @@ def feed(streamer, prompt, ids):
 
 
 @pytest.mark.parametrize("options", [{}, {"up_axis": "z"}, {"reversed_winding": True}], ids=str)
-def test_streamed_faces_are_those_of_decode_mesh_bit_for_bit(model, options):
+def test_faces_that_come_are_those_of_decode_mesh_bit_for_bit(model, options):
     tokenizer = IFlameTokenizer(**options)
     counts = []
     for seed in range(4):
         expected = corners(tokenizer.decode_mesh(sample(model, seed)[0]))
-        found = streamed(model, tokenizer, seed)
+        found = faces_of(model, tokenizer, seed)
         assert found.dtype == np.float64 and np.array_equal(found, expected)
         counts.append(len(found))
     assert max(counts) > 3 and len(set(counts)) > 1
@@ -106,16 +106,16 @@ def test_a_prompts_faces_come_first_or_are_left_out_by_choice(model):
     prompt = tokenizer.encode_mesh(trimesh.creation.icosphere(subdivisions=1), add_end=False)[: 9 * 6]
     expected = corners(tokenizer.decode_mesh(sample(model, 3, torch.tensor([prompt]), eos_token_id=None)[0]))
     for given in (prompt, torch.tensor(prompt), torch.tensor([prompt])):
-        assert np.array_equal(streamed(model, tokenizer, 3, given, eos_token_id=None), expected)
+        assert np.array_equal(faces_of(model, tokenizer, 3, given, eos_token_id=None), expected)
     assert len(expected) > 5
-    rest = streamed(model, tokenizer, 3, prompt, eos_token_id=None, skip_prompt=True)
+    rest = faces_of(model, tokenizer, 3, prompt, eos_token_id=None, skip_prompt=True)
     assert np.array_equal(rest, expected[5:])
 
 
 def test_a_mesh_can_be_the_prompt(model):
     tokenizer = IFlameTokenizer()
     tetrahedron = ([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
-    found = streamed(model, tokenizer, 0, tetrahedron)
+    found = faces_of(model, tokenizer, 0, tetrahedron)
     ids = tokenizer.encode_mesh(tetrahedron, add_end=False)
     assert np.array_equal(found[:4], corners(tokenizer.decode_mesh(ids)))
     assert np.array_equal(found, corners(tokenizer.decode_mesh(sample(model, 0, torch.tensor([ids]))[0])))
@@ -223,6 +223,6 @@ def test_leaving_early_stops_the_generation(model):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_cannot_be_streamed_is_refused_at_once(model, options, reason):
+def test_what_has_no_faces_to_come_is_refused_at_once(model, options, reason):
     with pytest.raises(ValueError, match=reason):
         stream_faces(model, IFlameTokenizer(), **options)

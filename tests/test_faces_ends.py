@@ -1,4 +1,4 @@
-"""What is left of a stream when nobody reads on: nothing, whether the program goes on or ends."""
+"""What is left of a generation when nobody reads its faces on: nothing, whether the program goes on or ends."""
 
 import gc
 import os
@@ -94,7 +94,7 @@ threading.Thread(target=follow).start()""")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
 
 
-def test_a_stream_that_is_forgotten_half_read_leaves_no_thread():
+def test_an_iteration_that_is_forgotten_half_read_leaves_no_thread():
     """By the last name that goes, and within a cycle, which is found at some time, by any thread."""
 
     class Reader:

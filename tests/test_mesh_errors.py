@@ -28,30 +28,49 @@ def encode(mesh, **options):
     return IFlameTokenizer().encode_mesh(mesh, **options)
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+TRIANGLE = "v 0 0 0\nv 1 0 0\nv 1 1 0\n"
+# What is in a file, the kind of its fault, and what the message says.
 FILES = {
-    "chair.xyz": ("0 0 0", "unknown_format"),
-    "empty.obj": ("", "empty_file"),
-    "pointer.obj": ("version https://git-lfs.github.com/spec/v1\n", "lfs_pointer"),
-    "text.glb": ("a chair", "wrong_format"),
-    "text.off": ("a chair", "wrong_format"),
-    "text.ply": ("a chair", "unreadable"),
-    "cut.off": ("OFF\n3 1 0\n0 0 0\n", "unreadable"),
-    "prose.obj": ("a chair\n", "empty"),
-    "nan.obj": ("v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "not_finite"),
-    "range.off": ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 3\n", "bad_indices"),
-    "range.obj": ("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "bad_indices"),
-    "point.obj": ("v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "flat"),
-    "needle.obj": ("v 0 0 0\nv 1000 0 0\nv 1000 1 0\nf 1 2 3\n", "no_face_left"),
+    "chair.xyz": ("0 0 0\n", "unknown_format", "unknown mesh format '.xyz'"),
+    "chair": ("0 0 0\n", "unknown_format", "unknown mesh format ''"),
+    "empty.obj": ("", "empty_file", "the file is empty"),
+    "empty.glb": ("", "empty_file", "the file is empty"),
+    "pointer.obj": (LFS, "lfs_pointer", "Git LFS pointer"),
+    "pointer.glb": (LFS, "lfs_pointer", "Git LFS pointer"),
+    "text.glb": ("This is a note about a chair.", "wrong_format", "does not begin with glTF"),
+    "text.off": ("no header", "wrong_format", "does not begin with OFF"),
+    "text.gltf": ("no json", "unreadable", "cannot be read as gltf"),
+    "text.stl": ("no triangles", "empty", "no vertices"),
+    "text.ply": ("no header", "unreadable", "cannot be read as ply"),
+    "text.dae": ("no xml", "unreadable", "cannot be read as dae"),
+    "cut.glb": ("glTF\2\0\0\0", "unreadable", "cannot be read as glb"),
+    "cut.off": ("OFF\n3 1 0\n0 0 0\n", "unreadable", "ends early"),
+    "cut.ply": (
+        "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+        "element face 2\nproperty list uchar int vertex_indices\nend_header\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n",
+        "unreadable",
+        "cut off: 4 lines of data where its header promises 5",
+    ),
+    "letters.off": ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 a 0\n3 0 1 2\n", "unreadable", "cannot be read as off"),
+    "prose.obj": ("a chair\n", "empty", "no vertices"),
+    "points.obj": (TRIANGLE, "empty", "no "),
+    "nan.obj": (TRIANGLE + "v nan 0 0\nf 1 2 4\n", "not_finite", "NaN or infinite"),
+    "range.off": ("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 3\n", "bad_indices", "from 0 to 3"),
+    "range.obj": (TRIANGLE + "f 1 2 9\n", "bad_indices", "cannot be read as obj"),
+    "point.obj": ("v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "flat", "one point"),
+    "needle.obj": ("v 0 0 0\nv 1000 0 0\nv 1000 1 0\nf 1 2 3\n", "no_face_left", "no face is left"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_bad_file_is_refused_with_its_name_and_the_kind_of_its_fault(name, tmp_path):
-    content, kind = FILES[name]
+def test_a_bad_file_is_refused_with_its_name_the_kind_of_its_fault_and_a_reason(name, tmp_path):
+    content, kind, reason = FILES[name]
     (tmp_path / name).write_text(content)
-    with pytest.raises(MeshError, match=name) as caught:
+    with pytest.raises(MeshError, match=reason) as caught:
         encode(tmp_path / name)
     assert caught.value.kind == kind
+    assert str(caught.value).startswith(f"{tmp_path / name}: ") and str(caught.value).count(name) == 1
 
 
 def test_a_gltf_is_refused_for_what_it_needs(tmp_path):
@@ -71,21 +90,35 @@ def test_a_gltf_is_refused_for_what_it_needs(tmp_path):
     assert caught.value.kind == "not_a_file"
 
 
+NOTHING = np.zeros((0, 3))
+# What is no mesh, the kind of its fault, and what the message says.
 ARRAYS = {
-    "bad_shape": [(SQUARE[:, :2], HALVES), (SQUARE, HALVES[:, :2]), (SQUARE, HALVES * 1.0), ([["a"] * 3], HALVES), 7],
-    "empty": [(np.zeros((0, 3)), HALVES), (SQUARE, np.zeros((0, 3), int)), trimesh.Scene()],
-    "not_finite": [(SQUARE * np.nan, HALVES), (SQUARE * 1.7e308 * [[1], [-1], [1], [1]], HALVES)],
-    "bad_indices": [(SQUARE, HALVES + 1), (SQUARE, HALVES - 1)],
-    "flat": [(SQUARE * 0, HALVES)],
+    "NaN": ((SQUARE * [np.nan, 1, 1], HALVES), "not_finite", "NaN or infinite"),
+    "infinite": ((SQUARE + [np.inf, 0, 0], HALVES), "not_finite", "NaN or infinite"),
+    "endless": ((SQUARE * 1.7e308 * [[1], [-1], [1], [1]], HALVES), "not_finite", "extent"),
+    "no vertices": ((NOTHING, HALVES), "empty", "no vertices"),
+    "no faces": ((SQUARE, NOTHING.astype(int)), "empty", "no faces"),
+    "an empty scene": (trimesh.Scene(), "empty", "no vertices"),
+    "index too large": ((SQUARE, HALVES + 1), "bad_indices", "from 1 to 4"),
+    "negative index": ((SQUARE, HALVES - 1), "bad_indices", "from -1 to 2"),
+    "one point": ((SQUARE * 0, HALVES), "flat", "one point"),
+    "flat vertices": ((SQUARE[:, :2], HALVES), "bad_shape", r"shape \(V, 3\)"),
+    "faces of two": ((SQUARE, HALVES[:, :2]), "bad_shape", r"shape \(F, 3\)"),
+    "faces of floats": ((SQUARE, HALVES * 1.0), "bad_shape", "whole numbers"),
+    "ragged faces": ((SQUARE, [[0, 1, 2], [0, 1]]), "bad_shape", "array of numbers"),
+    "words": (([["a", "b", "c"]], HALVES), "bad_shape", "array of numbers"),
+    "points": (trimesh.PointCloud(SQUARE), "bad_shape", "not PointCloud"),
+    "a list": ([SQUARE, HALVES], "bad_shape", "not list"),
+    "a number": (7, "bad_shape", "not int"),
 }
 
 
-@pytest.mark.parametrize("kind", ARRAYS)
-def test_bad_arrays_are_refused_with_the_kind_of_their_fault(kind):
-    for mesh in ARRAYS[kind]:
-        with pytest.raises(MeshError) as caught:
-            encode(mesh)
-        assert caught.value.kind == kind
+@pytest.mark.parametrize("name", ARRAYS)
+def test_what_is_no_mesh_is_refused_with_the_kind_of_its_fault_and_a_reason_and_names_no_file(name):
+    mesh, kind, reason = ARRAYS[name]
+    with pytest.raises(MeshError, match=reason) as caught:
+        encode(mesh)
+    assert caught.value.kind == kind and "None" not in str(caught.value)
 
 
 def test_a_mesh_of_too_many_faces_is_named_with_their_number(tmp_path):
@@ -109,7 +142,8 @@ def test_every_kind_that_is_raised_is_documented():
     source = "".join(path.read_text() for path in (Path(__file__).parent.parent / "iflame_hf").glob("*.py"))
     raised = {kind for kind in MESH_ERROR_KINDS if source.count(f'"{kind}"') > 1}
     assert raised == MESH_ERROR_KINDS.keys()
-    assert {kind for _, kind in FILES.values()} | ARRAYS.keys() <= raised
+    tried = {kind for _, kind, _ in (*FILES.values(), *ARRAYS.values())}
+    assert tried <= raised and len(tried) > 10
 
 
 @pytest.mark.parametrize("copier", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])

@@ -286,10 +286,10 @@ def test_a_list_of_prompts_gives_a_list_of_lists_each_as_by_itself(generator):
     assert generator([]) == []
 
 
-# Streaming
+# Faces as they come
 
 
-def test_streamed_faces_are_those_of_the_mesh_of_the_same_seed(generator):
+def test_faces_that_come_are_those_of_the_mesh_of_the_same_seed(generator):
     whole = solids()["torus"]
     part = part_of(whole, 8, generator.tokenizer)
     for prompt, options in ((None, {}), (part, {"bounds": whole.bounds})):
@@ -368,7 +368,7 @@ def look_from_outside(folder: str, repo_id: str, work: str, part) -> None:
             "class": f"{type(generator).__module__.split('.')[0]}.{type(generator).__name__}",
             "meshes": [mesh.vertices[mesh.faces].tolist() for mesh in meshes],
             "completed": [mesh.vertices[mesh.faces].tolist() for mesh in completed],
-            "streamed": [face.tolist() for face in generator.stream(max_faces=6, seed=4)],
+            "faces": [face.tolist() for face in generator.stream(max_faces=6, seed=4)],
             "glb": path.read_bytes()[:4].decode(),
             "custom_pipelines": json.loads((work / name / "config.json").read_text())["custom_pipelines"],
             "config": json.loads(as_json)["custom_pipelines"],
@@ -406,5 +406,5 @@ def test_without_this_project_the_pipeline_comes_from_the_folder_and_gives_the_s
     assert found["meshes"] == triangles(generator(num_meshes=3, max_faces=6, seed=4))
     completed = generator(tuple(map(np.array, tetrahedron)), max_faces=9, seed=4, room_above=1.0)
     assert found["completed"] == triangles(completed)
-    assert [found["streamed"]] == triangles(generator(max_faces=6, seed=4))
+    assert [found["faces"]] == triangles(generator(max_faces=6, seed=4))
     assert found["glb"] == "glTF"
