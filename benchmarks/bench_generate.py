@@ -50,7 +50,7 @@ NOTES = """\
 generate() from the start face, with no end token, so that all take as many steps; tokens/s counts all rows.
 Prefill is one pass over a prompt into an empty cache. Two figures are two measurements. Memory is the GPU's peak.
 """
-# Tokens that are generated for the test, and single steps behind a prefill that ends inside a face.
+# Tokens that are generated for the test, and single steps after a prefill that ends inside a face.
 TEST_NEW_TOKENS, TEST_STEPS = 4 * TOKENS_PER_FACE, 31
 
 
@@ -61,7 +61,7 @@ def generate(model: IFlameForCausalLM, prompt: torch.Tensor, new_tokens: int, sa
 
 @torch.no_grad()
 def check_ours(model: IFlameForCausalLM, oracle: Oracle, allowed: float) -> None:
-    """Raises WrongResult unless one pass, a prefill with steps behind it, and generate() agree with the oracle."""
+    """Raises WrongResult unless one pass, a prefill with steps after it, and generate() agree with the oracle."""
     input_ids = oracle.input_ids.to(model.device)
     require_close("logits in one pass", model(input_ids, use_cache=False).logits, oracle.logits, allowed)
     first = input_ids.shape[1] - TEST_STEPS

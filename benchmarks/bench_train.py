@@ -72,7 +72,7 @@ def our_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def original_loss(network: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """The same loss: every token behind the start face, from the one before it."""
+    """The same loss: every token after the start face, from the one before it."""
     logits = network(input_ids)[:, TOKENS_PER_FACE - 1 : -1]
     return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, TOKENS_PER_FACE:].flatten())
 

@@ -95,7 +95,7 @@ class Oracle:
 
     def require_greedy(self, tokens: torch.Tensor, prompt: int, allowed: float) -> None:
         """
-        Raises WrongResult unless the tokens (B, T) behind the prompt are the likeliest, or nearly: two logits that are
+        Raises WrongResult unless the tokens (B, T) after the prompt are the likeliest, or nearly: two logits that are
         off by four times the relative error `allowed` explain the choice.
         """
         tokens = tokens.cpu()

@@ -40,7 +40,7 @@ class RowLayout:
         length: tokens of a row, T.
         strides: tokens that one item of each level spans, ending with those of a face.
         offsets: (levels, M + 1) int32, where at each level the meshes of all rows laid end to end begin, and the end;
-            None where no value can be looked at.
+            None where no value can be read.
         offsets_on_host: the same on the CPU, whatever the device of the others.
         longest: at each level the items of the longest mesh.
         attributes: tensors (M,) by name: what is known of each mesh, such as its category; -1 for padding.
@@ -103,7 +103,7 @@ class RowLayout:
 
     @property
     def num_meshes(self) -> int | None:
-        """Meshes M of all rows, padding after or before others being one; None if no value can be looked at."""
+        """Meshes M of all rows, padding after or before others being one; None if no value can be read."""
         return None if self.offsets_on_host is None else self.offsets_on_host.shape[1] - 1
 
     def to(self, device: Any, non_blocking: bool = False) -> "RowLayout":

@@ -150,7 +150,7 @@ class StaticKeyValueState(LayerState):
     get_max_cache_shape = get_max_length
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes (B, H, T, D) keys and values into their slots, and returns those that are looked at."""
+        """Writes (B, H, T, D) keys and values into their slots, and returns those that attention reads."""
         places = slots.places[:, None, :, None].expand(keys.shape)
         self.keys.scatter_(2, places, keys.to(self.keys.dtype))
         self.values.scatter_(2, places, values.to(self.values.dtype))

@@ -72,7 +72,7 @@ def test_rows_of_one_mesh_need_no_positions():
 
 
 @pytest.mark.parametrize("before", [1, 100, BLOCK_SIZE, 2 * BLOCK_SIZE + 3])
-def test_items_behind_a_filled_cache_see_what_the_cache_holds_of_their_mesh(before):
+def test_items_after_a_filled_cache_see_what_the_cache_holds_of_their_mesh(before):
     assert_same(block_mask(None, before, LENGTH), of_torch(None, before, LENGTH))
     starts = torch.tensor([[0], [min(before, 90)]])
     positions = torch.arange(before, LENGTH) - starts

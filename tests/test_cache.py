@@ -21,7 +21,7 @@ def model(request):
 
 
 def in_pieces(model, ids, lengths, cache=None, **inputs):
-    """Logits of ids given in pieces of these lengths, and the cache behind them."""
+    """Logits of ids given in pieces of these lengths, and the cache after them."""
     logits = []
     for part in ids.split(lengths, dim=1):
         output = model(part, past_key_values=cache, use_cache=True, **inputs)
@@ -57,7 +57,7 @@ def test_several_tokens_may_be_given_to_a_filled_cache_wherever_they_meet(model)
 @pytest.mark.parametrize("lengths", [[1, 2, 3, 4, 5, 6, 7, 8], [7] * 5 + [1], [2] * 18, [10, 16, 10]])
 @pytest.mark.parametrize("padding", [0, 18])
 @torch.no_grad()
-def test_pieces_of_any_lengths_equal_one_pass_also_behind_padding(model, lengths, padding):
+def test_pieces_of_any_lengths_equal_one_pass_also_after_padding(model, lengths, padding):
     rows = mesh_rows(2, faces=3)
     expected = model(rows, use_cache=False).logits
     ids = torch.cat([F.pad(rows[:1], (padding, 0), value=PAD), rows[1:].repeat(1, 2)[:, : 36 + padding]])
@@ -136,7 +136,7 @@ def test_a_cache_comes_back_by_default_in_evaluation_only(model):
 
 
 def states(value, name="cache"):
-    """Every tensor that a cache holds, by name, wherever it is kept; spare room behind keys is not looked at."""
+    """Every tensor that a cache holds, by name, wherever it is kept; spare room after keys left out."""
     if isinstance(value, torch.Tensor):
         return {name: value}
     found = {}

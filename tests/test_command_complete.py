@@ -77,7 +77,7 @@ def test_a_part_that_needs_a_place_is_told_how_to_get_one(model, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_all_parts_are_looked_at_before_the_first_is_completed(model, part, tmp_path, capsys):
+def test_all_parts_are_checked_before_the_first_is_completed(model, part, tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["complete", model, str(part), str(tmp_path / "none.obj"), *arguments]) == 1
     assert "none.obj: no such file" in capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_a_batch_padded_on_the_left_gives_what_each_row_gives_alone(model, optio
             assert torch.equal(together[row, 45 - length :], alone[row][0])
 
 
-def test_a_prompt_inside_a_face_may_stand_behind_padding(model):
+def test_a_prompt_inside_a_face_may_stand_after_padding(model):
     for length in (4, 9, 11, 22):
         row = mesh_rows(1, faces=3)[:, :length]
         ids, mask = F.pad(row, (18, 0), value=PAD), F.pad(torch.ones_like(row), (18, 0))

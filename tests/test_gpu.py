@@ -189,7 +189,7 @@ def test_a_packed_row_gives_each_of_its_meshes_the_oracles_logits(oracle, logits
 
 @pytest.mark.parametrize(("attention", "linear_attention"), PAIRS_AND_FLEX)
 @torch.no_grad()
-def test_padding_on_the_left_changes_neither_logits_nor_the_steps_behind_it(
+def test_padding_on_the_left_changes_neither_logits_nor_the_steps_after_it(
     oracle, logits_error, attention, linear_attention
 ):
     model, prompt, padding = model_with(attention, linear_attention, torch.bfloat16), rows_of(8), 27

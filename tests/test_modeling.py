@@ -35,7 +35,7 @@ def test_changing_a_token_changes_no_logit_before_it_and_every_logit_from_it_on(
     differences = (model(rows).logits - model(row).logits).abs().amax(dim=-1)
     for number, token in enumerate(changed_at):
         assert differences[number, :token].max() < 1e-5, f"a change of token {token} is seen before it"
-        assert differences[number, token:].min() > 1e-4, f"a change of token {token} is not seen behind it"
+        assert differences[number, token:].min() > 1e-4, f"a change of token {token} is not seen after it"
 
 
 def test_each_coordinate_reads_the_vertex_and_the_face_that_were_complete_when_it_arrived():

@@ -1,4 +1,4 @@
-"""Rows that hold more than one mesh: padding on either side, and meshes packed behind each other."""
+"""Rows that hold more than one mesh: padding on either side, and meshes packed one after the other."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def any_implementation(request, model):
 
 
 def padded_left(rows, lengths, fill):
-    """(B, longest) ids and mask: row i keeps its first `lengths[i]` ids, behind padding of random ids or of `fill`."""
+    """(B, longest) ids and mask: row i keeps its first `lengths[i]` ids, after padding of random ids or of `fill`."""
     longest = max(lengths)
     ids = torch.randint(0, 132, (len(lengths), longest)) if fill is None else torch.full((len(lengths), longest), fill)
     mask = torch.zeros_like(ids)
@@ -105,7 +105,7 @@ def test_a_mask_of_another_shape_is_refused(model, shape):
 
 
 def packed(meshes, length):
-    """(1, length) ids, positions and labels of whole meshes behind each other, then a segment of padding."""
+    """(1, length) ids, positions and labels of whole meshes one after the other, then padding."""
     ids, positions, labels = [], [], []
     for mesh in meshes:
         ids.append(mesh)
@@ -129,7 +129,7 @@ def gradients(model):
     return collected
 
 
-@pytest.mark.parametrize("spare", [0, 27], ids=["full", "with padding behind"])
+@pytest.mark.parametrize("spare", [0, 27], ids=["full", "with padding after"])
 def test_logits_and_gradients_of_a_packed_row_are_those_of_its_meshes_one_by_one(any_implementation, spare):
     model = any_implementation.train()
     bins = [some_meshes(3, 12, 1, 5), some_meshes(20, 1)]

@@ -156,7 +156,7 @@ def test_without_augmentation_meshes_are_as_memory_mapped_ones_and_with_it_they_
     assert set(sequences_in(next(batches)[0])) == names.keys()
 
 
-def test_another_number_of_processes_goes_on_behind_what_was_begun(rows, names):
+def test_another_number_of_processes_goes_on_after_what_was_begun(rows, names):
     places = [[7, 3], [4, 1]]
     with pytest.warns(UserWarning, match="2 processes were reading the data and 3 go on.*up to block 8"):
         _, place = next(rows.batches(places, 1, 0, 3))

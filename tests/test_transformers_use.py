@@ -45,7 +45,7 @@ def test_a_row_padded_on_the_right_is_not_continued():
     assert model(ids[:, :1], past_key_values=cache).logits.shape[:2] == (2, 1)
 
 
-def test_tokens_behind_a_filled_cache_are_neither_padding_nor_another_mesh():
+def test_tokens_after_a_filled_cache_are_neither_padding_nor_another_mesh():
     model, ids = small_model(), mesh_rows(2, faces=2)
     counting = torch.arange(27).expand(2, -1)
     mask = torch.ones_like(ids)
@@ -68,7 +68,7 @@ def test_tokens_behind_a_filled_cache_are_neither_padding_nor_another_mesh():
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
-def test_a_prompt_may_end_anywhere_in_its_first_face_behind_padding_or_another_mesh(kind):
+def test_a_prompt_may_end_anywhere_in_its_first_face_after_padding_or_another_mesh(kind):
     model, alone = small_model(), mesh_rows(1, faces=2)
     before = torch.full((1, 18), PAD) if kind == "padded" else mesh_rows(1, faces=1, seed=1)
     ids = torch.cat([before, alone], dim=1)
