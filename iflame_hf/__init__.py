@@ -1,9 +1,9 @@
 """
 iFlame: triangle meshes, token by token, as a transformers model.
 
-The names below are imported when they are asked for: geometry, as in `from iflame_hf.mesh_iflame import load_mesh`
-needs neither torch nor transformers, and imports neither. transformers knows the classes as soon as both packages are
-imported, in whatever order.
+The names below are imported when they are asked for. `from iflame_hf.mesh_files_iflame import load_mesh` imports
+neither torch nor transformers, since what reads meshes needs neither. transformers knows the classes as soon as both
+packages are imported, in whatever order.
 """
 
 from importlib import import_module
