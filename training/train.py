@@ -45,9 +45,6 @@ from training.run.steps import Steps
 from training.run.weights import Weights
 from training.run.write import ModelWriter
 
-# Steps whose gradient is not finite are left out; so many in a row, or all there are, end the run.
-MAX_STEPS_LEFT_OUT = 10
-
 
 @ends_in_words("train")
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +145,6 @@ class Run:
         is_silent = options.disable_tqdm or not self.accelerator.is_main_process
         bar = tqdm(total=steps.last, initial=progress.step, unit="step", disable=is_silent)
         pace, window = Window(), Window()
-        left_out = 0
         self.model.train()
         batch, place = self.fetch(batches)
         labels, stop = self.agree(batch, pace)
@@ -163,12 +159,7 @@ class Run:
                 batch, place = self.fetch(batches)
                 labels, stop = self.agree(batch, pace)
             loss, gradient_norm = self.update(loss)
-            left_out = 0 if gradient_norm is not None else left_out + 1
-            if left_out >= min(MAX_STEPS_LEFT_OUT, steps.last):
-                advice = "lower --learning_rate, or train in bf16 instead of fp16"
-                if learnt == 0:
-                    advice = "not one mesh of their rows could be used, as the warnings above say"
-                raise CommandError(f"the gradient was not finite in {left_out} steps in a row: {advice}")
+            steps.require_finite(gradient_norm is not None, learnt)
             if gradient_norm is not None:
                 progress.loss_sum += loss
                 progress.loss_steps += 1

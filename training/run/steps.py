@@ -5,11 +5,14 @@ from collections.abc import Callable
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from iflame_cli.errors import CommandError
 from training.arguments import Arguments
 from training.optim.schedule import learning_rate_curve
 from training.run.checkpoint import Progress
 from training.run.log import Window
 
+# Steps whose gradient is not finite are left out; so many in a row, or all there are, end the run.
+MAX_STEPS_LEFT_OUT = 10
 # How many steps max_minutes leaves time for is estimated from the speed so far, after every so many of them.
 STEPS_BETWEEN_ESTIMATES = 20
 
@@ -27,6 +30,7 @@ class Steps:
         last: number of the last step.
         rows_per_step: of all processes together.
         schedule: to be stepped after each step of the optimiser.
+        left_out: how many steps were left out since one was taken.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Steps:
             rows = options.num_train_epochs * rows_in_epoch
             progress.planned_steps = max(1, round(rows / self.rows_per_step))
         self.last = progress.planned_steps
+        self.left_out = 0
         self.schedule = LambdaLR(optimizer, self._curve())
 
     def end_after(self, step: int) -> None:
@@ -55,6 +60,21 @@ class Steps:
         if step != self.last:
             self.last = self.progress.max_steps = step
             self.schedule.lr_lambdas = [self._curve()] * len(self.schedule.lr_lambdas)
+
+    def require_finite(self, is_finite: bool, labels: int) -> None:
+        """
+        Counts a step that was taken, or left out since its gradient is not finite. Raises CommandError where too many
+        in a row were left out.
+
+        Args:
+            labels: that the step learnt from.
+        """
+        self.left_out = 0 if is_finite else self.left_out + 1
+        if self.left_out >= min(MAX_STEPS_LEFT_OUT, self.last):
+            advice = "lower --learning_rate, or train in bf16 instead of fp16"
+            if labels == 0:
+                advice = "not one mesh of their rows could be used, as the warnings above say"
+            raise CommandError(f"the gradient was not finite in {self.left_out} steps in a row: {advice}")
 
     def due(self, every: int, at_end: bool) -> bool:
         """Whether something is to be done now that is done every so many steps (never if 0), or after the last."""
