@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from small_models import mesh_rows, small_model
+from small_models import mesh_rows, small_model, switch_checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iflame_hf.layout_iflame import RowLayout, fresh_rows
@@ -150,8 +150,6 @@ class Looks(TorchDispatchMode):
 def test_a_training_step_on_rows_with_a_layout_looks_at_no_value(model, checkpointing):
     if checkpointing:
         model = small_model()
-        from small_models import switch_checkpointing
-
         switch_checkpointing(model)
     model.train()
     ids, layout = mesh_rows(4, faces=8), RowLayout.of_begins(begins_of(*PACKED), 81, STRIDES)
