@@ -1,0 +1,237 @@
+"""
+How a decode engine chooses tokens on the device: penalty, grammar, temperature, top-k, top-p, min-p, and a random
+number of the row's own. One kernel, and the same in plain torch.
+
+They compute what transformers' processors and `MeshGrammarLogitsProcessor` compute, in transformers' order, from what
+they carry of each row instead of its ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .kernels_iflame import _begin, _jit, _wait
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # optional
+    triton = tl = None
+
+# B rows, V token ids, L coordinates of the grid
+
+# What is carried of each row, by column of a table (B, 8) int32: ranks of the last face's vertices in order, of the
+# open face's first two vertices, the digits of its open vertex, whole faces, and whether the mesh has ended.
+LOWEST, MIDDLE, HIGHEST, FIRST, SECOND, DIGITS, FACES, ENDED = range(8)
+COLUMNS = 8
+# Settings that may change from call to call, a table (5,) float32.
+TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY = range(5)
+
+
+class Choice(NamedTuple):
+    """What decides which code chooses, whatever the settings' values."""
+
+    sample: bool  # else the likeliest token
+    filters: bool  # top-k, top-p or min-p
+    penalty: bool
+    grammar: bool
+    coordinates: int  # L
+    end: int  # id of the end token; -1: nothing ends a row
+
+
+@_jit
+def _remainder(x, modulus):
+    return (x % modulus + modulus) % modulus
+
+
+@_jit
+def choose(
+    logits_ptr,  # (B, V) float32
+    uniform_ptr,  # (B, numbers) float32 within [0, 1)
+    settings_ptr,  # (5,) float32
+    state_ptr,  # (B, 8) int32
+    limits_ptr,  # (B, 2) int32: fewest and most faces
+    seen_ptr,  # (B, VB) int8: whether a token is among the ids so far
+    count_ptr,  # (B,) int32: tokens chosen so far
+    position_ptr,  # (B,) int64: place of the token that went in
+    token_ptr,  # (B,) int64: receives the choice
+    face_ptr,  # (B, 9) int32: receives it, at its place in the face
+    wrong_ptr,  # (B,) int32: becomes 1 where logits are not numbers
+    numbers,
+    place,  # of the chosen token in its face of nine
+    V: tl.constexpr,
+    VB: tl.constexpr,
+    L: tl.constexpr,
+    END: tl.constexpr,
+    ADVANCE: tl.constexpr,  # whether a token went in before
+    SAMPLE: tl.constexpr,
+    FILTERS: tl.constexpr,
+    PENALISE: tl.constexpr,
+    GRAMMAR: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    _begin(PDL)
+    row = tl.program_id(0)
+    lane = tl.arange(0, VB)
+    valid = lane < V
+    _wait(PDL)
+    count = tl.load(count_ptr + row)
+    uniform = tl.load(uniform_ptr + row.to(tl.int64) * numbers + tl.minimum(count, numbers - 1))
+    scores = tl.load(logits_ptr + row * V + lane, mask=valid, other=float("-inf"))
+    wrong = tl.sum(tl.where(valid & (scores != scores), 1, 0), axis=0)
+    if PENALISE:
+        penalty = tl.load(settings_ptr + 4)
+        seen = tl.load(seen_ptr + row * VB + lane) != 0
+        scores = tl.where(seen, tl.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+    table = state_ptr + row * 8
+    ended = tl.load(table + 7)
+    lowest, middle, highest = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    first, second, digits = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
+    faces = tl.load(table + 6)
+    digit = place % 3
+    step = tl.where(digit == 0, 1, tl.where(digit == 1, L, L * L))
+    last: tl.constexpr = L * L * L - 1
+    digits = tl.where(digit == 0, 0, digits)
+    if GRAMMAR:
+        fewest, most = tl.load(limits_ptr + row * 2), tl.load(limits_ptr + row * 2 + 1)
+        # The ranks that the vertex may have lie between low and high.
+        another = (highest < last) | (middle <= last - 2)
+        low_first = tl.maximum(tl.where(another, lowest, lowest + 1), 0)
+        high_first = tl.maximum(last - 2 - tl.maximum(fewest - faces - 1, 0), low_first)
+        low_second = tl.where(highest < last, middle, middle + 1)
+        low_third = tl.where(second == middle, highest + 1, tl.where(second > highest, middle, middle + 1))
+        low = tl.where(first == lowest, tl.where(place < 6, low_second, low_third), first + 1)
+        low = tl.where(place < 3, low_first, low)
+        high = tl.where(place < 3, tl.minimum(high_first, last - 2), last)
+        excluded = tl.where(place < 6, -1, second)
+        candidate = low + _remainder(digits + lane * step - low, step * L)
+        candidate = tl.where(candidate == excluded, candidate + step * L, candidate)
+        allowed = (lane < L) & (candidate <= high)
+        none = tl.sum(allowed.to(tl.int32), axis=0) == 0
+        begins = place == 0
+        allowed = allowed & ((place > 0) | (faces < most))
+        allowed = allowed | ((lane == END) & begins & ((faces >= fewest) | (faces >= most) | none))
+        left = tl.where(allowed, scores, float("-inf"))
+        nothing = tl.max(left, axis=0) == float("-inf")
+        scores = tl.where(allowed, tl.where(nothing, 0.0, scores), float("-inf"))
+    if SAMPLE:
+        scores = scores / tl.load(settings_ptr)
+        if FILTERS:
+            ordered = tl.sort(scores, descending=True)
+            least = tl.max(tl.where(lane == tl.load(settings_ptr + 1).to(tl.int32) - 1, ordered, float("-inf")), axis=0)
+            weight = tl.where(ordered >= least, tl.exp(ordered - tl.max(ordered, axis=0)), 0.0)
+            # What stands before each, of all; the likeliest is kept in any case.
+            before = tl.cumsum(weight, axis=0) - weight
+            kept = (weight > 0) & ((before < tl.load(settings_ptr + 2) * tl.sum(weight, axis=0)) | (lane == 0))
+            least = tl.min(tl.where(kept, ordered, float("inf")), axis=0)
+            scores = tl.where(scores >= least, scores, float("-inf"))
+            weight = tl.exp(scores - tl.max(scores, axis=0))
+            scores = tl.where(weight < tl.load(settings_ptr + 3), float("-inf"), scores)
+        weight = tl.exp(scores - tl.max(scores, axis=0))
+        reached = tl.cumsum(weight, axis=0)
+        total = tl.max(reached, axis=0)
+        token = tl.sum((reached <= uniform * total).to(tl.int32), axis=0)
+        # Rounding must not choose what has no share.
+        token = tl.minimum(token, tl.max(tl.where(weight > 0, lane, 0), axis=0))
+    else:
+        token = tl.argmax(scores, axis=0).to(tl.int32)
+    token = tl.where(ended != 0, END if END >= 0 else 0, token)
+
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(face_ptr + row * 9 + place, token)
+    tl.store(count_ptr + row, count + 1)
+    if wrong > 0:
+        tl.store(wrong_ptr + row, 1)
+    if ADVANCE:
+        tl.store(position_ptr + row, tl.load(position_ptr + row) + 1)
+    if PENALISE:
+        tl.store(seen_ptr + row * VB + token, tl.full((), 1, tl.int8))
+    if END >= 0:
+        ended = tl.where(token == END, 1, ended)
+        tl.store(table + 7, ended)
+    if GRAMMAR:
+        digits = tl.where(ended != 0, digits, digits + token * step)
+        tl.store(table + 5, digits)
+        if place == 2:
+            tl.store(table + 3, digits)
+        if place == 5:
+            tl.store(table + 4, digits)
+        if place == 8:
+            whole = ended == 0
+            tl.store(table + 0, tl.where(whole, first, lowest))
+            tl.store(table + 1, tl.where(whole, tl.minimum(second, digits), middle))
+            tl.store(table + 2, tl.where(whole, tl.maximum(second, digits), highest))
+            tl.store(table + 6, tl.where(whole, faces + 1, faces))
+
+
+class Rows:
+    """
+    What a chooser carries of each row, and what is asked of it.
+
+    Args:
+        rows: B.
+        numbers: random numbers of a row: tokens that it may choose.
+        vocabulary: V.
+        face: tokens of a face.
+        device: of the tables.
+    """
+
+    def __init__(self, rows: int, numbers: int, vocabulary: int, face: int, device: torch.device):
+        def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.numbers = numbers
+        self.uniforms = table(rows, numbers, dtype=torch.float32)
+        self.settings = table(5, dtype=torch.float32)
+        self.state = table(rows, COLUMNS)
+        self.limits = table(rows, 2)
+        self.lanes = 1 << (vocabulary - 1).bit_length()
+        self.seen = table(rows, self.lanes, dtype=torch.int8)
+        self.counts = table(rows)
+        self.wrong = table(rows)
+        self.face = table(rows, face)
+
+    def begin(self, rows: Any, state: np.ndarray, limits: np.ndarray, uniforms: np.ndarray, seen: np.ndarray) -> None:
+        """
+        Rows begin, whose ids so far say the `state` (R, 8) and which tokens were `seen` (R, V); `limits` (R, 2) are
+        their fewest and most faces, `uniforms` (R, <= numbers) their random numbers.
+        """
+
+        def put(table: torch.Tensor, values: np.ndarray, width: int | None = None) -> None:
+            values = torch.from_numpy(np.ascontiguousarray(values)).to(table.dtype)
+            if table.device.type == "cuda":
+                values = values.pin_memory()
+            values = values.to(table.device, non_blocking=True)
+            if width is None:
+                table[rows] = values
+            else:
+                table[rows, :width] = values
+
+        put(self.state, state)
+        put(self.limits, limits)
+        put(self.uniforms, uniforms, uniforms.shape[1])
+        put(self.seen, seen, seen.shape[1])
+        self.counts[rows] = 0
+        self.wrong[rows] = 0
+
+    def set(self, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float) -> None:
+        """top_k of 0, top_p of 1 and min_p of 0 leave all tokens; a penalty of 1 none worse."""
+        values = [temperature, top_k or self.lanes, top_p if top_p < 1 else 2.0, min_p, penalty]
+        self.settings.copy_(torch.tensor(values, dtype=torch.float32))
+
+
+def choose_by_kernel(rows: Rows, choice: Choice, logits: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor,
+                     place: int, advance: bool, pdl: bool) -> None:
+    """The token at `place` of a face for each row, from `logits` (B, V) into `tokens` (B,) and the tables."""
+    launched = {"launch_pdl": True} if pdl else {}
+    choose[(len(tokens),)](
+        logits, rows.uniforms, rows.settings, rows.state, rows.limits, rows.seen, rows.counts, positions, tokens,
+        rows.face, rows.wrong, rows.numbers, place,
+        V=logits.shape[1], VB=rows.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
+        SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
+        GRAMMAR=choice.grammar, PDL=pdl, num_warps=8, **launched,
+    )  # fmt: skip

@@ -1,0 +1,514 @@
+"""
+How a decoding step runs on a GPU: the kernels, in Triton, and what launches them. They know no configuration and no
+policy; `decode_step_iflame` says which runs when.
+
+Each kernel is one phase of a block: what it does begins when the phase before has ended. So that the wait costs
+little, a kernel is launched early (programmatic dependent launch), reads its weights, which no phase writes, and only
+then waits.
+
+Few rows (`WIDE` false) are multiplied row by row, which is bound by reading the weights; many in tiles, on the matrix
+units. Activations that go from phase to phase are float32; products take them in the weights' type.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # optional
+    triton = tl = None
+
+
+def _jit(function):
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=["stride", "place"])
+
+
+# B rows, C channels, H heads, D head size, N outputs, K inputs, I hidden units, S splits of the keys, G groups of heads
+
+# What the input of a block is: the output of the one before, or at the start of a stage what is made of tokens, of a
+# group that is complete, or of the level's own items and what the level below handed up.
+PLAIN, EMBED, POOL, UPSAMPLE = "plain", "embed", "pool", "upsample"
+
+
+@_jit
+def _begin(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@_jit
+def _wait(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@_jit
+def _product(x, w, WIDE: tl.constexpr):
+    """(BM, BK) rows times (BN, BK) weights: (BM, BN) float32."""
+    if WIDE:
+        y = tl.dot(x.to(w.dtype), tl.trans(w), input_precision="ieee")
+    else:
+        y = tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=1)[None, :]
+    return y
+
+
+@_jit
+def _source(x_ptr, handed_ptr, scale_ptr, token_ptr, batch, inner, mask, rows, C: tl.constexpr, GROUP: tl.constexpr, SOURCE: tl.constexpr):
+    """A tile (BM, BK) of a block's input."""
+    at = batch[:, None] * C + inner[None, :]
+    if SOURCE == "embed":
+        token = tl.load(token_ptr + batch, mask=batch < rows, other=0)
+        x = tl.load(x_ptr + token[:, None] * C + inner[None, :], mask=mask, other=0.0)
+    else:
+        x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    if SOURCE == "pool":
+        for member in tl.static_range(1, GROUP):
+            x += tl.load(x_ptr + member * rows * C + at, mask=mask, other=0.0)
+        x = x / GROUP
+    if SOURCE == "upsample":
+        x += tl.load(scale_ptr).to(tl.float32) * tl.load(handed_ptr + at, mask=mask, other=0.0)
+    return x
+
+
+@_jit
+def project_heads(
+    x_ptr,  # (B, C) float32; of "embed" (V, C), what each token begins as; of "pool" (GROUP, B, C), a group's members
+    handed_ptr,  # (B, C) float32: what the level below handed up, of "upsample"
+    scale_ptr,  # its scale
+    token_ptr,  # (B,) int64, of "embed"
+    made_ptr,  # (B, C) float32: receives the input, unless it is "plain"
+    norm_ptr,  # (C,)
+    w_ptr,  # (2, 3C / 2, C): the first halves of all heads of query, key and value, then the second ones
+    cos_ptr,  # (items, D / 2) float32
+    sin_ptr,
+    position_ptr,  # (B,) int64: places of the tokens in their meshes
+    out_ptr,  # (B, 3C) float32: query, key, value
+    key_ptr,  # (B, H, room, D), of full attention
+    value_ptr,
+    rows,
+    room,
+    eps,
+    stride,  # tokens of an item of the level
+    C: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOURCE: tl.constexpr,
+    FULL: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Norm, query, key and value, rotary embedding; of full attention also the cache's new entry."""
+    _begin(PDL)
+    half: tl.constexpr = D // 2
+    apart: tl.constexpr = 3 * C // 2 * C
+    outs = tl.program_id(0) * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    owned = outs < 3 * C // 2
+    batch = tl.program_id(1) * BM + tl.arange(0, BM)
+    live = batch < rows
+    if WIDE:
+        _wait(PDL)
+        a = tl.zeros((BM, BN), tl.float32)
+        b = tl.zeros((BM, BN), tl.float32)
+        square = tl.zeros((BM,), tl.float32)
+        for start in range(0, C, BK):
+            k = start + inner
+            mask = owned[:, None] & (k < C)[None, :]
+            there = live[:, None] & (k < C)[None, :]
+            first = tl.load(w_ptr + outs[:, None] * C + k[None, :], mask=mask, other=0.0)
+            second = tl.load(w_ptr + apart + outs[:, None] * C + k[None, :], mask=mask, other=0.0)
+            norm = tl.load(norm_ptr + k, mask=k < C, other=0.0).to(tl.float32)[None, :]
+            x = _source(x_ptr, handed_ptr, scale_ptr, token_ptr, batch, k, there, rows, C, GROUP, SOURCE)
+            if SOURCE != "plain":
+                if tl.program_id(0) == 0:
+                    tl.store(made_ptr + batch[:, None] * C + k[None, :], x, mask=there)
+            square += tl.sum(x * x, axis=1)
+            x = x * norm
+            a += _product(x, first, WIDE)
+            b += _product(x, second, WIDE)
+    else:
+        mask = owned[:, None] & (inner < C)[None, :]
+        there = live[:, None] & (inner < C)[None, :]
+        first = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=mask, other=0.0)
+        second = tl.load(w_ptr + apart + outs[:, None] * C + inner[None, :], mask=mask, other=0.0)
+        norm = tl.load(norm_ptr + inner, mask=inner < C, other=0.0).to(tl.float32)[None, :]
+        _wait(PDL)
+        x = _source(x_ptr, handed_ptr, scale_ptr, token_ptr, batch, inner, there, rows, C, GROUP, SOURCE)
+        if SOURCE != "plain":
+            if tl.program_id(0) == 0:
+                tl.store(made_ptr + batch[:, None] * C + inner[None, :], x, mask=there)
+        square = tl.sum(x * x, axis=1)
+        x = x * norm
+        a, b = _product(x, first, WIDE), _product(x, second, WIDE)
+    # Rows whose mesh has ended go on beyond the room; what they make is not read.
+    position = tl.minimum(tl.load(position_ptr + batch, mask=live, other=0) // stride, room - 1)
+    section = outs // (C // 2)
+    angle = position[:, None] * half + (outs % half)[None, :]
+    turned = live[:, None] & (section < 2)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+
+    factor = tl.rsqrt(square / C + eps)[:, None]
+    a, b = a * factor, b * factor
+    low, high = a * cos + b * sin, b * cos - a * sin
+    within = outs % (C // 2)
+    head, dim = within // half, within % half
+    kept = live[:, None] & owned[None, :]
+    to = batch[:, None] * (3 * C) + (section * C + head * D + dim)[None, :]
+    if FULL:
+        own = kept & (section == 0)[None, :]
+        tl.store(out_ptr + to, low, mask=own)
+        tl.store(out_ptr + to + half, high, mask=own)
+        to = (batch[:, None].to(tl.int64) * (C // D) + head[None, :]) * room + position[:, None]
+        to = to * D + dim[None, :]
+        kind = key_ptr.dtype.element_ty
+        own = kept & (section == 1)[None, :]
+        tl.store(key_ptr + to, low.to(kind), mask=own)
+        tl.store(key_ptr + to + half, high.to(kind), mask=own)
+        own = kept & (section == 2)[None, :]
+        tl.store(value_ptr + to, low.to(kind), mask=own)
+        tl.store(value_ptr + to + half, high.to(kind), mask=own)
+    else:
+        tl.store(out_ptr + to, low, mask=kept)
+        tl.store(out_ptr + to + half, high, mask=kept)
+
+
+@_jit
+def _linear_step(qkv_ptr, slopes_ptr, state_ptr, row, heads, C: tl.constexpr, D: tl.constexpr):
+    """The state (heads, D, D) after an item, and what it reads from it (heads, D)."""
+    H: tl.constexpr = C // D
+    dims = tl.arange(0, D)
+    live = heads < H
+    at = qkv_ptr + row * (3 * C) + heads[:, None] * D + dims[None, :]
+    q = tl.load(at, mask=live[:, None], other=0.0)
+    k = tl.load(at + C, mask=live[:, None], other=0.0)
+    v = tl.load(at + 2 * C, mask=live[:, None], other=0.0)
+    decay = tl.exp(-tl.load(slopes_ptr + heads, mask=live, other=0.0))
+    places = (heads[:, None, None] * D + dims[None, :, None]) * D + dims[None, None, :]
+    here = live[:, None, None] & (dims[None, :, None] < D) & (dims[None, None, :] < D)
+    state = tl.load(state_ptr + row.to(tl.int64) * (C * D) + places, mask=here, other=0.0)
+    state = state * decay[:, None, None] + k[:, :, None] * v[:, None, :]
+    return state, tl.sum(q[:, :, None] * state, axis=1), places, here
+
+
+@_jit
+def attend_linear_project(
+    qkv_ptr,  # (B, 3C) float32
+    slopes_ptr,  # (H,) float32
+    state_ptr,  # (B, H, D, D) float32
+    next_state_ptr,  # the same, which is written
+    norm_ptr,  # (C,)
+    w_ptr,  # (C, C)
+    partial_ptr,  # (B, G, C) float32: products of the heads of each group, without the norm's factor
+    square_ptr,  # (B, G) float32: sums of the squares of their outputs
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,  # of a group
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Linear attention and its output projection, of few rows: each program takes some heads and some outputs."""
+    _begin(PDL)
+    row, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    outs = block * BN + tl.arange(0, BN)
+    inner = group * HEADS * D + tl.arange(0, HEADS * D)
+    valid = inner < C
+    w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=(outs < C)[:, None] & valid[None, :], other=0.0)
+    norm = tl.load(norm_ptr + inner, mask=valid, other=0.0).to(tl.float32)
+    _wait(PDL)
+    heads = group * HEADS + tl.arange(0, HEADS)
+    state, read, places, here = _linear_step(qkv_ptr, slopes_ptr, state_ptr, row, heads, C, D)
+    groups = tl.num_programs(1)
+    if block == 0:
+        tl.store(next_state_ptr + row.to(tl.int64) * (C * D) + places, state, mask=here)
+        tl.store(square_ptr + row * groups + group, tl.sum(tl.sum(read * read, axis=1), axis=0))
+    read = tl.reshape(read, (HEADS * D,)) * norm
+    partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
+    tl.store(partial_ptr + (row * groups + group) * C + outs, partial, mask=outs < C)
+
+
+@_jit
+def attend_linear(
+    qkv_ptr,  # (B, 3C) float32
+    slopes_ptr,
+    state_ptr,  # (B, H, D, D) float32, becomes that after the item
+    out_ptr,  # (B, C) float32
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A step of linear attention."""
+    _begin(PDL)
+    _wait(PDL)
+    row = tl.program_id(0)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    state, read, places, here = _linear_step(qkv_ptr, slopes_ptr, state_ptr, row, heads, C, D)
+    tl.store(state_ptr + row.to(tl.int64) * (C * D) + places, state, mask=here)
+    to = row * C + heads[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(out_ptr + to, read, mask=(heads < C // D)[:, None])
+
+
+@_jit
+def attend_keys(
+    qkv_ptr,  # (B, 3C) float32
+    key_ptr,  # (B, H, room, D)
+    value_ptr,
+    position_ptr,  # (B,) int64
+    most_ptr,  # (B, H, S) float32: the largest score of each split, in units of log 2
+    sum_ptr,  # (B, H, S) float32: of exponentials
+    read_ptr,  # (B, H, S, D) float32: their sums of values; of one split (B, C), divided by the sum
+    room,
+    scale,  # D ** -0.5 / log(2)
+    stride,  # tokens of an item of the level
+    C: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BT: tl.constexpr,  # keys at a time
+    PDL: tl.constexpr,
+):
+    """Softmax attention of one query a row over the keys so far, in splits that run side by side."""
+    _begin(PDL)
+    H: tl.constexpr = C // D
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dims = tl.arange(0, D)
+    places = tl.arange(0, BT)
+    start_of_keys = (row.to(tl.int64) * H + head) * room * D
+    _wait(PDL)
+    keys = tl.minimum(tl.load(position_ptr + row) // stride, room - 1).to(tl.int32) + 1
+    query = tl.load(qkv_ptr + row * (3 * C) + head * D + dims) * scale
+    share = tl.cdiv(tl.cdiv(keys, SPLITS), BT) * BT
+    start = split * share
+    stop = tl.minimum(start + share, keys)
+    # Each lane of BT has a softmax of its own, so that nothing is reduced within the loop.
+    most = tl.full((BT,), float("-inf"), tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    read = tl.zeros((BT, D), tl.float32)
+    for first in range(start, stop, BT):
+        at = first + places
+        live = at < stop
+        offset = start_of_keys + at[:, None] * D + dims[None, :]
+        key = tl.load(key_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
+        value = tl.load(value_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
+        score = tl.where(live, tl.sum(key * query[None, :], axis=1), float("-inf"))
+        now = tl.maximum(most, score)
+        finite = tl.where(now == float("-inf"), 0.0, now)
+        before = tl.exp2(most - finite)
+        weight = tl.exp2(score - finite)
+        total = total * before + weight
+        read = read * before[:, None] + weight[:, None] * value
+        most = now
+    highest = tl.max(most, axis=0)
+    factor = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(total * factor, axis=0)
+    read = tl.sum(read * factor[:, None], axis=0)
+    if SPLITS == 1:
+        tl.store(read_ptr + row * C + head * D + dims, read / total)
+    else:
+        at = (row * H + head) * SPLITS + split
+        tl.store(most_ptr + at, highest)
+        tl.store(sum_ptr + at, total)
+        tl.store(read_ptr + at * D + dims, read)
+
+
+@_jit
+def combine_project(
+    most_ptr,  # of attend_keys
+    sum_ptr,
+    read_ptr,
+    w_ptr,  # (C, C)
+    partial_ptr,  # (B, G, C) float32
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The splits of softmax attention together, and the output projection, as `attend_linear_project`."""
+    _begin(PDL)
+    H: tl.constexpr = C // D
+    row, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    outs = block * BN + tl.arange(0, BN)
+    inner = group * HEADS * D + tl.arange(0, HEADS * D)
+    valid = inner < C
+    w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=(outs < C)[:, None] & valid[None, :], other=0.0)
+    _wait(PDL)
+    heads = group * HEADS + tl.arange(0, HEADS)
+    splits = tl.arange(0, SPLITS)
+    dims = tl.arange(0, D)
+    at = (row * H + heads)[:, None] * SPLITS + splits[None, :]
+    live = (heads < H)[:, None] & (splits < SPLITS)[None, :]
+    most = tl.load(most_ptr + at, mask=live, other=0.0)
+    factor = tl.exp2(most - tl.max(most, axis=1)[:, None])
+    total = tl.sum(factor * tl.load(sum_ptr + at, mask=live, other=1.0), axis=1)
+    read = tl.load(read_ptr + at[:, :, None] * D + dims[None, None, :], mask=live[:, :, None], other=0.0)
+    read = tl.sum(read * factor[:, :, None], axis=1) / total[:, None]
+    read = tl.reshape(read, (HEADS * D,))
+    partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
+    tl.store(partial_ptr + (row * tl.num_programs(1) + group) * C + outs, partial, mask=outs < C)
+
+
+@_jit
+def _share(square_ptr, batch, live, eps, C: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, NORMALISED: tl.constexpr):
+    """What the parts of each row (BM,) are multiplied by: the factor of their norm."""
+    share = tl.full((BM,), 1.0, tl.float32)
+    if NORMALISED and PARTS > 0:
+        square = tl.zeros((BM,), tl.float32)
+        for part in tl.static_range(PARTS):
+            square += tl.load(square_ptr + batch * PARTS + part, mask=live, other=0.0)
+        share = tl.rsqrt(square / C + eps)
+    return share
+
+
+@_jit
+def _with_parts(x_ptr, partial_ptr, middle_ptr, share, batch, inner, mask, C: tl.constexpr, PARTS: tl.constexpr):
+    """A tile (BM, BK) of the residual stream after attention; the first program keeps it."""
+    at = batch[:, None] * C + inner[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    if PARTS > 0:
+        offset = batch[:, None] * (PARTS * C) + inner[None, :]
+        added = tl.load(partial_ptr + offset, mask=mask, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            added += tl.load(partial_ptr + offset + part * C, mask=mask, other=0.0)
+        x += added * share[:, None]
+        if tl.program_id(0) == 0:
+            tl.store(middle_ptr + at, x, mask=mask)
+    return x
+
+
+@_jit
+def gate_up(
+    x_ptr,  # (B, C) float32
+    partial_ptr,  # (B, G, C) float32, what is added to x, if PARTS
+    square_ptr,  # (B, G) float32, if it is still to be normalised
+    middle_ptr,  # (B, C) float32: receives the sum, if PARTS
+    norm_ptr,  # (C,)
+    w_ptr,  # (2, I, C): gate and up
+    bias_ptr,  # (2, I)
+    out_ptr,  # (B, I) in the weights' type
+    rows,
+    eps,
+    C: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    PARTS: tl.constexpr,  # G, or 0
+    NORMALISED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Attention's residual sum, norm, and the hidden units of SwiGLU."""
+    _begin(PDL)
+    outs = tl.program_id(0) * BN + tl.arange(0, BN)
+    inner = tl.arange(0, BK)
+    owned = outs < I
+    batch = tl.program_id(1) * BM + tl.arange(0, BM)
+    live = batch < rows
+    gate_bias = tl.load(bias_ptr + outs, mask=owned, other=0.0).to(tl.float32)
+    up_bias = tl.load(bias_ptr + I + outs, mask=owned, other=0.0).to(tl.float32)
+    if WIDE:
+        _wait(PDL)
+        share = _share(square_ptr, batch, live, eps, C, BM, PARTS, NORMALISED)
+        gate = tl.zeros((BM, BN), tl.float32)
+        up = tl.zeros((BM, BN), tl.float32)
+        square = tl.zeros((BM,), tl.float32)
+        for start in range(0, C, BK):
+            k = start + inner
+            mask = owned[:, None] & (k < C)[None, :]
+            there = live[:, None] & (k < C)[None, :]
+            gate_w = tl.load(w_ptr + outs[:, None] * C + k[None, :], mask=mask, other=0.0)
+            up_w = tl.load(w_ptr + I * C + outs[:, None] * C + k[None, :], mask=mask, other=0.0)
+            norm = tl.load(norm_ptr + k, mask=k < C, other=0.0).to(tl.float32)[None, :]
+            x = _with_parts(x_ptr, partial_ptr, middle_ptr, share, batch, k, there, C, PARTS)
+            square += tl.sum(x * x, axis=1)
+            x = x * norm
+            gate += _product(x, gate_w, WIDE)
+            up += _product(x, up_w, WIDE)
+    else:
+        mask = owned[:, None] & (inner < C)[None, :]
+        there = live[:, None] & (inner < C)[None, :]
+        gate_w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=mask, other=0.0)
+        up_w = tl.load(w_ptr + I * C + outs[:, None] * C + inner[None, :], mask=mask, other=0.0)
+        norm = tl.load(norm_ptr + inner, mask=inner < C, other=0.0).to(tl.float32)[None, :]
+        _wait(PDL)
+        share = _share(square_ptr, batch, live, eps, C, BM, PARTS, NORMALISED)
+        x = _with_parts(x_ptr, partial_ptr, middle_ptr, share, batch, inner, there, C, PARTS)
+        square = tl.sum(x * x, axis=1)
+        x = x * norm
+        gate, up = _product(x, gate_w, WIDE), _product(x, up_w, WIDE)
+    factor = tl.rsqrt(square / C + eps)[:, None]
+    gate = gate * factor + gate_bias[None, :]
+    up = up * factor + up_bias[None, :]
+    hidden = gate * tl.sigmoid(gate) * up
+    to = batch[:, None] * I + outs[None, :]
+    tl.store(out_ptr + to, hidden.to(out_ptr.dtype.element_ty), mask=live[:, None] & owned[None, :])
+
+
+@_jit
+def project(
+    x_ptr,  # (B, K)
+    norm_ptr,  # (K,), of a norm before, if NORM
+    w_ptr,  # (N, K)
+    bias_ptr,  # (N,), if BIAS
+    residual_ptr,  # (B, N) float32, if RESIDUAL
+    out_ptr,  # (B, N) float32
+    rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A linear layer, with what stands before and after it."""
+    _begin(PDL)
+    outs = tl.program_id(0) * BN + tl.arange(0, BN)
+    owned = outs < N
+    inner = tl.arange(0, BK)
+    batch = tl.program_id(1) * BM + tl.arange(0, BM)
+    live = batch < rows
+    kept = live[:, None] & owned[None, :]
+    to = batch[:, None] * N + outs[None, :]
+    if BIAS:
+        bias = tl.load(bias_ptr + outs, mask=owned, other=0.0).to(tl.float32)[None, :]
+    square = tl.zeros((BM,), tl.float32)
+    if WIDE:
+        _wait(PDL)
+        y = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, K, BK):
+            k = start + inner
+            w = tl.load(w_ptr + outs[:, None] * K + k[None, :], mask=owned[:, None] & (k < K)[None, :], other=0.0)
+            x = tl.load(x_ptr + batch[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
+            if NORM:
+                x = x.to(tl.float32)
+                square += tl.sum(x * x, axis=1)
+                x = x * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            y += _product(x, w, WIDE)
+    else:
+        w = tl.load(w_ptr + outs[:, None] * K + inner[None, :], mask=owned[:, None] & (inner < K)[None, :], other=0.0)
+        _wait(PDL)
+        x = tl.load(x_ptr + batch[:, None] * K + inner[None, :], mask=live[:, None] & (inner < K)[None, :], other=0.0)
+        if NORM:
+            x = x.to(tl.float32)
+            square = tl.sum(x * x, axis=1)
+            x = x * tl.load(norm_ptr + inner, mask=inner < K, other=0.0).to(tl.float32)[None, :]
+        y = _product(x, w, WIDE)
+    if NORM:
+        y *= tl.rsqrt(square / K + eps)[:, None]
+    if BIAS:
+        y += bias
+    if RESIDUAL:
+        y += tl.load(residual_ptr + to, mask=kept, other=0.0)
+    tl.store(out_ptr + to, y, mask=kept)
