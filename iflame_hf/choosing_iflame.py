@@ -56,12 +56,18 @@ def choose(
     limits_ptr,  # (B, 2) int32: fewest and most faces
     seen_ptr,  # (B, VB) int8: whether a token is among the ids so far
     count_ptr,  # (B,) int32: tokens chosen so far
-    position_ptr,  # (B,) int64: place of the token that went in
+    position_ptr,  # (B,) int64: place of the token that went in, which becomes that of the choice
+    cos_ptr,  # (items, D / 2) float32
+    sin_ptr,
+    room_ptr,  # (3,) int64: slots of the caches of the levels
+    slot_ptr,  # (3, B) int32: receives the items' places
+    rotary_ptr,  # (3, B, D) float32: receives their cosines and sines
     token_ptr,  # (B,) int64: receives the choice
     face_ptr,  # (B, 9) int32: receives it, at its place in the face
     wrong_ptr,  # (B,) int32: becomes 1 where logits are not numbers
     numbers,
     place,  # of the chosen token in its face of nine
+    D: tl.constexpr,  # size of a head
     V: tl.constexpr,
     VB: tl.constexpr,
     L: tl.constexpr,
@@ -73,11 +79,25 @@ def choose(
     GRAMMAR: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    _begin(PDL)
     row = tl.program_id(0)
     lane = tl.arange(0, VB)
     valid = lane < V
     _wait(PDL)
+    # Not earlier: what begins from here on may read all that the kernels of this token have written.
+    _begin(PDL)
+    position = tl.load(position_ptr + row)
+    if ADVANCE:
+        position += 1
+        tl.store(position_ptr + row, position)
+    # Where the items of this position stand, for the levels' next steps.
+    half = tl.arange(0, D // 2)
+    for level in tl.static_range(3):
+        # Rows whose mesh has ended go on beyond the room; what they make is not read.
+        item = tl.minimum(position // (3**level), tl.load(room_ptr + level) - 1)
+        tl.store(slot_ptr + level * tl.num_programs(0) + row, item.to(tl.int32))
+        to = rotary_ptr + (level * tl.num_programs(0) + row) * D + half
+        tl.store(to, tl.load(cos_ptr + item * (D // 2) + half))
+        tl.store(to + D // 2, tl.load(sin_ptr + item * (D // 2) + half))
     count = tl.load(count_ptr + row)
     uniform = tl.load(uniform_ptr + row.to(tl.int64) * numbers + tl.minimum(count, numbers - 1))
     scores = tl.load(logits_ptr + row * V + lane, mask=valid, other=float("-inf"))
@@ -146,8 +166,6 @@ def choose(
     tl.store(count_ptr + row, count + 1)
     if wrong > 0:
         tl.store(wrong_ptr + row, 1)
-    if ADVANCE:
-        tl.store(position_ptr + row, tl.load(position_ptr + row) + 1)
     if PENALISE:
         tl.store(seen_ptr + row * VB + token, tl.full((), 1, tl.int8))
     if END >= 0:
@@ -224,13 +242,47 @@ class Rows:
         self.settings.copy_(torch.tensor(values, dtype=torch.float32))
 
 
-def choose_by_kernel(rows: Rows, choice: Choice, logits: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor,
-                     place: int, advance: bool, pdl: bool) -> None:
+class Places:
+    """
+    Where the items of the rows' next tokens stand, at every level.
+
+    Args:
+        rooms: slots of the cache of each level.
+        cos, sin: of `rotary_tables`, (items, D / 2).
+    """
+
+    def __init__(self, rows: int, rooms: list[int], cos: torch.Tensor, sin: torch.Tensor):
+        device = cos.device
+        self.cos, self.sin = cos.contiguous(), sin.contiguous()
+        self.rooms = torch.tensor(rooms, device=device)
+        self.slots = torch.zeros(len(rooms), rows, dtype=torch.int32, device=device)
+        self.rotary = torch.zeros(len(rooms), rows, 2 * cos.shape[1], device=device)
+
+    def put(self, positions: torch.Tensor, strides: tuple[int, ...]) -> None:
+        """Those of the tokens at `positions` (B,) in their meshes; the kernel does the same."""
+        for level, stride in enumerate(strides):
+            items = torch.minimum(positions // stride, self.rooms[level] - 1)
+            self.slots[level] = items
+            self.rotary[level] = torch.cat([self.cos[items], self.sin[items]], dim=1)
+
+
+def choose_by_kernel(
+    rows: Rows,
+    choice: Choice,
+    places: Places,
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    place: int,
+    advance: bool,
+    pdl: bool,
+) -> None:
     """The token at `place` of a face for each row, from `logits` (B, V) into `tokens` (B,) and the tables."""
     launched = {"launch_pdl": True} if pdl else {}
     choose[(len(tokens),)](
-        logits, rows.uniforms, rows.settings, rows.state, rows.limits, rows.seen, rows.counts, positions, tokens,
-        rows.face, rows.wrong, rows.numbers, place,
+        logits, rows.uniforms, rows.settings, rows.state, rows.limits, rows.seen, rows.counts, positions,
+        places.cos, places.sin, places.rooms, places.slots, places.rotary, tokens,
+        rows.face, rows.wrong, rows.numbers, place, D=places.rotary.shape[2],
         V=logits.shape[1], VB=rows.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
         SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
         GRAMMAR=choice.grammar, PDL=pdl, num_warps=8, **launched,

@@ -48,7 +48,7 @@ class DecodeEngine:
 
     def _choose(self, choice: Choice, place: int, advance: bool = True) -> None:
         steps, positions = self.steps, self.cache.positions
-        choose_by_kernel(self.table, choice, steps.logits, steps.tokens, positions, place, advance, self.pdl)
+        choose_by_kernel(self.table, choice, steps.places, steps.logits, steps.tokens, positions, place, advance, self.pdl)
 
     def _run(self, choice: Choice, first: int = 0) -> None:
         """The tokens of a face from place `first` on, and the first one of the next face."""

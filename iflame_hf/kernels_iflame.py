@@ -3,8 +3,8 @@ How a decoding step runs on a GPU: the kernels, in Triton, and what launches the
 policy; `decode_step_iflame` says which runs when.
 
 Each kernel is one phase of a block: what it does begins when the phase before has ended. So that the wait costs
-little, a kernel is launched early (programmatic dependent launch), reads its weights, which no phase writes, and only
-then waits.
+little, a kernel is launched early (programmatic dependent launch), reads what no phase of this token writes, its weights above
+all, and only then waits. The choice of a token lets no kernel begin before all of the token before have ended.
 
 Few rows (`WIDE` false) are multiplied row by row, which is bound by reading the weights; many in tiles, on the matrix
 units. Activations that go from phase to phase are float32; products take them in the weights' type.
@@ -81,16 +81,14 @@ def project_heads(
     made_ptr,  # (B, C) float32: receives the input, unless it is "plain"
     norm_ptr,  # (C,)
     w_ptr,  # (2, 3C / 2, C): the first halves of all heads of query, key and value, then the second ones
-    cos_ptr,  # (items, D / 2) float32
-    sin_ptr,
-    position_ptr,  # (B,) int64: places of the tokens in their meshes
+    rotary_ptr,  # (B, D) float32: cosines, then sines
+    slot_ptr,  # (B,) int32: where in the cache the item goes
     out_ptr,  # (B, 3C) float32: query, key, value
     key_ptr,  # (B, H, room, D), of full attention
     value_ptr,
     rows,
     room,
     eps,
-    stride,  # tokens of an item of the level
     C: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
@@ -111,7 +109,10 @@ def project_heads(
     owned = outs < 3 * C // 2
     batch = tl.program_id(1) * BM + tl.arange(0, BM)
     live = batch < rows
-    if WIDE:
+    section = outs // (C // 2)
+    angle = batch[:, None] * D + (outs % half)[None, :]
+    turned = live[:, None] & (section < 2)[None, :]
+    if BK < C:
         _wait(PDL)
         a = tl.zeros((BM, BN), tl.float32)
         b = tl.zeros((BM, BN), tl.float32)
@@ -145,14 +146,8 @@ def project_heads(
         square = tl.sum(x * x, axis=1)
         x = x * norm
         a, b = _product(x, first, WIDE), _product(x, second, WIDE)
-    # Rows whose mesh has ended go on beyond the room; what they make is not read.
-    position = tl.minimum(tl.load(position_ptr + batch, mask=live, other=0) // stride, room - 1)
-    section = outs // (C // 2)
-    angle = position[:, None] * half + (outs % half)[None, :]
-    turned = live[:, None] & (section < 2)[None, :]
-    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
-
+    cos = tl.load(rotary_ptr + angle, mask=turned, other=1.0)
+    sin = tl.load(rotary_ptr + half + angle, mask=turned, other=0.0)
     factor = tl.rsqrt(square / C + eps)[:, None]
     a, b = a * factor, b * factor
     low, high = a * cos + b * sin, b * cos - a * sin
@@ -164,7 +159,8 @@ def project_heads(
         own = kept & (section == 0)[None, :]
         tl.store(out_ptr + to, low, mask=own)
         tl.store(out_ptr + to + half, high, mask=own)
-        to = (batch[:, None].to(tl.int64) * (C // D) + head[None, :]) * room + position[:, None]
+        slot = tl.load(slot_ptr + batch, mask=live, other=0)
+        to = (batch[:, None].to(tl.int64) * (C // D) + head[None, :]) * room + slot[:, None]
         to = to * D + dim[None, :]
         kind = key_ptr.dtype.element_ty
         own = kept & (section == 1)[None, :]
@@ -179,21 +175,30 @@ def project_heads(
 
 
 @_jit
-def _linear_step(qkv_ptr, slopes_ptr, state_ptr, row, heads, C: tl.constexpr, D: tl.constexpr):
-    """The state (heads, D, D) after an item, and what it reads from it (heads, D)."""
-    H: tl.constexpr = C // D
+def _linear_state(slopes_ptr, state_ptr, row, heads, C: tl.constexpr, D: tl.constexpr):
+    """The state (heads, D, D) before an item, decayed, and where it lies. It was written for the token before, and so
+    before the choice of this one: there is nothing to wait for."""
     dims = tl.arange(0, D)
-    live = heads < H
+    live = heads < C // D
+    decay = tl.exp(-tl.load(slopes_ptr + heads, mask=live, other=0.0))
+    places = (heads[:, None, None] * D + dims[None, :, None]) * D + dims[None, None, :]
+    here = live[:, None, None] & (dims[None, :, None] < D) & (dims[None, None, :] < D)
+    places += row.to(tl.int64) * (C * D)
+    state = tl.load(state_ptr + places, mask=here, other=0.0)
+    return state * decay[:, None, None], places, here
+
+
+@_jit
+def _linear_step(qkv_ptr, state, row, heads, C: tl.constexpr, D: tl.constexpr):
+    """The state (heads, D, D) after an item, and what it reads from it (heads, D)."""
+    dims = tl.arange(0, D)
+    live = heads < C // D
     at = qkv_ptr + row * (3 * C) + heads[:, None] * D + dims[None, :]
     q = tl.load(at, mask=live[:, None], other=0.0)
     k = tl.load(at + C, mask=live[:, None], other=0.0)
     v = tl.load(at + 2 * C, mask=live[:, None], other=0.0)
-    decay = tl.exp(-tl.load(slopes_ptr + heads, mask=live, other=0.0))
-    places = (heads[:, None, None] * D + dims[None, :, None]) * D + dims[None, None, :]
-    here = live[:, None, None] & (dims[None, :, None] < D) & (dims[None, None, :] < D)
-    state = tl.load(state_ptr + row.to(tl.int64) * (C * D) + places, mask=here, other=0.0)
-    state = state * decay[:, None, None] + k[:, :, None] * v[:, None, :]
-    return state, tl.sum(q[:, :, None] * state, axis=1), places, here
+    state = state + k[:, :, None] * v[:, None, :]
+    return state, tl.sum(q[:, :, None] * state, axis=1)
 
 
 @_jit
@@ -220,12 +225,13 @@ def attend_linear_project(
     valid = inner < C
     w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=(outs < C)[:, None] & valid[None, :], other=0.0)
     norm = tl.load(norm_ptr + inner, mask=valid, other=0.0).to(tl.float32)
-    _wait(PDL)
     heads = group * HEADS + tl.arange(0, HEADS)
-    state, read, places, here = _linear_step(qkv_ptr, slopes_ptr, state_ptr, row, heads, C, D)
+    state, places, here = _linear_state(slopes_ptr, state_ptr, row, heads, C, D)
+    _wait(PDL)
+    state, read = _linear_step(qkv_ptr, state, row, heads, C, D)
     groups = tl.num_programs(1)
     if block == 0:
-        tl.store(next_state_ptr + row.to(tl.int64) * (C * D) + places, state, mask=here)
+        tl.store(next_state_ptr + places, state, mask=here)
         tl.store(square_ptr + row * groups + group, tl.sum(tl.sum(read * read, axis=1), axis=0))
     read = tl.reshape(read, (HEADS * D,)) * norm
     partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
@@ -245,11 +251,12 @@ def attend_linear(
 ):
     """A step of linear attention."""
     _begin(PDL)
-    _wait(PDL)
     row = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    state, read, places, here = _linear_step(qkv_ptr, slopes_ptr, state_ptr, row, heads, C, D)
-    tl.store(state_ptr + row.to(tl.int64) * (C * D) + places, state, mask=here)
+    state, places, here = _linear_state(slopes_ptr, state_ptr, row, heads, C, D)
+    _wait(PDL)
+    state, read = _linear_step(qkv_ptr, state, row, heads, C, D)
+    tl.store(state_ptr + places, state, mask=here)
     to = row * C + heads[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(out_ptr + to, read, mask=(heads < C // D)[:, None])
 
@@ -259,13 +266,12 @@ def attend_keys(
     qkv_ptr,  # (B, 3C) float32
     key_ptr,  # (B, H, room, D)
     value_ptr,
-    position_ptr,  # (B,) int64
+    slot_ptr,  # (B,) int32: of the newest key
     most_ptr,  # (B, H, S) float32: the largest score of each split, in units of log 2
     sum_ptr,  # (B, H, S) float32: of exponentials
     read_ptr,  # (B, H, S, D) float32: their sums of values; of one split (B, C), divided by the sum
     room,
     scale,  # D ** -0.5 / log(2)
-    stride,  # tokens of an item of the level
     C: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -280,7 +286,7 @@ def attend_keys(
     places = tl.arange(0, BT)
     start_of_keys = (row.to(tl.int64) * H + head) * room * D
     _wait(PDL)
-    keys = tl.minimum(tl.load(position_ptr + row) // stride, room - 1).to(tl.int32) + 1
+    keys = tl.load(slot_ptr + row) + 1
     query = tl.load(qkv_ptr + row * (3 * C) + head * D + dims) * scale
     share = tl.cdiv(tl.cdiv(keys, SPLITS), BT) * BT
     start = split * share
@@ -413,7 +419,7 @@ def gate_up(
     live = batch < rows
     gate_bias = tl.load(bias_ptr + outs, mask=owned, other=0.0).to(tl.float32)
     up_bias = tl.load(bias_ptr + I + outs, mask=owned, other=0.0).to(tl.float32)
-    if WIDE:
+    if BK < C:
         _wait(PDL)
         share = _share(square_ptr, batch, live, eps, C, BM, PARTS, NORMALISED)
         gate = tl.zeros((BM, BN), tl.float32)
@@ -484,7 +490,7 @@ def project(
     if BIAS:
         bias = tl.load(bias_ptr + outs, mask=owned, other=0.0).to(tl.float32)[None, :]
     square = tl.zeros((BM,), tl.float32)
-    if WIDE:
+    if BK < K:
         _wait(PDL)
         y = tl.zeros((BM, BN), tl.float32)
         for start in range(0, K, BK):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .cache_iflame import StaticIFlameCache
+from .choosing_iflame import Places
 from .kernels_iflame import (
     EMBED,
     PLAIN,
@@ -39,16 +40,17 @@ class Tiles(NamedTuple):
     out: int  # outputs of attention's projection
     group: int  # heads of a program of linear attention
     keys: int  # at a time
-    splits: int  # of the keys
+    splits: tuple[int, int, int]  # of the keys of each level
     inner: int  # inputs at a time; 0: all
     heads_warps: int = 4
     hidden_warps: int = 4
     down_warps: int = 4
     out_warps: int = 4
     keys_warps: int = 4
+    stages: int = 2
 
 
-NARROW_ROWS = 4
+NARROW_ROWS = 16
 
 
 def _power(number: int) -> int:
@@ -58,9 +60,10 @@ def _power(number: int) -> int:
 def choose_tiles(rows: int, heads: int) -> Tiles:
     """Tiles for so many rows and heads."""
     if rows <= NARROW_ROWS:
-        return Tiles(False, 1, 4, 8, 4, 16, min(4, _power(heads)), 64, 32, 0)
-    tile = max(16, min(32, _power(rows)))
-    return Tiles(True, tile, 16, 16, 16, 16, 1, 64, 1 if rows >= 8 else 8, 64)
+        return Tiles(False, 1, 4, 8, 4, 32, min(8, _power(heads)), 256, (32, 16, 8), 0)
+    if rows <= 128:
+        return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 128, stages=4)
+    return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=3)
 
 
 class KernelSteps:
@@ -98,14 +101,12 @@ class KernelSteps:
         self.groups = -(-heads // self.tiles.group)
         self.partial = buffer(rows, self.groups, channels)
         self.square = buffer(rows, self.groups)
-        splits = self.tiles.splits
+        splits = max(self.tiles.splits)
         self.most, self.sums = buffer(rows, heads, splits), buffer(rows, heads, splits)
         self.read = buffer(rows, heads, splits, size)
-        self.rotary = []
-        for level in levels:
-            items = torch.arange(cache.room(level), device=device)
-            cos, sin = rotary_tables(items[None], size, config.rope_base)
-            self.rotary.append((cos[0, :, 0].contiguous(), sin[0, :, 0].contiguous()))
+        rooms = [cache.room(level) for level in levels]
+        cos, sin = rotary_tables(torch.arange(max(rooms), device=device)[None], size, config.rope_base)
+        self.places = Places(rows, rooms, cos[0, :, 0], sin[0, :, 0])
         # Few rows: a step reads the state in one tensor and writes it to the other, which then change their parts.
         self.others = [
             torch.zeros_like(layer.state) if not weights.blocks[index].is_full and not self.tiles.wide else None
@@ -163,13 +164,9 @@ class KernelSteps:
         else:
             if block.is_full:
                 self._keys(block, layer)
-                if tiles.splits > 1:
-                    self._combine(block)
-                    parts = self.groups
             else:
                 self._linear(layer.state)
-            if not parts:
-                self._project(self.attended, block.read_norm, block.out, None, residual, middle, tiles.out, tiles.out_warps)
+            self._project(self.attended, block.read_norm, block.out, None, residual, middle, tiles.out, tiles.out_warps)
         self._hidden(block, middle if not parts else residual, parts)
         self._project(self.hidden, None, block.down, block.down_bias, middle, out, tiles.down, tiles.down_warps)
 
@@ -178,7 +175,7 @@ class KernelSteps:
     def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, **sizes: Any) -> None:
         self.phases += 1
         launched = {"launch_pdl": True} if self.pdl else {}
-        kernel[grid](*arguments, **sizes, PDL=self.pdl, num_warps=warps, num_stages=2, **launched)
+        kernel[grid](*arguments, **sizes, PDL=self.pdl, num_warps=warps, num_stages=self.tiles.stages, **launched)
 
     def _row_tiles(self) -> int:
         return -(-self.rows // self.tiles.rows)
@@ -186,15 +183,15 @@ class KernelSteps:
     def _heads(self, block: BlockWeights, layer: Any, x: torch.Tensor, made: torch.Tensor, source: int) -> None:
         config, weights, tiles = self.config, self.weights, self.tiles
         channels, level = config.hidden_size, block.level
-        cos, sin = self.rotary[level]
+        places = self.places
         handed, scale = (self.handed[level], weights.scales[level]) if source == UPSAMPLE else (x, weights.slopes)
         keys, values = (layer.keys, layer.values) if block.is_full else (self.qkv, self.qkv)
         self._launch(
             project_heads,
             (-(-3 * channels // 2 // tiles.heads), self._row_tiles()),
             x, handed, scale, self.tokens, made,
-            block.attention_norm, block.heads, cos, sin, self.cache.positions, self.qkv, keys, values,
-            self.rows, cos.shape[0], config.rms_norm_eps, config.level_strides[level],
+            block.attention_norm, block.heads, places.rotary[level], places.slots[level], self.qkv, keys, values,
+            self.rows, keys.shape[2] if block.is_full else 1, config.rms_norm_eps,
             C=channels, D=config.head_dim,
             GROUP=config.group_sizes[0], SOURCE=source, FULL=block.is_full,
             WIDE=tiles.wide, BM=tiles.rows, BN=tiles.heads, BK=tiles.inner or _power(channels), warps=tiles.heads_warps,
@@ -220,14 +217,15 @@ class KernelSteps:
 
     def _keys(self, block: BlockWeights, layer: Any) -> None:
         config, tiles = self.config, self.tiles
+        splits = tiles.splits[block.level]
         self._launch(
             attend_keys,
-            (self.rows, config.num_attention_heads, tiles.splits),
-            self.qkv, layer.keys, layer.values, self.cache.positions, self.most, self.sums,
-            self.attended if tiles.splits == 1 else self.read, layer.keys.shape[2],
-            config.head_dim**-0.5 / math.log(2), config.level_strides[block.level],
+            (self.rows, config.num_attention_heads, splits),
+            self.qkv, layer.keys, layer.values, self.places.slots[block.level], self.most, self.sums,
+            self.attended if splits == 1 else self.read, layer.keys.shape[2],
+            config.head_dim**-0.5 / math.log(2),
             C=config.hidden_size, D=config.head_dim,
-            SPLITS=tiles.splits, BT=tiles.keys, warps=tiles.keys_warps,
+            SPLITS=splits, BT=tiles.keys, warps=tiles.keys_warps,
         )  # fmt: skip
 
     def _combine(self, block: BlockWeights) -> None:
@@ -236,7 +234,7 @@ class KernelSteps:
             combine_project,
             (self.rows, self.groups, -(-channels // tiles.out)),
             self.most, self.sums, self.read, block.out, self.partial,
-            C=channels, D=self.config.head_dim, HEADS=tiles.group, SPLITS=tiles.splits, BN=tiles.out,
+            C=channels, D=self.config.head_dim, HEADS=tiles.group, SPLITS=tiles.splits[block.level], BN=tiles.out,
             warps=tiles.out_warps,
         )  # fmt: skip
 
