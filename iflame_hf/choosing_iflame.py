@@ -8,7 +8,7 @@ they carry of each row instead of its ids.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ import torch
 from .kernels_iflame import _begin, _jit, _wait
 
 try:
-    import triton
     import triton.language as tl
 except ImportError:  # optional
-    triton = tl = None
+    tl = None
 
 # B rows, V token ids, L coordinates of the grid
 
@@ -27,8 +26,6 @@ except ImportError:  # optional
 # open face's first two vertices, the digits of its open vertex, whole faces, and whether the mesh has ended.
 LOWEST, MIDDLE, HIGHEST, FIRST, SECOND, DIGITS, FACES, ENDED = range(8)
 COLUMNS = 8
-# Settings that may change from call to call, a table (5,) float32.
-TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY = range(5)
 
 
 class Choice(NamedTuple):
@@ -63,10 +60,10 @@ def choose(
     slot_ptr,  # (3, B) int32: receives the items' places
     rotary_ptr,  # (3, B, D) float32: receives their cosines and sines
     token_ptr,  # (B,) int64: receives the choice
-    face_ptr,  # (B, 9) int32: receives it, at its place in the face
-    wrong_ptr,  # (B,) int32: becomes 1 where logits are not numbers
+    face_ptr,  # (B, 10) int32: receives it at its place in the face; the last becomes 1 where logits are no numbers
     numbers,
-    place,  # of the chosen token in its face of nine
+    place,  # of the chosen token in its face
+    face,  # columns of face_ptr
     D: tl.constexpr,  # size of a head
     V: tl.constexpr,
     VB: tl.constexpr,
@@ -162,10 +159,10 @@ def choose(
     token = tl.where(ended != 0, END if END >= 0 else 0, token)
 
     tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(face_ptr + row * 9 + place, token)
+    tl.store(face_ptr + row * face + place, token)
     tl.store(count_ptr + row, count + 1)
     if wrong > 0:
-        tl.store(wrong_ptr + row, 1)
+        tl.store(face_ptr + row * face + face - 1, 1)
     if PENALISE:
         tl.store(seen_ptr + row * VB + token, tl.full((), 1, tl.int8))
     if END >= 0:
@@ -186,60 +183,23 @@ def choose(
             tl.store(table + 6, tl.where(whole, faces + 1, faces))
 
 
-class Rows:
-    """
-    What a chooser carries of each row, and what is asked of it.
+class Settings(NamedTuple):
+    """Of sampling, as transformers names them; these leave the scores as they are."""
 
-    Args:
-        rows: B.
-        numbers: random numbers of a row: tokens that it may choose.
-        vocabulary: V.
-        face: tokens of a face.
-        device: of the tables.
-    """
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
-    def __init__(self, rows: int, numbers: int, vocabulary: int, face: int, device: torch.device):
-        def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
 
-        self.numbers = numbers
-        self.uniforms = table(rows, numbers, dtype=torch.float32)
-        self.settings = table(5, dtype=torch.float32)
-        self.state = table(rows, COLUMNS)
-        self.limits = table(rows, 2)
-        self.lanes = 1 << (vocabulary - 1).bit_length()
-        self.seen = table(rows, self.lanes, dtype=torch.int8)
-        self.counts = table(rows)
-        self.wrong = table(rows)
-        self.face = table(rows, face)
+class RowsBegin(NamedTuple):
+    """What rows begin with."""
 
-    def begin(self, rows: Any, state: np.ndarray, limits: np.ndarray, uniforms: np.ndarray, seen: np.ndarray) -> None:
-        """
-        Rows begin, whose ids so far say the `state` (R, 8) and which tokens were `seen` (R, V); `limits` (R, 2) are
-        their fewest and most faces, `uniforms` (R, <= numbers) their random numbers.
-        """
-
-        def put(table: torch.Tensor, values: np.ndarray, width: int | None = None) -> None:
-            values = torch.from_numpy(np.ascontiguousarray(values)).to(table.dtype)
-            if table.device.type == "cuda":
-                values = values.pin_memory()
-            values = values.to(table.device, non_blocking=True)
-            if width is None:
-                table[rows] = values
-            else:
-                table[rows, :width] = values
-
-        put(self.state, state)
-        put(self.limits, limits)
-        put(self.uniforms, uniforms, uniforms.shape[1])
-        put(self.seen, seen, seen.shape[1])
-        self.counts[rows] = 0
-        self.wrong[rows] = 0
-
-    def set(self, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float) -> None:
-        """top_k of 0, top_p of 1 and min_p of 0 leave all tokens; a penalty of 1 none worse."""
-        values = [temperature, top_k or self.lanes, top_p if top_p < 1 else 2.0, min_p, penalty]
-        self.settings.copy_(torch.tensor(values, dtype=torch.float32))
+    state: np.ndarray  # (R, 8), as the columns above say
+    limits: np.ndarray  # (R, 2): fewest and most faces
+    uniforms: np.ndarray  # (R, numbers) float64 within [0, 1): what chooses each token
+    seen: np.ndarray  # (R, V) whether a token is among the ids so far
 
 
 class Places:
@@ -266,24 +226,207 @@ class Places:
             self.rotary[level] = torch.cat([self.cos[items], self.sin[items]], dim=1)
 
 
-def choose_by_kernel(
-    rows: Rows,
-    choice: Choice,
-    places: Places,
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    place: int,
-    advance: bool,
-    pdl: bool,
-) -> None:
-    """The token at `place` of a face for each row, from `logits` (B, V) into `tokens` (B,) and the tables."""
-    launched = {"launch_pdl": True} if pdl else {}
-    choose[(len(tokens),)](
-        logits, rows.uniforms, rows.settings, rows.state, rows.limits, rows.seen, rows.counts, positions,
-        places.cos, places.sin, places.rooms, places.slots, places.rotary, tokens,
-        rows.face, rows.wrong, rows.numbers, place, D=places.rotary.shape[2],
-        V=logits.shape[1], VB=rows.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
-        SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
-        GRAMMAR=choice.grammar, PDL=pdl, num_warps=8, **launched,
-    )  # fmt: skip
+class KernelChooser:
+    """
+    Chooses the tokens of all rows on a GPU.
+
+    Args:
+        rows: B.
+        numbers: tokens that a row may choose.
+        vocabulary: V.
+        face: tokens of a face.
+        places: of the network's next step, kept up with the positions (B,).
+        pdl: as of the network.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        numbers: int,
+        vocabulary: int,
+        face: int,
+        places: Places,
+        positions: torch.Tensor,
+        pdl: bool,
+    ):
+        self.device, self.places, self.positions, self.pdl = positions.device, places, positions, pdl
+
+        def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        self.numbers = numbers
+        self.uniforms = table(rows, numbers, dtype=torch.float32)
+        self.settings = table(len(Settings()), dtype=torch.float32)
+        self.state = table(rows, COLUMNS)
+        self.limits = table(rows, 2)
+        self.lanes = 1 << (vocabulary - 1).bit_length()
+        self.seen = table(rows, self.lanes, dtype=torch.int8)
+        self.counts = table(rows)
+        # The choices of a face by their place in it, and whether logits were no numbers.
+        self.face = table(rows, face + 1)
+
+    def set(self, settings: Settings) -> None:
+        values = [
+            settings.temperature,
+            settings.top_k or self.lanes,
+            settings.top_p if settings.top_p < 1 else 2.0,
+            settings.min_p,
+            settings.repetition_penalty,
+        ]
+        self.settings.copy_(torch.tensor(values, dtype=torch.float32))
+
+    def begin(self, rows: torch.Tensor, begin: RowsBegin) -> None:
+        """`rows` (R,) begin, indices on the device."""
+        # The nearest float32 of a number below 1 may be 1.
+        uniforms = np.minimum(begin.uniforms, 1 - 2.0**-24)
+        for table, values in (
+            (self.state, begin.state),
+            (self.limits, begin.limits),
+            (self.uniforms, uniforms),
+            (self.seen, begin.seen),
+        ):
+            values = torch.from_numpy(np.ascontiguousarray(values)).to(table.dtype)
+            if self.device.type == "cuda":
+                values = values.pin_memory()
+            table[rows, : values.shape[1]] = values.to(self.device, non_blocking=True)
+        self.counts[rows] = 0
+        self.face[rows] = 0
+
+    def choose(self, choice: Choice, logits: torch.Tensor, tokens: torch.Tensor, place: int, advance: bool) -> None:
+        """The token at `place` of a face for each row, from `logits` (B, V) into `tokens` (B,); `advance`: after a
+        step, whose position is then over."""
+        places, launched = self.places, {"launch_pdl": True} if self.pdl else {}
+        choose[(len(tokens),)](
+            logits, self.uniforms, self.settings, self.state, self.limits, self.seen, self.counts, self.positions,
+            places.cos, places.sin, places.rooms, places.slots, places.rotary, tokens, self.face, self.numbers,
+            place, self.face.shape[1], D=places.rotary.shape[2],
+            V=logits.shape[1], VB=self.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
+            SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
+            GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=8, **launched,
+        )  # fmt: skip
+
+
+class HostChooser:
+    """The same on a CPU, in numpy; its random numbers are float64, as those of `SeededSampling`."""
+
+    def __init__(self, rows: int, numbers: int, vocabulary: int, face: int, positions: torch.Tensor):
+        self.positions = positions
+        self.uniforms = np.zeros((rows, numbers))
+        self.state = np.zeros((rows, COLUMNS), dtype=np.int64)
+        self.limits = np.zeros((rows, 2), dtype=np.int64)
+        self.seen = np.zeros((rows, vocabulary), dtype=bool)
+        self.counts = np.zeros(rows, dtype=np.int64)
+        self.face = np.zeros((rows, face + 1), dtype=np.int64)
+        self.rows = np.arange(rows)
+        self.lanes = np.arange(vocabulary)
+
+    def set(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def begin(self, rows: torch.Tensor, begin: RowsBegin) -> None:
+        rows = rows.numpy()
+        self.state[rows], self.limits[rows] = begin.state, begin.limits
+        self.uniforms[rows, : begin.uniforms.shape[1]] = begin.uniforms
+        self.seen[rows] = begin.seen
+        self.counts[rows] = 0
+        self.face[rows] = 0
+
+    def choose(self, choice: Choice, logits: torch.Tensor, tokens: torch.Tensor, place: int, advance: bool) -> None:
+        scores, settings = logits.numpy().copy(), self.settings
+        if np.isnan(scores).any():
+            self.face[np.isnan(scores).any(axis=1), -1] = 1
+        with np.errstate(all="ignore"):
+            if choice.penalty:
+                worse = np.where(scores < 0, scores * settings.repetition_penalty, scores / settings.repetition_penalty)
+                scores = np.where(self.seen, worse, scores)
+            if choice.grammar:
+                scores = self._allowed(choice, scores, place)
+            chosen = self._sampled(choice, scores) if choice.sample else scores.argmax(axis=1)
+        ended = self.state[:, ENDED] != 0
+        if choice.end >= 0:
+            chosen = np.where(ended, choice.end, chosen)
+            self.state[:, ENDED] |= chosen == choice.end
+        self.face[:, place] = chosen
+        self.counts += 1
+        if advance:
+            self.positions.add_(1)
+        if choice.penalty:
+            self.seen[self.rows, chosen] = True
+        if choice.grammar:
+            self._follow(choice, chosen, place)
+        tokens.copy_(torch.from_numpy(chosen))
+
+    def _allowed(self, choice: Choice, scores: np.ndarray, place: int) -> np.ndarray:
+        state, levels = self.state, choice.coordinates
+        lowest, middle, highest, first, second, digits, faces, _ = state.T
+        last = levels**3 - 1
+        excluded = np.full(len(state), -1)
+        high = np.full(len(state), last)
+        if place % 3 == 0:
+            digits[:] = 0
+        if place < 3:
+            another = (highest < last) | (middle <= last - 2)
+            low = np.maximum(np.where(another, lowest, lowest + 1), 0)
+            following = np.maximum(self.limits[:, 0] - faces - 1, 0)
+            high = np.minimum(np.maximum(last - 2 - following, low), last - 2)
+        elif place < 6:
+            low = np.where(first == lowest, np.where(highest < last, middle, middle + 1), first + 1)
+        else:
+            third = np.where(second == middle, highest + 1, np.where(second > highest, middle, middle + 1))
+            low = np.where(first == lowest, third, first + 1)
+            excluded = second
+        step = levels ** (place % 3)
+        low, high, excluded = low[:, None], high[:, None], excluded[:, None]
+        lanes = np.minimum(self.lanes, levels)
+        candidate = low + (digits[:, None] + lanes * step - low) % (step * levels)
+        candidate = candidate + np.where(candidate == excluded, step * levels, 0)
+        allowed = (candidate <= high) & (self.lanes < levels)
+        if place == 0:
+            none = ~allowed.any(axis=1)
+            allowed &= (faces < self.limits[:, 1])[:, None]
+            may_end = none | (faces >= self.limits[:, 0]) | (faces >= self.limits[:, 1])
+            allowed[:, choice.end] = may_end
+        nothing = np.where(allowed, scores, -np.inf).max(axis=1) == -np.inf
+        if nothing.any():
+            scores = np.where(nothing[:, None], 0.0, scores)
+        return np.where(allowed, scores, -np.inf)
+
+    def _sampled(self, choice: Choice, scores: np.ndarray) -> np.ndarray:
+        settings = self.settings
+        scores = scores.astype(np.float64) / settings.temperature
+        if choice.filters:
+            ordered = -np.sort(-scores, axis=1)
+            if 0 < settings.top_k < scores.shape[1]:
+                least = ordered[:, settings.top_k - 1, None]
+                scores = np.where(scores >= least, scores, -np.inf)
+                ordered = np.where(ordered >= least, ordered, -np.inf)
+            if settings.top_p < 1:
+                weight = np.exp(ordered - ordered[:, :1])
+                before = weight.cumsum(axis=1) - weight
+                kept = (weight > 0) & (before < settings.top_p * weight.sum(axis=1, keepdims=True))
+                kept[:, 0] = True
+                scores = np.where(scores >= np.where(kept, ordered, np.inf).min(axis=1, keepdims=True), scores, -np.inf)
+            if settings.min_p > 0:
+                weight = np.exp(scores - scores.max(axis=1, keepdims=True))
+                scores = np.where(weight < settings.min_p, -np.inf, scores)
+        weight = np.exp(scores - scores.max(axis=1, keepdims=True))
+        reached = weight.cumsum(axis=1)
+        numbers = self.uniforms[self.rows, np.minimum(self.counts, self.uniforms.shape[1] - 1), None]
+        token = (reached <= numbers * reached[:, -1:]).sum(axis=1)
+        # Rounding must not choose what has no share.
+        return np.minimum(token, np.where(weight > 0, self.lanes, 0).max(axis=1))
+
+    def _follow(self, choice: Choice, chosen: np.ndarray, place: int) -> None:
+        state = self.state
+        going = state[:, ENDED] == 0
+        state[:, DIGITS] += np.where(going, chosen * choice.coordinates ** (place % 3), 0)
+        if place == 2:
+            state[:, FIRST] = state[:, DIGITS]
+        elif place == 5:
+            state[:, SECOND] = state[:, DIGITS]
+        elif place == 8:
+            pair = np.sort(state[:, [SECOND, DIGITS]], axis=1)
+            state[:, LOWEST] = np.where(going, state[:, FIRST], state[:, LOWEST])
+            state[:, MIDDLE] = np.where(going, pair[:, 0], state[:, MIDDLE])
+            state[:, HIGHEST] = np.where(going, pair[:, 1], state[:, HIGHEST])
+            state[:, FACES] += going

@@ -2,23 +2,35 @@
 A decode engine: a face of every row at a time, on memory that stays where it is.
 
 On a CUDA device the nine steps of a face, with the choice of each token, are a graph that is captured once and
-replayed; the host looks at what came of a face while the next one is made.
+replayed; the host looks at what came of a face while the next one is made. On a CPU the same in few calls of torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import threading
+import weakref
+from collections import deque
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .cache_iflame import StaticIFlameCache
-from .choosing_iflame import COLUMNS, Choice, Rows, choose_by_kernel
-from .packing_iflame import pack_weights
+from .choosing_iflame import Choice, HostChooser, KernelChooser, RowsBegin, Settings
+from .host_steps_iflame import HostSteps
+from .kernels_iflame import triton
+from .packing_iflame import copy_weights, pack_weights
 from .steps_iflame import KernelSteps
 
 # B rows, T tokens, V token ids
+
+
+class Tokens(NamedTuple):
+    """Some places of all rows, on their way to the host."""
+
+    places: range | list[int]
+    table: torch.Tensor | np.ndarray
+    ready: Any  # an event, or None
 
 
 class DecodeEngine:
@@ -30,52 +42,156 @@ class DecodeEngine:
         rows: meshes at a time.
         max_faces: faces of the longest sequence, start and end face included.
         dtype: of weights, keys and values.
+        tiles: how the kernels' work is cut, for measurements.
     """
 
-    def __init__(self, model: Any, rows: int, max_faces: int, dtype: torch.dtype, pdl: bool | None = None, tiles=None):
+    def __init__(self, model: Any, rows: int, max_faces: int, dtype: torch.dtype, tiles: Any = None):
         self.config, self.rows, self.max_faces, self.dtype = model.config, rows, max_faces, dtype
         self.device = model.lm_head.weight.device
         self.is_gpu = self.device.type == "cuda"
-        if pdl is None:
-            pdl = self.is_gpu and torch.cuda.get_device_capability(self.device)[0] >= 9
-        self.pdl = pdl
         self.face = self.config.tokens_per_face
         self.weights = pack_weights(model, dtype)
         self.cache = StaticIFlameCache(self.config, max_faces, rows, self.device, dtype)
-        self.steps = KernelSteps(self.config, self.weights, self.cache, pdl, tiles)
-        self.table = Rows(rows, max_faces * self.face, self.config.vocab_size, self.face, self.device)
-        self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        sizes = (rows, max_faces * self.face, self.config.vocab_size, self.face)
+        if self.is_gpu:
+            pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
+            self.steps = KernelSteps(self.config, self.weights, self.cache, pdl, tiles)
+            self.chooser = KernelChooser(*sizes, self.steps.places, self.cache.positions, pdl)
+        else:
+            self.steps = HostSteps(self.config, self.weights, self.cache)
+            self.chooser = HostChooser(*sizes, self.cache.positions)
+        self._graphs: dict[tuple[Choice, int], torch.cuda.CUDAGraph] = {}
+        self._copies: deque[torch.Tensor] = deque()
+        self._all_rows = torch.arange(rows, device=self.device)
+
+    def load(self, model: Any) -> None:
+        """Takes the model's weights as they are now."""
+        copy_weights(self.weights, pack_weights(model, self.dtype))
+        if not self.is_gpu:
+            self.steps.load(self.weights)
+
+    def prepare(self, choice: Choice) -> None:
+        """Compiles and captures what a face of such choices takes; what the cache holds is lost."""
+        if not self.is_gpu or (choice, 0) in self._graphs:
+            return
+        self.cache.reset()
+        self.steps.begin()
+        self._run(choice)  # compiles
+        torch.cuda.synchronize(self.device)
+        # Few rows have two sets of states, which take turns.
+        for turn in range(2):
+            graph = torch.cuda.CUDAGraph()
+            self.steps.turns = [turn] * len(self.steps.turns)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._run(choice)
+            self._graphs[choice, turn] = graph
+
+    def begin(self, logits: torch.Tensor, settings: Settings, begin: RowsBegin) -> None:
+        """The cache holds the rows' prompts, and these are the `logits` (B, V) of their next tokens."""
+        self.steps.begin()
+        self.steps.logits.copy_(logits)
+        self.chooser.set(settings)
+        self.chooser.begin(self._all_rows, begin)
+
+    def first(self, choice: Choice, place: int) -> Tokens:
+        """The tokens from `place` of the open face on, and the first one of the next face."""
+        self._choose(choice, place, advance=False)
+        if place == 0:
+            return self._tokens([0])
+        self._run(choice, place)
+        return self._tokens([*range(place, self.face), 0])
+
+    def next_face(self, choice: Choice) -> Tokens:
+        """The tokens after the first one of a face, and the first one of the next."""
+        if self.is_gpu:
+            self._graphs[choice, self.steps.turns[0]].replay()
+            self.steps.turns = [1 - each for each in self.steps.turns]
+        else:
+            self._run(choice)
+        return self._tokens([*range(1, self.face), 0])
+
+    def read(self, tokens: Tokens) -> np.ndarray:
+        """(places, B) tokens. Raises ValueError where logits were no numbers."""
+        if tokens.ready is not None:
+            tokens.ready.synchronize()
+        table = np.asarray(tokens.table)
+        if table[:, -1].any():
+            raise ValueError(NOT_FINITE)
+        columns = table[:, tokens.places].T.astype(np.int64)
+        if tokens.ready is not None:
+            self._copies.append(tokens.table)
+        return columns
 
     def _choose(self, choice: Choice, place: int, advance: bool = True) -> None:
-        steps, positions = self.steps, self.cache.positions
-        choose_by_kernel(self.table, choice, steps.places, steps.logits, steps.tokens, positions, place, advance, self.pdl)
+        self.chooser.choose(choice, self.steps.logits, self.steps.tokens, place, advance)
 
     def _run(self, choice: Choice, first: int = 0) -> None:
-        """The tokens of a face from place `first` on, and the first one of the next face."""
         for place in range(first, self.face):
             self.steps.step(place)
             self._choose(choice, (place + 1) % self.face)
 
-    def prepare(self, choice: Choice) -> None:
-        """Compiles and captures, before the cache holds anything."""
-        if not self.is_gpu or (choice, 0) in self._graphs:
-            return
-        self.steps.begin()
-        self._run(choice)  # compiles
-        torch.cuda.synchronize(self.device)
-        self.steps.begin()
-        for turn in range(2):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run(choice)
-            self._graphs[choice, turn] = graph
-        self.cache.reset()
-
-    def run_face(self, choice: Choice) -> None:
-        """A face of every row."""
+    def _tokens(self, places: list[int]) -> Tokens:
         if not self.is_gpu:
-            self._run(choice)
-            return
-        turn = self.steps.turns[0]
-        self._graphs[choice, turn].replay()
-        self.steps.turns = [1 - each for each in self.steps.turns]
+            return Tokens(places, self.chooser.face.copy(), None)
+        face = self.chooser.face
+        copy = self._copies.popleft() if self._copies else torch.empty(face.shape, dtype=face.dtype, pin_memory=True)
+        copy.copy_(face, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Tokens(places, copy, ready)
+
+
+NOT_FINITE = (
+    "the scores of the next token are not finite: load the model in float32 or bfloat16, and check its weights"
+)
+
+# Engines that no generation is using, the last used first.
+_idle: weakref.WeakKeyDictionary[Any, list[DecodeEngine]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+IDLE_ENGINES = 2  # of a model
+
+
+def take_engine(model: Any, rows: int, max_faces: int, dtype: torch.dtype) -> DecodeEngine:
+    """An engine for the model with its weights of now: one that is idle, or a new one."""
+    device = model.lm_head.weight.device
+    with _lock:
+        engines = _idle.get(model, [])
+        for engine in engines:
+            fits = max_faces <= engine.max_faces <= 4 * max(max_faces, 256)
+            if engine.rows == rows and engine.dtype == dtype and engine.device == device and fits:
+                engines.remove(engine)
+                break
+        else:
+            engine = None
+            if len(engines) >= IDLE_ENGINES:
+                engines.pop()
+    if engine is not None:
+        engine.load(model)
+        return engine
+    return DecodeEngine(model, rows, -(-max_faces // 64) * 64, dtype)
+
+
+def give_engine(model: Any, engine: DecodeEngine) -> None:
+    """The engine is idle again."""
+    engine.cache.reset()
+    with _lock:
+        engines = _idle.setdefault(model, [])
+        engines.insert(0, engine)
+        del engines[IDLE_ENGINES:]
+
+
+def why_no_engine(model: Any) -> str | None:
+    """Why no engine can serve the model on its device, or None."""
+    device = model.lm_head.weight.device
+    if device.type not in ("cuda", "cpu"):
+        return f"the device {device.type}"
+    if device.type == "cuda":
+        if triton is None:
+            return "a missing package: pip install triton"
+        if torch.version.hip:
+            return "a GPU that is not NVIDIA's"
+        if torch.cuda.get_device_capability(device)[0] < 8:
+            return "a GPU of a compute capability below 8.0"
+        if model.config.head_dim & (model.config.head_dim - 1) or model.config.head_dim < 16:
+            return f"heads of {model.config.head_dim} channels"
+    return None

@@ -52,6 +52,40 @@ class IFlameGenerationMixin(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "seed"})
 
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        if not mesh_grammar(generation_config):
+            return super()._get_logits_processor(generation_config, *args, **kwargs)
+        bound = inspect.signature(super()._get_logits_processor).bind(generation_config, *args, **kwargs)
+        own = bound.arguments.get("logits_processor") or []
+        grammar = self._grammar_of(generation_config)
+        bound.arguments["logits_processor"] = LogitsProcessorList([*own, grammar])
+        return super()._get_logits_processor(*bound.args, **bound.kwargs)
+
+    def _grammar_of(self, generation_config: GenerationConfig) -> MeshGrammarLogitsProcessor:
+        config = self.config
+        layout = known_format(
+            config.mesh_format,
+            coordinate_resolution=config.coordinate_resolution,
+            special_ids=(config.pad_token_id, config.bos_token_id, config.eos_token_id),
+        )
+        return MeshGrammarLogitsProcessor(
+            layout,
+            config.vocab_size,
+            generation_config._mesh_begins,
+            generation_config.min_faces or 0,
+            generation_config.max_faces,
+            generation_config.max_length,
+        )
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        if mesh_grammar(generation_config):
+            layout = known_format(self.config.mesh_format)
+            for index, criterion in enumerate(criteria):
+                if type(criterion) is EosTokenCriteria:
+                    criteria[index] = EndFaceCriteria(layout, criterion.eos_token_id)
+        return criteria
+
     def _sample(
         self,
         input_ids: torch.Tensor,

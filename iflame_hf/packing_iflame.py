@@ -81,6 +81,17 @@ def pack_weights(model: nn.Module, dtype: torch.dtype) -> PackedWeights:
     )
 
 
+def copy_weights(to: PackedWeights, new: PackedWeights) -> None:
+    """Writes packed weights into the memory of others of the same sizes."""
+
+    def tensors(packed: PackedWeights) -> list[torch.Tensor]:
+        blocks = [each for block in packed.blocks for each in block if isinstance(each, torch.Tensor)]
+        return [packed.embedding, packed.head, packed.head_bias, *packed.scales, *blocks]
+
+    for old, fresh in zip(tensors(to), tensors(new), strict=True):
+        old.copy_(fresh)
+
+
 def _by_halves(attention: nn.Module) -> torch.Tensor:
     """(2, 3C / 2, C): rotary embedding turns the first half of a head's channels against the second one."""
     weights = torch.stack([each.weight for each in (attention.q_proj, attention.k_proj, attention.v_proj)])

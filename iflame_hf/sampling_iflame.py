@@ -29,6 +29,12 @@ def row_seeds(seed: Any, rows: int) -> list[int]:
     return seeds
 
 
+def row_numbers(seeds: list[int], numbers: int) -> np.ndarray:
+    """The first numbers of each seed's mesh, (B, numbers) float64 within [0, 1)."""
+    raw = np.stack([np.random.Philox(seed).random_raw(numbers) for seed in seeds])
+    return (raw >> 11) * 2.0**-53
+
+
 class SeededSampling(LogitsProcessor):
     """Chooses a token for each row by random numbers of the row's own, and leaves only that one, all others at -inf.
 

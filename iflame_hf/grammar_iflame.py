@@ -1,0 +1,169 @@
+"""Which ids may follow in the sequence of a mesh, so that whatever is generated is a mesh in canonical order."""
+
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+from transformers.generation.stopping_criteria import EosTokenCriteria
+
+from .format_iflame import MeshFormat
+
+# B rows, T tokens, V token ids
+
+
+def vertex_interval(
+    previous: torch.Tensor, first: torch.Tensor, second: torch.Tensor, vertex: int, last: int, needed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The ranks that a vertex of a face may have, so that the face can be completed and follows the one before.
+
+    The rank of a vertex orders vertices as meshes do. Faces stand by their ranks in order (a, m, M), strictly: so none
+    comes twice. Within a face the lowest vertex comes first, the other two in either order, all of them different.
+
+    Args:
+        previous: (B, 3) the ranks of the face before in order; the first is -1 where there is none.
+        first, second: (B,) the ranks of the face's vertices so far; not read before they are known.
+        vertex: 0, 1 or 2: which one is asked for.
+        last: the largest rank.
+        needed: (B,) faces that must follow this one, for which the first vertex leaves room.
+
+    Returns:
+        low, high, excluded: (B,) each: all ranks from low to high but one are allowed; none where high < low.
+    """
+    lowest, middle, highest = previous.unbind(1)
+    high = torch.full_like(lowest, last)
+    excluded = torch.full_like(lowest, -1)
+    if vertex == 0:
+        # Another face with the same first vertex: a higher last one, or a higher middle one with one above it.
+        another = (highest < last) | (middle <= last - 2)
+        low = torch.where(another, lowest, lowest + 1).clamp(min=0)
+        # There is a face for every first vertex that has two above it.
+        high = torch.maximum(last - 2 - needed, low).clamp(max=last - 2)
+    elif vertex == 1:
+        low = torch.where(first == lowest, torch.where(highest < last, middle, middle + 1), first + 1)
+    else:
+        above = torch.where(second == middle, highest + 1, torch.where(second > highest, middle, middle + 1))
+        low = torch.where(first == lowest, above, first + 1)
+        excluded = second
+    return low, high, excluded
+
+
+def allowed_digits(
+    low: torch.Tensor, high: torch.Tensor, excluded: torch.Tensor, digits: torch.Tensor, digit: int, levels: int
+) -> torch.Tensor:
+    """
+    Which coordinates a token of a vertex may be: those with which some allowed rank can still be reached. The tokens
+    of a vertex are the digits of its rank, the least significant one first.
+
+    Args:
+        low, high, excluded: (B,) of `vertex_interval`.
+        digits: (B,) the number that the vertex's tokens so far make.
+        digit: 0, 1 or 2: which one is asked for.
+        levels: coordinates of the grid.
+
+    Returns:
+        (B, levels) booleans.
+    """
+    step = levels**digit
+    low, high, excluded, digits = (each[:, None] for each in (low, high, excluded, digits))
+    tokens = torch.arange(levels, device=low.device)
+    # The lowest rank from `low` on that ends in these digits; Python's remainder, which is never negative.
+    rank = low + (digits + tokens * step - low) % (step * levels)
+    rank = rank + (rank == excluded) * (step * levels)
+    return rank <= high
+
+
+class MeshGrammarLogitsProcessor(LogitsProcessor):
+    """
+    Leaves only tokens that keep a row a mesh: faces in canonical order, none degenerate, none twice, and a whole end
+    face between faces; never padding and start tokens.
+
+    Everything follows from the last ids, so that rows may be reordered as beam search does. It comes after
+    repetition penalty and the user's own processors, and before temperature, top-k, top-p and min-p, which choose
+    among what it leaves; their softmax makes the rest sum up to one. Where the processors before it leave none of the
+    tokens that it allows, all of these are equally likely.
+
+    Args:
+        layout: of the sequences.
+        vocab_size: V.
+        begins: (B,) where the start face of each row begins, behind padding.
+        min_faces, max_faces: fewest and most faces of a mesh.
+        max_length: tokens at which rows are cut off: the end comes before a face that would not be whole.
+    """
+
+    def __init__(
+        self,
+        layout: MeshFormat,
+        vocab_size: int,
+        begins: torch.Tensor,
+        min_faces: int = 0,
+        max_faces: int | None = None,
+        max_length: int | None = None,
+    ):
+        self.layout, self.vocab_size, self.begins = layout, vocab_size, begins
+        self.min_faces, self.max_faces, self.max_length = min_faces, max_faces, max_length
+        self.levels = layout.coordinate_resolution + 1
+        self.eos_token_id = layout.eos_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V) with -inf for what must not follow the ids (B, T)."""
+        allowed = self.allowed(input_ids)
+        left = scores.masked_fill(~allowed, -torch.inf)
+        nothing = (left.amax(dim=1, keepdim=True) == -torch.inf) & allowed
+        return left.masked_fill(nothing, 0.0)
+
+    def allowed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, V) whether each id may follow the ids (B, T)."""
+        face, levels = self.layout.tokens_per_face, self.levels
+        rows, length = input_ids.shape
+        open_tokens = length % face
+        whole = length - open_tokens
+        # In beam search there are several rows for each of `begins`.
+        begins = self.begins.repeat_interleave(rows // len(self.begins))
+        faces = (whole - begins) // face - 1
+        vertex, digit = divmod(open_tokens, 3)
+        digits_of = levels ** torch.arange(3, device=input_ids.device)
+        previous = input_ids[:, whole - face : whole]
+        is_face = (previous < levels).all(dim=1)
+        nothing = torch.tensor([-1, 0, 0], device=input_ids.device)
+        ranks = (previous.view(rows, 3, 3) * digits_of).sum(dim=2).sort(dim=1).values
+        ranks = torch.where(is_face[:, None], ranks, nothing)
+        made = input_ids[:, whole:]
+        first, second = (
+            (made[:, 3 * each : 3 * each + 3] * digits_of).sum(dim=1) if vertex > each else ranks[:, 0]
+            for each in (0, 1)
+        )
+        digits = (made[:, 3 * vertex :] * digits_of[:digit]).sum(dim=1)
+        needed = (self.min_faces - faces - 1).clamp(min=0)
+        interval = vertex_interval(ranks, first, second, vertex, levels**3 - 1, needed)
+        coordinates = allowed_digits(*interval, digits, digit, levels)
+
+        allowed = torch.zeros(rows, self.vocab_size, dtype=torch.bool, device=input_ids.device)
+        if open_tokens:
+            ended = made[:, 0] == self.eos_token_id
+            allowed[:, :levels] = coordinates & ~ended[:, None]
+            allowed[:, self.eos_token_id] = ended
+            return allowed
+        ended = (previous[:, -1] == self.eos_token_id) | (previous[:, -1] == self.layout.pad_token_id)
+        is_last = ended
+        if self.max_faces is not None:
+            is_last = is_last | (faces >= self.max_faces)
+        if self.max_length is not None and self.max_length - length < face:
+            is_last = torch.ones_like(ended)
+        coordinates = coordinates & ~is_last[:, None]
+        allowed[:, :levels] = coordinates
+        allowed[:, self.eos_token_id] = is_last | (faces >= self.min_faces) | ~coordinates.any(dim=1)
+        return allowed
+
+
+class EndFaceCriteria(EosTokenCriteria):
+    """Ends a row with its whole end face."""
+
+    def __init__(self, layout: MeshFormat, eos_token_id: Any):
+        super().__init__(eos_token_id)
+        self.tokens_per_face = layout.tokens_per_face
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.shape[1] % self.tokens_per_face:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return super().__call__(input_ids, scores, **kwargs)
