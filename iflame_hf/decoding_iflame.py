@@ -60,6 +60,8 @@ def request_of(
     for name in ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions"):
         if getattr(config, name, None):
             raise Unsupported(name)
+    if any(getattr(inputs.get(name), "_is_user_defined", False) for name in ("cache", "past_key_values")):
+        raise Unsupported("a cache that is given")
     if not config.use_cache:
         raise Unsupported("use_cache=False")
     if inputs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
@@ -160,19 +162,16 @@ def decode(
         seeds: one for each row.
     """
     face, (rows, length) = model.config.tokens_per_face, input_ids.shape
+    prompt = input_ids.to(model.lm_head.weight.device)
     left = request.max_length - length
     if left <= 0:
         return input_ids
-    dtype = _dtype(model)
-    engine = take_engine(model, rows, -(-request.max_length // face) + 1, dtype)
+    engine = take_engine(model, rows, -(-request.max_length // face) + 1, _dtype(model))
     reader = _Reader(request, rows, length % face, left, streamer)
     try:
-        with torch.inference_mode(), torch.autocast(input_ids.device.type, enabled=False):
+        with torch.inference_mode():
             engine.prepare(request.choice)
-            _begin(engine, model, request, input_ids, inputs, seeds, left)
-            if streamer is not None:
-                streamer.put(input_ids.cpu())
-            ids = input_ids
+            _begin(engine, model, request, prompt, inputs, seeds, left)
             waiting = [engine.first(request.choice, length % face)]
             asked = len(waiting[0].places)
             # While the host reads a face, a GPU makes the next one.
@@ -185,8 +184,7 @@ def decode(
                 if request.stops_at is not None and time.time() > request.stops_at:
                     reader.done = True
                 for criterion in request.after_faces:
-                    if torch.as_tensor(criterion(ids, None)).all():
-                        reader.done = True
+                    reader.done |= bool(torch.as_tensor(criterion(prompt, None)).all())
                 if reader.done:
                     break
                 if not waiting and asked < left:
@@ -214,7 +212,9 @@ def _dtype(model: Any) -> torch.dtype:
 def _begin(engine: DecodeEngine, model: Any, request: DecodeRequest, input_ids, inputs, seeds, left: int) -> None:
     cache = engine.cache
     cache.reset()
-    output = model(input_ids, **inputs, cache=cache, use_cache=True, logits_to_keep=1)
+    inputs = {name: inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None}
+    inputs = {name: value.to(input_ids.device) for name, value in inputs.items()}
+    output = model(input_ids, **inputs, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True)
     if cache.is_padding_so_far or cache.ends_in_padding:
         raise ValueError("a row of the prompt is padding to its end: a mesh begins with the start face")
     padding = 0 if cache.padding is None else cache.padding.cpu().numpy()

@@ -45,6 +45,9 @@ class DecodeEngine:
         tiles: how the kernels' work is cut, for measurements.
     """
 
+    # Tensors that are made within inference_mode() could not be written outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(self, model: Any, rows: int, max_faces: int, dtype: torch.dtype, tiles: Any = None):
         self.config, self.rows, self.max_faces, self.dtype = model.config, rows, max_faces, dtype
         self.device = model.lm_head.weight.device

@@ -2,21 +2,38 @@
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.utils import logging
 
 from .cache_iflame import IFlameCache, StaticIFlameCache
 from .configuration_iflame import DEFAULT_MAX_FACES
+from .decoding_iflame import Unsupported, decode, request_of
+from .format_iflame import known_format
+from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
 from .sampling_iflame import SeededSampling, row_seeds
 from .threads_iflame import spare_a_core
 from .versions_iflame import CACHE_NAME, with_own_cache_name
 
+logger = logging.get_logger(__name__)
+
+# What a generation config says of meshes, and what counts where it does not.
+OWN_SETTINGS = {"mesh_grammar": True, "min_faces": 0, "max_faces": None}
+
 
 class IFlameGenerationMixin(GenerationMixin):
     """transformers' generate() for meshes.
+
+    Every row becomes a mesh: `MeshGrammarLogitsProcessor` leaves only tokens with which it is one, of `min_faces` to
+    `max_faces` faces, and a row ends with its whole end face. `generate(mesh_grammar=False)` leaves that out.
+
+    A decode engine serves greedy search and sampling on a CUDA device and on a CPU; what it does not do is computed by
+    transformers' own loop, with a warning that names it. `cache_implementation="dynamic"` asks for that loop.
 
     Without a prompt it begins with the start face of nine bos tokens. `generate(do_sample=True, seed=...)` gives each
     mesh random numbers of its own: a whole number, which counts up row by row, or a list of one for each row. The same
@@ -52,38 +69,54 @@ class IFlameGenerationMixin(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "seed"})
 
-    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        if not mesh_grammar(generation_config):
-            return super()._get_logits_processor(generation_config, *args, **kwargs)
-        bound = inspect.signature(super()._get_logits_processor).bind(generation_config, *args, **kwargs)
-        own = bound.arguments.get("logits_processor") or []
-        grammar = self._grammar_of(generation_config)
-        bound.arguments["logits_processor"] = LogitsProcessorList([*own, grammar])
-        return super()._get_logits_processor(*bound.args, **bound.kwargs)
+    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        own = {name: kwargs.pop(name) for name in OWN_SETTINGS if name in kwargs}
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        for name, default in OWN_SETTINGS.items():
+            values = (own.get(name), getattr(prepared, name, None), getattr(self.generation_config, name, None), default)
+            setattr(prepared, name, next((value for value in values if value is not None), None))
+        _check_faces(prepared.min_faces, prepared.max_faces)
+        return prepared, model_kwargs
 
-    def _grammar_of(self, generation_config: GenerationConfig) -> MeshGrammarLogitsProcessor:
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
+        method = super()._get_logits_processor
+        if not getattr(generation_config, "mesh_grammar", False):
+            return method(generation_config, *args, **kwargs)
+        given = inspect.signature(method).bind(generation_config, *args, **kwargs).arguments
+        prompts = given.get("encoder_input_ids")
+        if prompts is None or prompts.dim() != 2 or prompts.is_floating_point():
+            raise ValueError(
+                "the mesh grammar reads the ids of the prompt, and inputs_embeds have none: give input_ids, or "
+                "mesh_grammar=False"
+            )
+        layout = self._mesh_layout()
+        begins = (prompts == layout.bos_token_id).int().argmax(dim=1)
+        grammar = MeshGrammarLogitsProcessor(
+            layout,
+            self.config.vocab_size,
+            begins,
+            generation_config.min_faces,
+            generation_config.max_faces,
+            generation_config.max_length,
+        )
+        # The last of the user's own, which stand before temperature and the like.
+        given["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or []), grammar])
+        return method(**given)
+
+    def _mesh_layout(self) -> Any:
         config = self.config
-        layout = known_format(
+        return known_format(
             config.mesh_format,
             coordinate_resolution=config.coordinate_resolution,
             special_ids=(config.pad_token_id, config.bos_token_id, config.eos_token_id),
         )
-        return MeshGrammarLogitsProcessor(
-            layout,
-            config.vocab_size,
-            generation_config._mesh_begins,
-            generation_config.min_faces or 0,
-            generation_config.max_faces,
-            generation_config.max_length,
-        )
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        if mesh_grammar(generation_config):
-            layout = known_format(self.config.mesh_format)
+        if getattr(generation_config, "mesh_grammar", False):
             for index, criterion in enumerate(criteria):
                 if type(criterion) is EosTokenCriteria:
-                    criteria[index] = EndFaceCriteria(layout, criterion.eos_token_id)
+                    criteria[index] = EndFaceCriteria(self._mesh_layout(), criterion.eos_token_id)
         return criteria
 
     def _sample(
@@ -93,12 +126,32 @@ class IFlameGenerationMixin(GenerationMixin):
         stopping_criteria: Any,
         generation_config: GenerationConfig,
         seed: Any = None,
-        **kwargs: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
     ) -> Any:
-        if seed is None or not generation_config.do_sample:
+        seeds = None
+        if generation_config.do_sample and seed is not None:
+            seeds = row_seeds(seed, len(input_ids))
+        if generation_config.cache_implementation is None:
+            try:
+                if synced_gpus:
+                    raise Unsupported("synced_gpus")
+                request = request_of(
+                    self, logits_processor, stopping_criteria, generation_config, model_kwargs, input_ids
+                )
+            except Unsupported as reason:
+                logger.warning_once(f"the decode engine does not do {reason}: transformers' own, slower loop generates")
+            else:
+                if seeds is None:
+                    drawn = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
+                    seeds = row_seeds(drawn, len(input_ids))
+                return decode(self, request, input_ids, model_kwargs, seeds, streamer)
+        kwargs = {**model_kwargs, "synced_gpus": synced_gpus, "streamer": streamer}
+        if seeds is None:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         asked_for_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-        sampling = SeededSampling(row_seeds(seed, len(input_ids)), input_ids.shape[1], keep_scores=asked_for_scores)
+        sampling = SeededSampling(seeds, input_ids.shape[1], keep_scores=asked_for_scores)
         # The choice has to come after temperature, top_k and the like, which transformers puts after processors that
         # are given to generate(). As it leaves one token, the likeliest is the chosen one.
         generation_config = copy.copy(generation_config)
@@ -128,10 +181,17 @@ class IFlameGenerationMixin(GenerationMixin):
         if self.generation_config.max_length in (None, 20):
             longest = (DEFAULT_MAX_FACES + 2) * self.config.tokens_per_face  # with start and end face
             self.generation_config.max_length = min(longest, self.config.max_position_embeddings)
+        for name, default in OWN_SETTINGS.items():
+            if getattr(self.generation_config, name, None) is None:
+                setattr(self.generation_config, name, default)
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
         # max_new_tokens takes the place of the default length; it is no conflict to warn of.
         default = self.generation_config.max_length
+        faces = getattr(generation_config, "max_faces", None)
+        if faces is not None and generation_config.max_new_tokens is None and generation_config.max_length == default:
+            # Room for so many faces and the end face, whatever the prompt.
+            generation_config.max_new_tokens = (faces + 1) * self.config.tokens_per_face
         if generation_config.max_new_tokens is not None and generation_config.max_length == default:
             has_default_max_length = True
         return super()._prepare_generated_length(
@@ -182,3 +242,11 @@ class IFlameGenerationMixin(GenerationMixin):
         # Rows that go on from a cache may have ended before others, in padding.
         if mask is not None and (given is None or not given.get_seq_length()) and not mask[:, -1].all():
             raise ValueError("to generate, pad prompts on the left (padding_side='left'), not on the right")
+
+
+def _check_faces(fewest: Any, most: Any) -> None:
+    for name, value in (("min_faces", fewest), ("max_faces", most)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
+    if most is not None and fewest > most:
+        raise ValueError(f"min_faces={fewest} is more than max_faces={most}")
