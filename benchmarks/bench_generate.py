@@ -56,7 +56,7 @@ TEST_NEW_TOKENS, TEST_STEPS = 4 * TOKENS_PER_FACE, 31
 
 def generate(model: IFlameForCausalLM, prompt: torch.Tensor, new_tokens: int, sample: bool = False) -> torch.Tensor:
     choice = {"do_sample": True, "top_k": 50, "top_p": 0.95} if sample else {"do_sample": False}
-    return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, **choice)
+    return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, mesh_grammar=False, **choice)
 
 
 @torch.no_grad()

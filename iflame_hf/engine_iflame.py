@@ -189,6 +189,8 @@ def why_no_engine(model: Any) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"the device {device.type}"
     if device.type == "cuda":
+        if model.lm_head.weight.dtype == torch.float64:
+            return "float64 on a GPU"
         if triton is None:
             return "a missing package: pip install triton"
         if torch.version.hip:

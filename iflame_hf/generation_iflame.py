@@ -130,9 +130,9 @@ class IFlameGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        seeds = None
-        if generation_config.do_sample and seed is not None:
-            seeds = row_seeds(seed, len(input_ids))
+        if seed is None:
+            seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
+        seeds = row_seeds(seed, len(input_ids))
         if generation_config.cache_implementation is None:
             try:
                 if synced_gpus:
@@ -140,15 +140,12 @@ class IFlameGenerationMixin(GenerationMixin):
                 request = request_of(
                     self, logits_processor, stopping_criteria, generation_config, model_kwargs, input_ids
                 )
-            except Unsupported as reason:
-                logger.warning_once(f"the decode engine does not do {reason}: transformers' own, slower loop generates")
-            else:
-                if seeds is None:
-                    drawn = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
-                    seeds = row_seeds(drawn, len(input_ids))
                 return decode(self, request, input_ids, model_kwargs, seeds, streamer)
+            except Unsupported as reason:
+                tell = logger.warning_once if self.device.type == "cuda" else logger.info
+                tell(f"the decode engine does not do {reason}: transformers' own, slower loop generates")
         kwargs = {**model_kwargs, "synced_gpus": synced_gpus, "streamer": streamer}
-        if seeds is None:
+        if not generation_config.do_sample:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         asked_for_scores = generation_config.return_dict_in_generate and generation_config.output_scores
         sampling = SeededSampling(seeds, input_ids.shape[1], keep_scores=asked_for_scores)

@@ -24,7 +24,7 @@ from .kernels_iflame import (
     triton,
 )
 from .ops_iflame import rotary_tables
-from .packing_iflame import BlockWeights, PackedWeights
+from .packing_iflame import BlockWeights, PackedWeights, begin_groups
 
 # B rows, C channels, H heads, D head size, I hidden units, V token ids, G groups of heads, S splits of the keys
 
@@ -57,10 +57,12 @@ def _power(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def choose_tiles(rows: int, heads: int) -> Tiles:
-    """Tiles for so many rows and heads."""
+def choose_tiles(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Tiles:
+    """Tiles for so many rows and heads, and weights of that type."""
     if rows <= NARROW_ROWS:
         return Tiles(False, 1, 4, 8, 4, 32, min(8, _power(heads)), 256, (32, 16, 8), 0)
+    if dtype == torch.float32:  # which takes twice the memory of a multiprocessor
+        return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 64, stages=2)
     if rows <= 128:
         return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 128, stages=4)
     return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=3)
@@ -80,8 +82,8 @@ class KernelSteps:
     def __init__(self, config: Any, weights: PackedWeights, cache: StaticIFlameCache, pdl: bool, tiles: Tiles | None = None):
         self.config, self.weights, self.cache, self.pdl = config, weights, cache, pdl
         self.rows = cache.batch_size
-        self.tiles = choose_tiles(self.rows, config.num_attention_heads) if tiles is None else tiles
         device, dtype = weights.head.device, weights.head.dtype
+        self.tiles = choose_tiles(self.rows, config.num_attention_heads, dtype) if tiles is None else tiles
         rows, channels, size = self.rows, config.hidden_size, config.head_dim
         heads = config.num_attention_heads
 
@@ -118,18 +120,13 @@ class KernelSteps:
     def begin(self) -> None:
         """The cache holds what the rows begin with, at a place within a face at which its open groups may be filled."""
         self.turns = [0] * len(self.turns)
-        for group, members, handed in zip(self.cache.open_groups, self.members, self.handed, strict=True):
-            waiting = group.waiting
-            for index in range(waiting.shape[1]):
-                members[index].copy_(waiting[:, index])
-            handed.copy_(group.handed_up[:, 0])
+        begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
 
     def step(self, place: int) -> None:
         """`tokens` at that place in their faces -> `logits` of the next ones. Positions are those of the cache."""
-        group = self.config.group_sizes[0]
+        group, members = self.config.group_sizes[0], self.members
         is_vertex, is_face = place % group == group - 1, place == self.config.tokens_per_face - 1
         corner, vertex = place % group, place // group
-        members = self.members
         self._stage(0, 0, EMBED, self.x[0], members[0][corner], read=self.weights.embedding)
         if is_vertex:
             self._stage(1, 1, POOL, self.x[1], members[1][vertex], read=members[0])

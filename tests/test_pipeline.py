@@ -86,12 +86,12 @@ def test_a_seed_gives_the_same_meshes_and_leaves_the_random_numbers_of_others_al
 
 
 def test_the_meshes_are_those_of_generate(generator):
-    options = {"do_sample": True, "top_k": 0, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 9 * 5 + 1}
+    options = {"do_sample": True, "top_k": 0, "temperature": 0.8, "top_p": 0.9, "max_faces": 5}
     ids = generator.model.generate(torch.full((4, 9), BOS), seed=3, **options)
     expected = triangles(generator.tokenizer.batch_decode_mesh(ids))
     meshes = generator(num_meshes=4, max_faces=5, seed=3, temperature=0.8, top_p=0.9)
     assert triangles(meshes) == expected
-    assert [mesh.metadata["ended"] for mesh in meshes] == [bool((row == EOS).any()) for row in ids]
+    assert [mesh.metadata["ended"] for mesh in meshes] == [int((row == EOS).int().argmax()) < 9 * 6 for row in ids]
 
 
 def test_greedy_meshes_need_no_seed(generator):
@@ -105,7 +105,7 @@ def test_it_samples_from_all_tokens_unless_the_model_says_otherwise(generator):
     other.model.generation_config.top_k = 7
     other.model.generation_config.do_sample = False
     options = other._generate_options([{"input_ids": [BOS] * 9}], max_faces=3)
-    assert options == {"do_sample": False, "max_new_tokens": 28}
+    assert options == {"do_sample": False, "max_faces": 3, "max_new_tokens": 36}
     assert other._generate_options([{"input_ids": [BOS] * 9}], do_sample=True)["top_k"] == 7
 
 
