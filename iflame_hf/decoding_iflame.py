@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,6 @@ from transformers.generation import logits_process, stopping_criteria
 
 from .choosing_iflame import COLUMNS, DIGITS, FACES, FIRST, HIGHEST, LOWEST, MIDDLE, SECOND, Choice, RowsBegin, Settings
 from .engine_iflame import DecodeEngine, give_engine, take_engine, why_no_engine
-from .format_iflame import MeshFormat
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
 from .packing_iflame import what_cannot_be_packed
 from .sampling_iflame import row_numbers
@@ -167,7 +166,7 @@ def decode(
     left = request.max_length - length
     if left <= 0:
         return input_ids
-    engine = take_engine(model, rows, -(-request.max_length // face) + 1, _dtype(model))
+    engine = take_engine(model, rows, -(-request.max_length // face) + 1, decoding_dtype(model))
     reader = _Reader(request, rows, length % face, left, streamer)
     try:
         with torch.inference_mode():
@@ -201,7 +200,7 @@ def decode(
     return torch.cat([input_ids, new], dim=1)
 
 
-def _dtype(model: Any) -> torch.dtype:
+def decoding_dtype(model: Any) -> torch.dtype:
     """Of weights, keys and values: on a GPU the model's, or that of the caller's autocast; on a CPU float32, which is
     fast on all."""
     device, dtype = model.lm_head.weight.device.type, model.lm_head.weight.dtype

@@ -15,7 +15,7 @@ from .cache_iflame import IFlameCache, StaticIFlameCache
 from .configuration_iflame import DEFAULT_MAX_FACES
 from .decoding_iflame import Unsupported, decode, request_of
 from .format_iflame import known_format
-from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
+from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor, check_prompts
 from .sampling_iflame import SeededSampling, row_seeds
 from .threads_iflame import spare_a_core
 from .versions_iflame import CACHE_NAME, with_own_cache_name
@@ -91,6 +91,10 @@ class IFlameGenerationMixin(GenerationMixin):
             )
         layout = self._mesh_layout()
         begins = (prompts == layout.bos_token_id).int().argmax(dim=1)
+        if not _goes_on(kwargs.get("model_kwargs") or {}):
+            mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+            ids = prompts if mask is None else prompts.masked_fill(mask[:: len(mask) // len(prompts)] == 0, layout.pad_token_id)
+            check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy())
         grammar = MeshGrammarLogitsProcessor(
             layout,
             self.config.vocab_size,
@@ -181,6 +185,8 @@ class IFlameGenerationMixin(GenerationMixin):
         for name, default in OWN_SETTINGS.items():
             if getattr(self.generation_config, name, None) is None:
                 setattr(self.generation_config, name, default)
+        # A config that is said to follow from the model's own is loaded without fields that transformers does not know.
+        self.generation_config._from_model_config = False
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
         # max_new_tokens takes the place of the default length; it is no conflict to warn of.
@@ -247,3 +253,8 @@ def _check_faces(fewest: Any, most: Any) -> None:
             raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
     if most is not None and fewest > most:
         raise ValueError(f"min_faces={fewest} is more than max_faces={most}")
+
+
+def _goes_on(model_kwargs: dict[str, Any]) -> bool:
+    """Whether the rows go on from a cache: some may have ended before."""
+    return bool(getattr(model_kwargs.get(CACHE_NAME), "tokens_seen", 0))

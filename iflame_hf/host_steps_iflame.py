@@ -104,14 +104,35 @@ class HostSteps:
 
     def begin(self) -> None:
         """The cache holds what the rows begin with, at a place within a face at which its open groups may be filled."""
-        size = self.config.head_dim
-        order = torch.arange(size).view(2, size // 2).t().flatten()
+        order = self._order()
         for block, layer, memory in zip(self.blocks, self.cache.layers, self.memories, strict=True):
             if block.is_full:
                 layer.keys.copy_(layer.keys[..., order])
             else:
                 memory.copy_(layer.state[:, :, order].view(memory.shape))
         begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
+
+    def clear(self) -> None:
+        """All rows are to begin by `begin_rows`."""
+
+    def begin_rows(self, rows: torch.Tensor, prompt: Any) -> None:
+        """`rows` (R,) hold what comes after a prompt of whole faces."""
+        order, config = self._order(), self.config
+        by_row = (self.rows, config.num_attention_heads)
+        for block, memory, given in zip(self.blocks, self.memories, prompt.memories, strict=True):
+            if block.is_full:
+                keys, values = (each.view(*by_row, *each.shape[1:]) for each in memory)
+                items = given[0].shape[2]
+                keys[rows, :, :items], values[rows, :, :items] = given[0][..., order].to(keys), given[1].to(values)
+            else:
+                memory.view(*by_row, *memory.shape[1:])[rows] = given[0][:, :, order].to(memory)
+        for handed, value in zip(self.handed, prompt.handed, strict=True):
+            handed[rows] = value.to(handed)
+
+    def _order(self) -> torch.Tensor:
+        """The channels of query and key in the order in which they lie here."""
+        size = self.config.head_dim
+        return torch.arange(size).view(2, size // 2).t().flatten()
 
     def step(self, place: int) -> None:
         """`tokens` at that place in their faces -> `logits` of the next ones. Positions are those of the cache."""

@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
     out: int  # outputs of attention's projection
     group: int  # heads of a program of linear attention
     keys: int  # at a time
-    splits: tuple[int, int, int]  # of the keys of each level
+    splits: tuple[int, int, int]  # of the keys of each level: two or more if not wide, else one
     inner: int  # inputs at a time; 0: all
     heads_warps: int = 4
     hidden_warps: int = 4
@@ -121,6 +121,23 @@ class KernelSteps:
         """The cache holds what the rows begin with, at a place within a face at which its open groups may be filled."""
         self.turns = [0] * len(self.turns)
         begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
+
+    def clear(self) -> None:
+        """All rows are to begin by `begin_rows`."""
+        self.turns = [0] * len(self.turns)
+
+    def begin_rows(self, rows: torch.Tensor, prompt: Any) -> None:
+        """`rows` (R,) hold what comes after a prompt of whole faces."""
+        for block, layer, other, memory in zip(
+            self.weights.blocks, self.cache.layers, self.others, prompt.memories, strict=True
+        ):
+            if block.is_full:
+                items = memory[0].shape[2]
+                layer.keys[rows, :, :items], layer.values[rows, :, :items] = memory
+            else:
+                (other if self.turns[block.level] else layer.state)[rows] = memory[0]
+        for handed, value in zip(self.handed, prompt.handed, strict=True):
+            handed[rows] = value.float()
 
     def step(self, place: int) -> None:
         """`tokens` at that place in their faces -> `logits` of the next ones. Positions are those of the cache."""
