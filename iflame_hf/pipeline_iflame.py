@@ -13,6 +13,7 @@ from transformers import Pipeline
 from .export_iflame import export_mesh
 from .faces_iflame import stream_faces
 from .format_iflame import UP_AXES
+from .many_iflame import generate_meshes
 from .mesh_errors_iflame import MeshError, OptionError, errors_name
 from .mesh_files_iflame import import_trimesh, is_mesh, load_mesh, up_axis_of
 from .mesh_iflame import bounding_box, denormalise, turn
@@ -88,12 +89,25 @@ class MeshGenerationPipeline(Pipeline):
         seeds = self._seeds(len(rows) * num_meshes, **forward)
         forward.pop("seed", None)
         jobs = [{**row, "seed": seeds.pop(0)} for row in rows for _ in range(num_meshes)]
-        meshes = []
-        for start in range(0, len(jobs), batch_size):
-            meshes += self.postprocess(self.forward({"rows": jobs[start : start + batch_size]}, **forward))
+        if num_meshes > batch_size and None not in (job["seed"] for job in jobs):
+            parts = [jobs[start : start + num_meshes] for start in range(0, len(jobs), num_meshes)]
+            meshes = [mesh for part in parts for mesh in self._many(part, batch_size, **forward)]
+        else:
+            parts = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+            meshes = [mesh for part in parts for mesh in self.postprocess(self.forward({"rows": part}, **forward))]
         if not is_list:
             return meshes
         return [meshes[start : start + num_meshes] for start in range(0, len(meshes), num_meshes)]
+
+    def _many(self, jobs: list[dict], rows: int, max_faces: int | None = None, **options: Any) -> list:
+        """Meshes that begin alike, of which so many are in work at a time: one that ends makes room for the next."""
+        options = self._generate_options(jobs[:1], max_faces, **options)
+        prompt, seeds = torch.as_tensor(jobs[0]["input_ids"]), [job["seed"] for job in jobs]
+        meshes: list[Any] = [None] * len(jobs)
+        for made in generate_meshes(self.model, seeds, rows=rows, prompt=prompt, **options):
+            outputs = {"ids": [made.ids], "rows": [jobs[made.number]], "max_faces": options["max_faces"]}
+            (meshes[made.number],) = self.postprocess(outputs)
+        return meshes
 
     def stream(
         self, prompt: Any = None, *, skip_prompt: bool = False, timeout: float | None = None, **kwargs: Any

@@ -17,6 +17,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import iflame_hf
 from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
+from iflame_hf import many_iflame
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline, export_mesh
 from iflame_hf.mesh_errors_iflame import MeshError, OptionError, errors_name
 from iflame_hf.mesh_iflame import denormalise, turn
@@ -109,20 +110,15 @@ def test_it_samples_from_all_tokens_unless_the_model_says_otherwise(generator):
     assert other._generate_options([{"input_ids": [BOS] * 9}], do_sample=True)["top_k"] == 7
 
 
-def test_large_numbers_are_made_in_batches(generator, monkeypatch):
-    sizes = []
-    generate = generator.model.generate
-
-    def watched(*args, **kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-        return generate(*args, **kwargs)
-
-    monkeypatch.setattr(generator.model, "generate", watched)
-    assert len(generator(num_meshes=7, max_faces=1, batch_size=3)) == 7
-    assert sizes == [3, 3, 1]
-    sizes.clear()
-    assert len(generator(num_meshes=9, max_faces=1)) == 9
-    assert sizes == [8, 1]
+def test_large_numbers_are_made_some_at_a_time(generator, monkeypatch):
+    rows = []
+    real = many_iflame.take_engine
+    monkeypatch.setattr(many_iflame, "take_engine", lambda *a: rows.append(a[1]) or real(*a))
+    meshes = generator(num_meshes=7, max_faces=3, batch_size=3, seed=2)
+    assert len(meshes) == 7 and rows == [3]
+    assert [mesh.metadata["seed"] for mesh in meshes] == list(range(2, 9))
+    assert triangles(meshes[3:6]) == triangles(generator(num_meshes=3, max_faces=3, seed=5))
+    assert rows == [3], "a few meshes are made all at once"
 
 
 def test_parameters_of_the_pipeline_are_defaults_of_its_calls():

@@ -19,7 +19,8 @@ class Interruption:
     end of `accelerate launch`, which dies of a SIGTERM without a word to the process it has started, counts as one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, until: str = "a checkpoint is saved") -> None:
+        self._until = until
         self._asked = False
         self._first = 0.0
         self._before: dict[int, Any] = {}
@@ -41,7 +42,7 @@ class Interruption:
     def _ask(self, number: int, frame: Any) -> None:
         if not self._asked:
             self._asked, self._first = True, time.monotonic()
-            os.write(2, b"\nstopping, once a checkpoint is saved\n")  # print must not be used in a handler
+            os.write(2, f"\nstopping, once {self._until}\n".encode())  # print must not be used in a handler
         elif number == signal.SIGINT and time.monotonic() - self._first > 5:
             raise KeyboardInterrupt
 
