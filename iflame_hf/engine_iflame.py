@@ -147,6 +147,7 @@ class DecodeEngine:
         if place == 0:
             return self._tokens([0])
         self._run(choice, place)
+        self.steps.settle()
         return self._tokens([*range(place, self.face), 0])
 
     def next_face(self, choice: Choice) -> Tokens:

@@ -93,7 +93,6 @@ class HostSteps:
             cos, sin = rotary_tables(torch.arange(cache.room(level))[None], size, config.rope_base)
             self.rotations.append(torch.complex(cos[0, :, 0].to(dtype), -sin[0, :, 0].to(dtype)))
         self.all_rows = torch.arange(rows)
-        self.turns = [0] * len(levels)
 
     def load(self, weights: PackedWeights) -> None:
         """Takes other weights of the same sizes."""
@@ -111,6 +110,9 @@ class HostSteps:
             else:
                 memory.copy_(layer.state[:, :, order].view(memory.shape))
         begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
+
+    def settle(self) -> None:
+        """All levels are where they were before a face, after one that was not run as a whole: always."""
 
     def clear(self) -> None:
         """All rows are to begin by `begin_rows`."""

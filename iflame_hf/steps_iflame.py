@@ -122,6 +122,13 @@ class KernelSteps:
         self.turns = [0] * len(self.turns)
         begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
 
+    def settle(self) -> None:
+        """All levels take the same turn again, after a face that was not run as a whole."""
+        for block, layer, other in zip(self.weights.blocks, self.cache.layers, self.others, strict=True):
+            if other is not None and self.turns[block.level]:
+                layer.state.copy_(other)
+        self.turns = [0] * len(self.turns)
+
     def clear(self) -> None:
         """All rows are to begin by `begin_rows`."""
         self.turns = [0] * len(self.turns)
@@ -135,7 +142,8 @@ class KernelSteps:
                 items = memory[0].shape[2]
                 layer.keys[rows, :, :items], layer.values[rows, :, :items] = memory
             else:
-                (other if self.turns[block.level] else layer.state)[rows] = memory[0]
+                in_other = other is not None and self.turns[block.level]
+                (other if in_other else layer.state)[rows] = memory[0]
         for handed, value in zip(self.handed, prompt.handed, strict=True):
             handed[rows] = value.float()
 
