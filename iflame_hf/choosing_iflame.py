@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .kernels_iflame import _begin, _jit, _wait
+from .kernels_iflame import _jit, _wait
 
 try:
     import triton.language as tl
@@ -80,8 +80,6 @@ def choose(
     lane = tl.arange(0, VB)
     valid = lane < V
     _wait(PDL)
-    # Not earlier: what begins from here on may read all that the kernels of this token have written.
-    _begin(PDL)
     position = tl.load(position_ptr + row)
     if ADVANCE:
         position += 1

@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
     stages: int = 2
 
 
-NARROW_ROWS = 16
+NARROW_ROWS = 16  # with up to so many, each is multiplied by itself
 
 
 def _power(number: int) -> int:
@@ -64,8 +64,8 @@ def choose_tiles(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> 
     if dtype == torch.float32:  # which takes twice the memory of a multiprocessor
         return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 64, stages=2)
     if rows <= 128:
-        return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 128, stages=4)
-    return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=3)
+        return Tiles(True, 32, 32, 32, 32, 32, 1, 64, (1, 1, 1), 128, stages=4)
+    return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=4)
 
 
 class KernelSteps:

@@ -66,13 +66,13 @@ def test_greedy_tokens_are_the_plain_loops_for_a_long_time(model):
 
 def test_tokens_come_as_often_as_the_plain_loop_chooses_them(model):
     """The first token of many meshes, of engine and of torch's own multinomial."""
-    options = {"do_sample": True, "top_k": 12, "top_p": 0.95, "temperature": 4.0, "max_new_tokens": 1}
+    options = {"do_sample": True, "top_k": 12, "top_p": 0.95, "temperature": 4.0, "max_new_tokens": 9}
     draws = 3000
-    found = model.generate(num_return_sequences=draws, seed=0, **options)[:, -1]
+    found = model.generate(num_return_sequences=draws, seed=0, **options)[:, 9]
     scores = model.generate(return_dict_in_generate=True, output_scores=True, **options).scores[0]
     expected = scores[0].softmax(dim=-1)
     kept = expected > 0
-    assert 5 < kept.sum() < 12
+    assert 5 < kept.sum() <= 12
     counts = torch.bincount(found, minlength=132)
     assert counts[~kept].sum() == 0
     assert chisquare(counts[kept].numpy(), (expected[kept] / expected[kept].sum() * draws).numpy()).pvalue > 1e-3

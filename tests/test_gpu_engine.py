@@ -85,8 +85,8 @@ def test_meshes_of_refilled_rows_are_those_that_are_made_alone(model):
 @pytest.mark.parametrize("options", [{"top_k": 12}, {"top_p": 0.9}, {"min_p": 0.05}, {"mesh_grammar": False}])
 def test_tokens_come_as_often_as_the_plain_loops_scores_say(model, options):
     draws = 4000
-    options = {"do_sample": True, "temperature": 20.0, "top_k": 0, "max_new_tokens": 1, **options}
-    found = model.generate(num_return_sequences=draws, seed=0, **options)[:, -1].cpu()
+    options = {"do_sample": True, "temperature": 20.0, "top_k": 0, "max_new_tokens": 9, **options}
+    found = model.generate(num_return_sequences=draws, seed=0, **options)[:, 9].cpu()
     scores = model.generate(return_dict_in_generate=True, output_scores=True, **options).scores[0][0].double().cpu()
     expected = scores.softmax(dim=-1) * draws
     often = expected >= 5
