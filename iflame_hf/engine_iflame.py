@@ -107,12 +107,18 @@ class DecodeEngine:
         self._run(choice)  # compiles
         torch.cuda.synchronize(self.device)
         # Few rows have two sets of states, which take turns.
+        self.steps.phases = 0
         for turn in range(2):
             graph = torch.cuda.CUDAGraph()
             self.steps.turns = [turn] * len(self.steps.turns)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run(choice)
             self._graphs[choice, turn] = graph
+
+    @property
+    def phases(self) -> float:
+        """Kernels a token, on average, of what was captured last."""
+        return self.steps.phases / (2 * self.face) + 1
 
     def begin(self, logits: torch.Tensor, settings: Settings, begin: RowsBegin) -> None:
         """The cache holds the rows' prompts, and these are the `logits` (B, V) of their next tokens."""
