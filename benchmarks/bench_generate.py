@@ -79,9 +79,7 @@ def generate(
     choice |= LOOPS[loop]
     if grammar:
         choice["min_faces"] = choice["max_faces"] = new_tokens // TOKENS_PER_FACE
-    return model.generate(
-        prompt, max_new_tokens=new_tokens, eos_token_id=None, mesh_grammar=grammar, **choice
-    )
+    return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, mesh_grammar=grammar, **choice)
 
 
 def step_bytes(model: IFlameForCausalLM, rows: int, new_tokens: int) -> float:

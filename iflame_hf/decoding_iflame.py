@@ -10,7 +10,18 @@ import numpy as np
 import torch
 from transformers.generation import logits_process, stopping_criteria
 
-from .choosing_iflame import COLUMNS, DIGITS, FACES, FIRST, HIGHEST, LOWEST, MIDDLE, SECOND, Choice, RowsBegin, Settings
+from .choosing_iflame import (
+    COLUMNS,
+    DIGITS,
+    FACES,
+    FIRST,
+    HIGHEST,
+    LOWEST,
+    SECOND,
+    Choice,
+    RowsBegin,
+    Settings,
+)
 from .engine_iflame import DecodeEngine, give_engine, take_engine, why_no_engine
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
 from .packing_iflame import what_cannot_be_packed

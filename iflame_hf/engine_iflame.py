@@ -127,7 +127,9 @@ class DecodeEngine:
         self.chooser.set(settings)
         self.chooser.begin(self._all_rows, begin)
 
-    def begin_rows(self, rows: list[int], prompt: Prompt, begin: RowsBegin, tokens: np.ndarray, state: np.ndarray) -> None:
+    def begin_rows(
+        self, rows: list[int], prompt: Prompt, begin: RowsBegin, tokens: np.ndarray, state: np.ndarray
+    ) -> None:
         """
         Other meshes begin in some rows, between faces.
 

@@ -73,7 +73,12 @@ class IFlameGenerationMixin(GenerationMixin):
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if name in kwargs}
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         for name, default in OWN_SETTINGS.items():
-            values = (own.get(name), getattr(prepared, name, None), getattr(self.generation_config, name, None), default)
+            values = (
+                own.get(name),
+                getattr(prepared, name, None),
+                getattr(self.generation_config, name, None),
+                default,
+            )
             setattr(prepared, name, next((value for value in values if value is not None), None))
         _check_faces(prepared.min_faces, prepared.max_faces)
         return prepared, model_kwargs
@@ -93,7 +98,11 @@ class IFlameGenerationMixin(GenerationMixin):
         begins = (prompts == layout.bos_token_id).int().argmax(dim=1)
         if not _goes_on(kwargs.get("model_kwargs") or {}):
             mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
-            ids = prompts if mask is None else prompts.masked_fill(mask[:: len(mask) // len(prompts)] == 0, layout.pad_token_id)
+            ids = (
+                prompts
+                if mask is None
+                else prompts.masked_fill(mask[:: len(mask) // len(prompts)] == 0, layout.pad_token_id)
+            )
             check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy())
         grammar = MeshGrammarLogitsProcessor(
             layout,
@@ -185,7 +194,7 @@ class IFlameGenerationMixin(GenerationMixin):
         for name, default in OWN_SETTINGS.items():
             if getattr(self.generation_config, name, None) is None:
                 setattr(self.generation_config, name, default)
-        # A config that is said to follow from the model's own is loaded without fields that transformers does not know.
+        # One that is said to follow from the model's config is loaded without fields that transformers does not know.
         self.generation_config._from_model_config = False
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):

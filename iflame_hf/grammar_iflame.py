@@ -181,7 +181,11 @@ def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> No
     face, levels = layout.tokens_per_face, layout.coordinate_resolution + 1
     for row, begin in enumerate(begins.tolist()):
         sequence = ids[row, begin:]
-        if (ids[row, :begin] != layout.pad_token_id).any() or begin % face or list(sequence[:face]) != layout.start_face:
+        if (
+            (ids[row, :begin] != layout.pad_token_id).any()
+            or begin % face
+            or list(sequence[:face]) != layout.start_face
+        ):
             raise _no_prompt(row, f"it does not begin with a start face of {face} tokens {layout.bos_token_id}")
         tokens = sequence[face:]
         bad = np.flatnonzero(~layout.is_coordinate(tokens))

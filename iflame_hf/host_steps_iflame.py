@@ -102,7 +102,7 @@ class HostSteps:
         self.scales = [float(scale) for scale in weights.scales]
 
     def begin(self) -> None:
-        """The cache holds what the rows begin with, at a place within a face at which its open groups may be filled."""
+        """The cache holds what the rows begin with, whole faces or not."""
         order = self._order()
         for block, layer, memory in zip(self.blocks, self.cache.layers, self.memories, strict=True):
             if block.is_full:

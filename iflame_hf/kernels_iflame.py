@@ -25,7 +25,7 @@ def _jit(function):
     return triton.jit(function, do_not_specialize=["stride", "place"])
 
 
-# B rows, C channels, H heads, D head size, N outputs, K inputs, I hidden units, S splits of the keys, G groups of heads
+# B rows, C channels, H heads, D head size, N outputs, K inputs, I hidden units, S splits of the keys, G head groups
 
 # What the input of a block is: the output of the one before, or at the start of a stage what is made of tokens, of a
 # group that is complete, or of the level's own items and what the level below handed up.
@@ -52,7 +52,19 @@ def _product(x, w, WIDE: tl.constexpr):
 
 
 @_jit
-def _source(x_ptr, handed_ptr, scale_ptr, token_ptr, batch, inner, mask, rows, C: tl.constexpr, GROUP: tl.constexpr, SOURCE: tl.constexpr):
+def _source(
+    x_ptr,
+    handed_ptr,
+    scale_ptr,
+    token_ptr,
+    batch,
+    inner,
+    mask,
+    rows,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOURCE: tl.constexpr,
+):
     """A tile (BM, BK) of a block's input."""
     at = batch[:, None] * C + inner[None, :]
     if SOURCE == "embed":
@@ -294,7 +306,9 @@ def attend_keys(
         offset = start_of_keys + at[:, None] * D + dims[None, :]
         # Read once a token: they are not to take the place of weights in the cache.
         key = tl.load(key_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
-        value = tl.load(value_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+        value = tl.load(value_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
         score = tl.where(live, tl.sum(key * query[None, :], axis=1), float("-inf"))
         now = tl.maximum(most, score)
         finite = tl.where(now == float("-inf"), 0.0, now)
@@ -354,7 +368,9 @@ def combine_project(
 
 
 @_jit
-def _share(square_ptr, batch, live, eps, C: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, NORMALISED: tl.constexpr):
+def _share(
+    square_ptr, batch, live, eps, C: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, NORMALISED: tl.constexpr
+):
     """What the parts of each row (BM,) are multiplied by: the factor of their norm."""
     share = tl.full((BM,), 1.0, tl.float32)
     if NORMALISED and PARTS > 0:

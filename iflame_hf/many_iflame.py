@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .choosing_iflame import ENDED, HostChooser
+from .choosing_iflame import HostChooser
 from .decoding_iflame import DecodeRequest, Unsupported, decoding_dtype, request_of, rows_begin
 from .engine_iflame import give_engine, read_prompt, take_engine
 from .sampling_iflame import row_numbers, row_seeds
@@ -163,7 +163,9 @@ def _refilled(model, seeds, rows, prompt, request: DecodeRequest) -> Iterator[Ge
         give_engine(model, engine)
 
 
-def _first_token(request: DecodeRequest, config: Any, logits: np.ndarray, start: Any) -> tuple[int, np.ndarray, np.ndarray]:
+def _first_token(
+    request: DecodeRequest, config: Any, logits: np.ndarray, start: Any
+) -> tuple[int, np.ndarray, np.ndarray]:
     """The token after the prompt, and the chooser's state and seen tokens after it."""
     chooser = HostChooser(1, start.uniforms.shape[1], config.vocab_size, config.tokens_per_face, torch.zeros(1))
     chooser.set(request.settings)

@@ -96,7 +96,9 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def begin_groups(cache: Any, strides: tuple[int, ...], members: list[torch.Tensor], handed: list[torch.Tensor]) -> None:
+def begin_groups(
+    cache: Any, strides: tuple[int, ...], members: list[torch.Tensor], handed: list[torch.Tensor]
+) -> None:
     """
     Takes the open ends of the hourglass over from a cache.
 

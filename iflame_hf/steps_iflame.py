@@ -21,7 +21,6 @@ from .kernels_iflame import (
     gate_up,
     project,
     project_heads,
-    triton,
 )
 from .ops_iflame import rotary_tables
 from .packing_iflame import BlockWeights, PackedWeights, begin_groups
@@ -79,7 +78,9 @@ class KernelSteps:
         pdl: whether a kernel is launched before the one before it has ended: needs a GPU of compute capability 9.
     """
 
-    def __init__(self, config: Any, weights: PackedWeights, cache: StaticIFlameCache, pdl: bool, tiles: Tiles | None = None):
+    def __init__(
+        self, config: Any, weights: PackedWeights, cache: StaticIFlameCache, pdl: bool, tiles: Tiles | None = None
+    ):
         self.config, self.weights, self.cache, self.pdl = config, weights, cache, pdl
         self.rows = cache.batch_size
         device, dtype = weights.head.device, weights.head.dtype
@@ -118,7 +119,7 @@ class KernelSteps:
         self.phases = 0  # kernels launched so far
 
     def begin(self) -> None:
-        """The cache holds what the rows begin with, at a place within a face at which its open groups may be filled."""
+        """The cache holds what the rows begin with, whole faces or not."""
         self.turns = [0] * len(self.turns)
         begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
 
@@ -188,7 +189,9 @@ class KernelSteps:
                 self._keys(block, layer)
             else:
                 self._linear(layer.state)
-            self._project(self.attended, block.read_norm, block.out, None, residual, middle, tiles.out, tiles.out_warps)
+            self._project(
+                self.attended, block.read_norm, block.out, None, residual, middle, tiles.out, tiles.out_warps
+            )
         self._hidden(block, middle if not parts else residual, parts)
         self._project(self.hidden, None, block.down, block.down_bias, middle, out, tiles.down, tiles.down_warps)
 
@@ -216,7 +219,8 @@ class KernelSteps:
             self.rows, keys.shape[2] if block.is_full else 1, config.rms_norm_eps,
             C=channels, D=config.head_dim,
             GROUP=config.group_sizes[0], SOURCE=source, FULL=block.is_full,
-            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.heads, BK=tiles.inner or _power(channels), warps=tiles.heads_warps,
+            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.heads, BK=tiles.inner or _power(channels),
+            warps=tiles.heads_warps,
         )  # fmt: skip
 
     def _linear_project(self, block: BlockWeights, state: torch.Tensor, following: torch.Tensor) -> None:
@@ -268,7 +272,8 @@ class KernelSteps:
             x, self.partial, self.square, self.middle, block.mlp_norm, block.gate_up, block.gate_up_bias, self.hidden,
             self.rows, self.config.rms_norm_eps,
             C=channels, I=units, PARTS=parts, NORMALISED=not block.is_full,
-            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.hidden, BK=tiles.inner or _power(channels), warps=tiles.hidden_warps,
+            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.hidden, BK=tiles.inner or _power(channels),
+            warps=tiles.hidden_warps,
         )  # fmt: skip
 
     def _project(self, x, norm, w, bias, residual, out, width: int, warps: int) -> None:

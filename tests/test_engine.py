@@ -82,7 +82,12 @@ def test_tokens_come_as_often_as_the_plain_loop_chooses_them(model):
 def test_rows_that_end_are_filled_with_padding_and_all_end_together(model, options):
     found = model.generate(do_sample=True, seed=0, num_return_sequences=12, max_new_tokens=9 * 30, **options)
     plain = model.generate(
-        do_sample=True, seed=0, num_return_sequences=12, max_new_tokens=9 * 30, cache_implementation="dynamic", **options
+        do_sample=True,
+        seed=0,
+        num_return_sequences=12,
+        max_new_tokens=9 * 30,
+        cache_implementation="dynamic",
+        **options,
     )
     assert torch.equal(found, plain)
     assert len({int((row == PAD).sum()) for row in found}) > 3
@@ -114,9 +119,7 @@ class Collector:
 def test_a_streamer_is_given_what_the_plain_loop_gives_it(model):
     streamers = Collector(), Collector()
     for streamer, implementation in zip(streamers, (None, "dynamic"), strict=True):
-        model.generate(
-            do_sample=True, seed=2, max_faces=9, streamer=streamer, cache_implementation=implementation
-        )
+        model.generate(do_sample=True, seed=2, max_faces=9, streamer=streamer, cache_implementation=implementation)
     assert streamers[0].pieces == streamers[1].pieces and all(streamer.ended for streamer in streamers)
 
 

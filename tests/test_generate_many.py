@@ -68,7 +68,9 @@ def contents(out):
     """Every entry, and the triangles of its file."""
     lines = [json.loads(line) for line in (out / record.LIST).read_text().splitlines()]
     triangles = [
-        None if line["file"] is None else trimesh.load(out / line["file"], force="mesh", process=False).triangles.tolist()
+        None
+        if line["file"] is None
+        else trimesh.load(out / line["file"], force="mesh", process=False).triangles.tolist()
         for line in lines
     ]
     return lines, triangles

@@ -45,7 +45,9 @@ def test_without_a_prompt_it_starts_from_nine_bos(model):
     assert torch.equal(ids, greedy(model, torch.full((1, 9), BOS), 30))
     assert torch.equal(ids, generate(model, torch.full((1, 9), BOS), max_new_tokens=30))
     assert generate(model, max_length=30).shape == (1, 30)
-    three = model.generate(do_sample=True, num_return_sequences=3, max_new_tokens=20, eos_token_id=None, mesh_grammar=False)
+    three = model.generate(
+        do_sample=True, num_return_sequences=3, max_new_tokens=20, eos_token_id=None, mesh_grammar=False
+    )
     assert three.shape == (3, 29) and (three[:, :9] == BOS).all() and not torch.equal(three[0], three[1])
 
 
@@ -65,7 +67,9 @@ def test_the_default_length_is_a_mesh_of_800_faces_or_all_that_the_model_takes(l
 
 def test_a_number_of_new_tokens_needs_no_other_option_and_no_warning(model, recwarn, caplog):
     assert model.generate(max_new_tokens=20, do_sample=True, eos_token_id=None, mesh_grammar=False).shape == (1, 29)
-    assert model.generate(mesh_rows(1, faces=1), max_new_tokens=3, do_sample=False, eos_token_id=None, mesh_grammar=False).shape == (1, 21)
+    assert model.generate(
+        mesh_rows(1, faces=1), max_new_tokens=3, do_sample=False, eos_token_id=None, mesh_grammar=False
+    ).shape == (1, 21)
     assert not [str(warning.message) for warning in recwarn]
     assert not [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
 

@@ -157,15 +157,17 @@ def test_every_token_of_a_mesh_is_allowed(reversed_winding):
     assert total > 10000
 
 
+def _wishing_to_end(rows, wish, random):
+    return lambda ids: torch.randn(rows, 132, generator=random) + wish
+
+
 def test_faces_are_no_fewer_and_no_more_than_asked_for():
     for fewest, most in ((3, 3), (0, 2), (4, 9)):
         grammar = grammar_of(LAYOUT, 50, min_faces=fewest, max_faces=most)
         random = torch.Generator().manual_seed(1)
         wants_to_end = torch.zeros(132)
         wants_to_end[EOS] = 3
-        ids = drive(
-            grammar, LAYOUT, 50, lambda ids: torch.randn(50, 132, generator=random) + wants_to_end, 9 * (most + 2)
-        )
+        ids = drive(grammar, LAYOUT, 50, _wishing_to_end(50, wants_to_end, random), 9 * (most + 2))
         counts = [faces_of_canonical(row, LAYOUT) for row in ids.tolist()]
         assert min(counts) >= fewest and max(counts) <= most
 
@@ -213,7 +215,9 @@ def test_what_generate_makes_is_canonical(model, options, implementation):
 
 def test_beams_are_canonical_too(model):
     for options in ({}, {"do_sample": True}):
-        ids = model.generate(num_beams=3, num_return_sequences=2, max_new_tokens=9 * 6, **{"do_sample": False, **options})
+        ids = model.generate(
+            num_beams=3, num_return_sequences=2, max_new_tokens=9 * 6, **{"do_sample": False, **options}
+        )
         assert [faces_of_canonical(row, LAYOUT) for row in ids.tolist()]
 
 

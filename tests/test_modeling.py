@@ -272,7 +272,9 @@ def test_a_model_may_be_dispatched_over_devices_block_by_block(tmp_path):
     assert split.model.layers[0].self_attn.q_proj.weight.device.type == "cpu"
     assert torch.equal(split(rows).logits, model(rows).logits)
     ids = split.generate(rows, max_new_tokens=12, do_sample=False, eos_token_id=None, mesh_grammar=False)
-    assert torch.equal(ids, model.generate(rows, max_new_tokens=12, do_sample=False, eos_token_id=None, mesh_grammar=False))
+    assert torch.equal(
+        ids, model.generate(rows, max_new_tokens=12, do_sample=False, eos_token_id=None, mesh_grammar=False)
+    )
 
 
 def test_blocks_are_what_is_wrapped_and_never_split():

@@ -102,7 +102,9 @@ def test_greedy_tokens_are_those_of_the_original_code(case, linear_attention):
     model.config.linear_attn_implementation = linear_attention
     generated = model.generate(do_sample=False, max_new_tokens=90, eos_token_id=None, mesh_grammar=False)
     assert generated.tolist() == greedy.tolist()
-    inside_a_face = model.generate(greedy[:, :31].long(), do_sample=False, max_new_tokens=68, eos_token_id=None, mesh_grammar=False)
+    inside_a_face = model.generate(
+        greedy[:, :31].long(), do_sample=False, max_new_tokens=68, eos_token_id=None, mesh_grammar=False
+    )
     assert inside_a_face.tolist() == greedy.tolist()
 
 

@@ -17,8 +17,14 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import iflame_hf
 from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
-from iflame_hf import many_iflame
-from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline, export_mesh
+from iflame_hf import (
+    IFlameConfig,
+    IFlameForCausalLM,
+    IFlameTokenizer,
+    MeshGenerationPipeline,
+    export_mesh,
+    many_iflame,
+)
 from iflame_hf.mesh_errors_iflame import MeshError, OptionError, errors_name
 from iflame_hf.mesh_iflame import denormalise, turn
 

@@ -129,7 +129,10 @@ HOOKS = [
     Hook(PreTrainedConfig, "_attn_implementation", FLAG, "modeling_iflame, levels_iflame: how full attention runs"),
     Hook(GenerationMixin, "_pad_token_tensor", MEMBER, "decoding_iflame: the id that ended rows are filled with"),
     Hook(
-        GenerationMixin, "_from_model_config", MEMBER, "generation_iflame: own fields of the generation config are loaded"
+        GenerationMixin,
+        "_from_model_config",
+        MEMBER,
+        "generation_iflame: own fields of the generation config are loaded",
     ),
     Hook(GenerationMixin, "_is_user_defined", MEMBER, "generation_iflame: marks a state that the caller gave"),
     Hook(PreTrainedTokenizer, "_added_tokens_encoder", MEMBER, "tokenization_iflame: special tokens"),

@@ -192,7 +192,9 @@ def test_embeddings_are_found_and_replaced():
 def test_a_long_prompt_may_be_read_in_pieces():
     model, ids = small_model(), mesh_rows(2, faces=3)[:, :31]
     whole = model.generate(ids, max_new_tokens=10, do_sample=False, mesh_grammar=False)
-    torch.testing.assert_close(model.generate(ids, max_new_tokens=10, do_sample=False, prefill_chunk_size=5, mesh_grammar=False), whole)
+    torch.testing.assert_close(
+        model.generate(ids, max_new_tokens=10, do_sample=False, prefill_chunk_size=5, mesh_grammar=False), whole
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

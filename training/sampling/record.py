@@ -30,8 +30,12 @@ def begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
             raise CommandError(f"{path} is no JSON ({error}): give --overwrite to begin anew") from error
         changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         if changed:
-            told = ", ".join(f"{name} was {before.get(name)!r}, now {settings.get(name)!r}" for name in sorted(changed))
-            raise CommandError(f"{folder} holds meshes of other settings ({told}): choose another --out, or --overwrite")
+            told = ", ".join(
+                f"{name} was {before.get(name)!r}, now {settings.get(name)!r}" for name in sorted(changed)
+            )
+            raise CommandError(
+                f"{folder} holds meshes of other settings ({told}): choose another --out, or --overwrite"
+            )
     elif folder.exists() and any(folder.iterdir()) and not overwrite:
         raise CommandError(f"{folder} is not empty and holds no {SETTINGS}: choose another --out, or give --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
