@@ -84,6 +84,8 @@ def request_of(
     end = limits["end"]
     if grammar is not None and end not in (-1, grammar.eos_token_id):
         raise Unsupported(f"eos_token_id={end} with the mesh grammar")
+    if limits["max_length"] > layout.max_position_embeddings:
+        raise Unsupported("a max_length above max_position_embeddings")
     choice = Choice(
         sample=config.do_sample,
         filters=bool(settings.top_k or settings.top_p < 1 or settings.min_p > 0),

@@ -28,7 +28,7 @@ import hub_upload
 from hub_upload import run_in_clean_process
 from iflame_cli import command_line
 from iflame_hf import IFlameTokenizer
-from training import prepare_data
+from training import generate, prepare_data
 from training.arguments import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,6 +219,9 @@ def check_train(arguments):
 
 def check_launch(arguments):
     launch = launch_command_parser().parse_args(arguments)
+    if launch.training_script == "training/generate.py":
+        generate.parse_arguments(launch.training_script_args)
+        return
     assert launch.training_script == "training/train.py"
     if launch.config_file is not None:
         assert (ROOT / launch.config_file).is_file()
@@ -321,6 +324,7 @@ def known_options(monkeypatch):
 
 def _mains():
     names = ("benchmarks/bench_generate.py", "benchmarks/bench_train.py", "benchmarks/bench_loader.py")
+    names += ("training/generate.py",)
     return [ROOT / name for name in (*names, "training/convert_checkpoint.py")]
 
 
