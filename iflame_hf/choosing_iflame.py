@@ -306,6 +306,24 @@ class KernelChooser:
         )  # fmt: skip
 
 
+def _interval(state: list[int], fewest: int, last: int, place: int) -> tuple[int, int, int]:
+    """`grammar_iflame.vertex_interval` for the vertex at a place of one row."""
+    lowest, middle, highest, first, second, _, faces, _ = state
+    if place < 3:
+        another = highest < last or middle <= last - 2
+        low = max(lowest if another else lowest + 1, 0)
+        return low, min(max(last - 2 - max(fewest - faces - 1, 0), low), last - 2), -1
+    if first != lowest:
+        low = first + 1
+    elif place < 6:
+        low = middle if highest < last else middle + 1
+    elif second == middle:
+        low = highest + 1
+    else:
+        low = middle if second > highest else middle + 1
+    return low, last, -1 if place < 6 else second
+
+
 class HostChooser:
     """The same on a CPU, in numpy; its random numbers are float64, as those of `SeededSampling`."""
 
@@ -359,39 +377,37 @@ class HostChooser:
         tokens.copy_(torch.from_numpy(chosen))
 
     def _allowed(self, choice: Choice, scores: np.ndarray, place: int) -> np.ndarray:
-        state, levels = self.state, choice.coordinates
-        lowest, middle, highest, first, second, digits, faces, _ = state.T
-        last = levels**3 - 1
-        excluded = np.full(len(state), -1)
-        high = np.full(len(state), last)
-        if place % 3 == 0:
-            digits[:] = 0
-        if place < 3:
-            another = (highest < last) | (middle <= last - 2)
-            low = np.maximum(np.where(another, lowest, lowest + 1), 0)
-            following = np.maximum(self.limits[:, 0] - faces - 1, 0)
-            high = np.minimum(np.maximum(last - 2 - following, low), last - 2)
-        elif place < 6:
-            low = np.where(first == lowest, np.where(highest < last, middle, middle + 1), first + 1)
-        else:
-            third = np.where(second == middle, highest + 1, np.where(second > highest, middle, middle + 1))
-            low = np.where(first == lowest, third, first + 1)
-            excluded = second
-        step = levels ** (place % 3)
-        low, high, excluded = low[:, None], high[:, None], excluded[:, None]
-        lanes = np.minimum(self.lanes, levels)
-        candidate = low + (digits[:, None] + lanes * step - low) % (step * levels)
-        candidate = candidate + np.where(candidate == excluded, step * levels, 0)
-        allowed = (candidate <= high) & (self.lanes < levels)
-        if place == 0:
-            none = ~allowed.any(axis=1)
-            allowed &= (faces < self.limits[:, 1])[:, None]
-            may_end = none | (faces >= self.limits[:, 0]) | (faces >= self.limits[:, 1])
-            allowed[:, choice.end] = may_end
-        nothing = np.where(allowed, scores, -np.inf).max(axis=1) == -np.inf
+        """`scores` with -inf for what must not follow: what `grammar_iflame` does, in whole numbers row by row, of
+        which there are few."""
+        levels, digit = choice.coordinates, place % 3
+        step, period = levels**digit, levels ** (digit + 1)
+        if digit == 0:
+            self.state[:, DIGITS] = 0
+        allowed = np.zeros(scores.shape, dtype=bool)
+        allowed[:, :levels] = True
+        for row, (state, (fewest, most)) in enumerate(zip(self.state.tolist(), self.limits.tolist(), strict=True)):
+            low, high, excluded = _interval(state, fewest, levels**3 - 1, place)
+            digits, coordinates = state[DIGITS], allowed[row, :levels]
+            if digit == 2:
+                # Each last digit makes one rank: those within the interval lie side by side.
+                coordinates[: max(0, -((digits - low) // step))] = False
+                coordinates[max(0, (high - digits) // step + 1) :] = False
+                place_of, rest = divmod(excluded - digits, step)
+                if rest == 0 and 0 <= place_of < levels:
+                    coordinates[place_of] = False
+            elif high - low < 2 * period:  # else every digit is that of some rank in the interval
+                candidate = low + (digits + self.lanes[:levels] * step - low) % period
+                candidate += np.where(candidate == excluded, period, 0)
+                coordinates[candidate > high] = False
+            if place == 0:
+                if state[FACES] >= most:
+                    coordinates[:] = False
+                allowed[row, choice.end] = state[FACES] >= min(fewest, most) or not coordinates.any()
+        left = np.where(allowed, scores, -np.inf)
+        nothing = left.max(axis=1) == -np.inf
         if nothing.any():
-            scores = np.where(nothing[:, None], 0.0, scores)
-        return np.where(allowed, scores, -np.inf)
+            left = np.where(allowed & nothing[:, None], 0.0, left)
+        return left
 
     def _sampled(self, choice: Choice, scores: np.ndarray) -> np.ndarray:
         settings = self.settings

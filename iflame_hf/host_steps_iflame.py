@@ -35,7 +35,8 @@ class _Block:
             heads[:channels] *= size**-0.5
         self.heads = heads
         self.out = block.out if self.is_full else block.out * block.read_norm
-        self.gate_up = block.gate_up.flatten(0, 1) * block.mlp_norm
+        # Many more outputs than inputs: a row-major copy of the transpose is read faster.
+        self.gate_up = (block.gate_up.flatten(0, 1) * block.mlp_norm).t().contiguous()
         self.gate_up_bias = block.gate_up_bias.flatten()
         # The last hidden unit is one.
         self.down = torch.cat([block.down, block.down_bias[:, None]], dim=1)
@@ -191,7 +192,7 @@ class HostSteps:
             scaled, scale = self._norm(self.flat_read)
             self._add(x, scaled, block.out, scale, middle)
         scaled, scale = self._norm(middle)
-        self._add(block.gate_up_bias, scaled, block.gate_up, scale, self.gate_up)
+        torch.addmm(block.gate_up_bias, scaled, block.gate_up, alpha=scale, out=self.gate_up)
         F.silu(self.gate, inplace=True)
         torch.mul(self.gate, self.up, out=self.product)
         self._add(middle, self.hidden, block.down, 1.0, out)

@@ -25,7 +25,7 @@ from unittest import mock
 import pytest
 import torch
 
-from iflame_hf import IFlameCache, IFlameConfig, IFlameForCausalLM, IFlameModel
+from iflame_hf import IFlameCache, IFlameConfig, IFlameForCausalLM, IFlameModel, generation_iflame
 from iflame_hf.format_iflame import known_format
 
 if "TRANSFORMERS_TESTS" not in os.environ:
@@ -94,6 +94,12 @@ def padded_by_whole_faces(mask):
     """(B, T) mask with its zeros on the left rounded up to whole faces."""
     padding = -(-mask.argmax(dim=1, keepdim=True) // TOKENS_PER_FACE) * TOKENS_PER_FACE
     return mask * (torch.arange(mask.shape[1]) >= padding)
+
+
+@pytest.fixture(autouse=True)
+def any_ids_are_a_prompt(monkeypatch):
+    """transformers draws prompts at random, which no mesh begins with."""
+    monkeypatch.setitem(generation_iflame.OWN_SETTINGS, "mesh_grammar", False)
 
 
 of_generation = unittest.skipUnless(
