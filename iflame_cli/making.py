@@ -82,15 +82,24 @@ def _placing(options: argparse.Namespace) -> dict[str, Any]:
 class Progress(StoppingCriteria):
     """Moves a bar as the rows of a batch come to their ends; stops nothing."""
 
+    looks_once_a_face = True  # for a decode engine, which shows it the prompt alone
+
     def __init__(self, bar: tqdm, layout: MeshFormat):
         self.bar, self.layout = bar, layout
-        self.before = bar.n
+        self.begin()
+
+    def begin(self) -> None:
+        """Other meshes begin, after so many that the bar counts."""
+        self.before, self.tokens, self.faces = self.bar.n, 0, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.layout.is_whole(input_ids.shape[1]) and not self.bar.disable:
-            self.bar.set_postfix(faces=self.layout.prompt_faces(input_ids.shape[1]), refresh=False)
+        tokens = input_ids.shape[1]
+        if self.layout.is_whole(tokens) and not self.bar.disable:
+            self.faces = self.layout.prompt_faces(tokens) if tokens != self.tokens else self.faces + 1
+            self.bar.set_postfix(faces=self.faces, refresh=False)
             self.bar.n = self.before + int((input_ids == self.layout.eos_token_id).any(dim=1).sum())
             self.bar.refresh()
+        self.tokens = tokens
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -100,24 +109,24 @@ def make_meshes(
     seed: int,
     options: argparse.Namespace,
     bar: tqdm,
-) -> Iterator[Any]:
-    """A mesh for each part, or from nothing for None, in their order, as soon as its batch is done; the first has
-    the seed given, each other one that of the mesh before it plus 1."""
+) -> Iterator[tuple[int, Any]]:
+    """A mesh for each part, or from nothing for None, as soon as it is finished, with the number of its part; its
+    seed is the one given plus that number."""
     sampling = {name: getattr(options, name) for name in SAMPLING}
-    done = 0
+    progress = Progress(bar, generator.tokenizer.format)
+    first = done = 0
     for up_axis, group in groupby(parts, key=lambda part: part and part.up_axis):
         same = list(group)
-        for start in range(0, len(same), options.batch_size):
-            batch = same[start : start + options.batch_size]
-            progress = Progress(bar, generator.tokenizer.format)
-            shared = {**sampling, "seed": seed + done, "stopping_criteria": [progress], "batch_size": len(batch)}
-            if up_axis is None:
-                meshes = generator(num_meshes=len(batch), **shared)
-            else:
-                prompts = [(part.vertices, part.faces) for part in batch]
-                completed = generator(prompts, prompt_up_axis=up_axis, **_placing(options), **shared)
-                meshes = [each[0] for each in completed]
-            done += len(batch)
+        shared = sampling | {"batch_size": options.batch_size, "seed": seed + first, "stopping_criteria": [progress]}
+        if up_axis is None:
+            made = generator.as_finished(num_meshes=len(same), **shared)
+        else:
+            prompts = [(part.vertices, part.faces) for part in same]
+            made = generator.as_finished(prompts, prompt_up_axis=up_axis, **_placing(options), **shared)
+        for number, mesh in made:
+            done += 1
             bar.n = done
             bar.refresh()
-            yield from meshes
+            progress.begin()
+            yield first + number, mesh
+        first += len(same)
