@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import StoppingCriteria, pipeline
+from transformers import AutoModel, AutoTokenizer, StoppingCriteria, pipeline
 from transformers.utils import logging
 
 from iflame_cli.errors import CommandError
@@ -35,10 +35,15 @@ def check_device(name: str | None) -> None:
 
 
 def load_generator(
-    model: str, revision: str | None = None, device: str | None = None, dtype: str | None = None
+    model: str,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> MeshGenerationPipeline:
     """
-    The pipeline of a model, from a folder or the Hub.
+    The pipeline of a model, from a folder or the Hub. With `trust_remote_code` network and tokenizer are those whose
+    code lies beside the weights.
 
     Raises:
         CommandError: there is no such device or model, or it is no iFlame model, in one line.
@@ -49,9 +54,15 @@ def load_generator(
     try:
         settings, _ = IFlameConfig.get_config_dict(model, revision=revision)
         check_model_type(model, settings)
-        tokenizer = IFlameTokenizer.from_pretrained(model, revision=revision)
-        options = {"revision": revision} | ({"dtype": dtype} if dtype else {})
-        weights, loading = IFlameForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+        options: dict[str, Any] = {"revision": revision}
+        network, reader = IFlameForCausalLM, IFlameTokenizer
+        if trust_remote_code:
+            network, reader = AutoModel, AutoTokenizer
+            options["trust_remote_code"] = True
+        tokenizer = reader.from_pretrained(model, **options)
+        if dtype:
+            options["dtype"] = dtype
+        weights, loading = network.from_pretrained(model, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CommandError(f"the model {model} cannot be loaded: {reason}") from error
