@@ -43,8 +43,8 @@ class Pace:
         now, (since, meshes, faces) = time.monotonic(), self.past[0]
         seconds = max(now - since, 1e-9)
         self.past.append((now, self.done, self.faces))
-        rate = (self.done - meshes) / seconds
-        line = f"{self.done:,} of {self.num:,} meshes; {rate:,.2f} meshes/s, {(self.faces - faces) / seconds:,.0f} faces/s"
+        rate, faces_rate = (self.done - meshes) / seconds, (self.faces - faces) / seconds
+        line = f"{self.done:,} of {self.num:,} meshes; {rate:,.2f} meshes/s, {faces_rate:,.0f} faces/s"
         if rate and self.done < self.num:
             line += f"; {_in_words((self.num - self.done) / rate)} left"
         if sys.stderr.isatty():
