@@ -104,14 +104,18 @@ class Progress(StoppingCriteria):
         self.before, self.tokens, self.faces = self.bar.n, 0, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = input_ids.shape[1]
-        if self.layout.is_whole(tokens) and not self.bar.disable:
-            self.faces = self.layout.prompt_faces(tokens) if tokens != self.tokens else self.faces + 1
-            self.bar.set_postfix(faces=self.faces, refresh=False)
-            self.bar.n = self.before + int((input_ids == self.layout.eos_token_id).any(dim=1).sum())
-            self.bar.refresh()
+        tokens, before = input_ids.shape[1], self.tokens
         self.tokens = tokens
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        if not self.layout.is_whole(tokens) or self.bar.disable:
+            return torch.tensor(False)
+        if tokens == before:  # a decode engine has made another face
+            self.faces += 1
+        else:
+            self.faces = self.layout.prompt_faces(tokens)
+            self.bar.n = self.before + int((input_ids == self.layout.eos_token_id).any(dim=1).sum())
+        self.bar.set_postfix(faces=self.faces, refresh=False)
+        self.bar.refresh()
+        return torch.tensor(False)  # of all rows, and on the CPU: no answer has to be waited for
 
 
 def make_meshes(

@@ -36,13 +36,16 @@ class Sampler:
         process.start()
         return process
 
-    def start_ranks(self, arguments: list[str], count: int) -> list:
-        """The processes that torchrun would start on one machine."""
+    def start_ranks(self, arguments: list[list[str]]) -> list:
+        """The processes that torchrun would start, one for each list of arguments."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        return [self.start(arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(arguments))}
+        return [
+            self.start(given, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, given in enumerate(arguments)
+        ]
 
     def finish(self, *processes, status: int = 0, seconds: float = 120) -> str:
         """What they said when all have ended, which must be with that status."""

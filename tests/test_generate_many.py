@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -207,9 +209,20 @@ def test_the_meshes_are_those_of_their_seeds_and_recorded(whole, model):
 
 def test_two_processes_make_the_same_files_byte_for_byte(whole, model_folder, tmp_path):
     sampler = Sampler(tmp_path)
-    said = sampler.finish(*sampler.start_ranks(command_line(model_folder, tmp_path / "out", rows=3), 2))
+    said = sampler.finish(*sampler.start_ranks([command_line(model_folder, tmp_path / "out", rows=3)] * 2))
     assert "24 meshes to make with 2 x cpu" in said and f"meshes are in {tmp_path / 'out'}" in said
     assert files_of(tmp_path / "out") == files_of(whole)
+
+
+def test_machines_may_have_a_folder_each(whole, model_folder, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "deep" / "two"]
+    sampler, arguments = Sampler(tmp_path), [command_line(model_folder, out) for out in outs]
+    for missing in (24, 0):
+        said = sampler.finish(*sampler.start_ranks(arguments))
+        assert f"{missing} meshes to make with 2 x cpu" in said
+        files = [files_of(out) for out in outs]
+        assert files[0] | files[1] == files_of(whole)
+        assert len(files[0]) + len(files[1]) == len(files_of(whole)) and "meshes.jsonl" in files[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
@@ -217,10 +230,7 @@ def test_two_processes_make_the_same_files_byte_for_byte(whole, model_folder, tm
 def test_a_run_that_was_killed_goes_on_with_what_is_missing_alone(whole, model_folder, tmp_path, processes):
     out, sampler = tmp_path / "out", Sampler(tmp_path)
     arguments = command_line(model_folder, out, rows=1)
-    if processes == 1:
-        running = [sampler.start(arguments)]
-    else:
-        running = sampler.start_ranks(arguments, processes)
+    running = sampler.start_ranks([arguments] * processes) if processes > 1 else [sampler.start(arguments)]
     wait_for_meshes(out, 4, *running)
     for process in running:
         os.kill(process.pid, signal.SIGKILL)
@@ -322,6 +332,18 @@ def test_what_goes_wrong_is_said_in_a_line(whole, model_folder, tmp_path, capsys
         generate.main(command_line(model_folder, out, num=0))
     assert ended.value.code == 2 and "must be a whole number from 1 on, got 0" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_script_runs_as_a_file_from_anywhere_and_ends_in_words(model_folder, tmp_path):
+    command = [sys.executable, generate.__file__, *command_line(model_folder, "out", num=2, top_p=2)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stderr.splitlines()[-1] == (
+        "training/generate.py: error: argument --top_p: must be above 0 and at most 1, got 2"
+    )
+    command[-1] = "--top_p=0.9"
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and len(records_of(tmp_path / "out")) == 2, run.stderr
+    assert re.search(r"2 of 2 meshes; \d+\.\d+ meshes/s, \d+ faces/s\n", run.stderr)
 
 
 def test_one_run_at_a_time_works_in_a_folder(tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             except (OSError, ValueError) as error:
                 failure = error
         raise_on_all(failure)
+        options.out.mkdir(parents=True, exist_ok=True)  # on a machine that does not share it
         status = sample(folder, options, settings, generator, accelerator, interruption)
     accelerator.end_training()
     return status
