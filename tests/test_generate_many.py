@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -377,7 +378,7 @@ def test_records_are_read_as_they_come_and_half_a_line_is_none(tmp_path):
     reader = RecordReader(tmp_path)
     assert reader.read() == []
     second.append(records[1])
-    whole = json.dumps(records[2]._asdict()).encode() + b"\n"
+    whole = json.dumps(asdict(records[2])).encode() + b"\n"
     first.file.write(whole[:20])
     assert reader.read() == [records[1]]
     first.file.write(whole[20:])

@@ -12,8 +12,9 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from iflame_hf.files_iflame import write_whole
 
@@ -26,7 +27,8 @@ _MESH = re.compile(r"mesh-\d{6,}\.(glb|obj|ply|stl)")
 _LEFT_OVER = re.compile(r"\.mesh-\d{6,}\.\w+\.\d+\.partial")
 
 
-class MeshRecord(NamedTuple):
+@dataclass(frozen=True)
+class MeshRecord:
     """What is known of a mesh; `file` is None where it has no face."""
 
     number: int
@@ -96,7 +98,7 @@ class MeshFolder:
 
     def finish(self, records: Iterable[MeshRecord]) -> None:
         """Write all records in one file, in the order of their numbers, in place of those of the processes."""
-        lines = (json.dumps(record._asdict()) + "\n" for record in sorted(records))
+        lines = (json.dumps(asdict(record)) + "\n" for record in sorted(records, key=lambda record: record.number))
         write_whole(self.path / INDEX, "".join(lines))
         shutil.rmtree(self.path / RECORDS, ignore_errors=True)
 
@@ -110,7 +112,7 @@ class RecordWriter:
         self.file = path.open("xb", buffering=0)
 
     def append(self, record: MeshRecord) -> None:
-        self.file.write(json.dumps(record._asdict()).encode() + b"\n")
+        self.file.write(json.dumps(asdict(record)).encode() + b"\n")
 
     def close(self) -> None:
         self.file.close()
