@@ -110,6 +110,8 @@ class _Steps(BaseStreamer):
 class _StopWhen(StoppingCriteria):
     """Ends a generation when an event is set, or the program ends: it waits for threads, or torch would abort it."""
 
+    looks_once_a_face = True
+
     def __init__(self, *events: threading.Event):
         self.events = events
 
@@ -163,7 +165,8 @@ def grow(
                 torch.tensor([prompt.ids], device=model.device),
                 do_sample=True,
                 num_return_sequences=number,
-                max_new_tokens=tokenizer.format.num_tokens(room) + 1,  # the last may say that the mesh ends
+                max_faces=max_faces,
+                max_new_tokens=tokenizer.format.num_tokens(room, end=True),
                 temperature=temperature,
                 top_k=0,
                 top_p=top_p,
@@ -177,10 +180,9 @@ def grow(
     def look() -> list[Growing]:
         new = np.array(streamer.steps[:], dtype=np.int64).reshape(-1, number).T
         rows = np.concatenate([np.tile(prompt.ids, (number, 1)), new], axis=1)
-        ended = (~tokenizer.format.is_coordinate(new)).any(axis=1)
         return [
-            Growing(row, *tokenizer.decode_arrays(row), bool(end), seed)
-            for row, end, seed in zip(rows, ended, seeds, strict=True)
+            Growing(row, *tokenizer.decode_arrays(row), tokenizer.format.has_ended(row, max_faces), seed)
+            for row, seed in zip(rows, seeds, strict=True)
         ]
 
     thread = threading.Thread(target=work, name="grow")
@@ -204,7 +206,7 @@ def write(generator: Pipeline, mesh: Growing, prompt: Prompt | None, folder: Pat
     """Writes a mesh as glb and as obj, in the units of the part that was given; returns the path of each format,
     none for a mesh without faces."""
     row = {"input_ids": prompt.ids if prompt else [], "bounds": prompt.bounds if prompt else None}
-    (shape,) = generator.postprocess({"ids": [mesh.ids], "rows": [row]})
+    (shape,) = generator.postprocess({"ids": [mesh.ids], "rows": [row], "max_faces": len(mesh.ids)})
     if not len(shape.faces):
         return {}
     return {suffix: str(generator.export(shape, folder / f"{name}.{suffix}")) for suffix in FORMATS}

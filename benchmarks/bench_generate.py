@@ -9,6 +9,7 @@ fails.
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from benchmarks.common import Row, gibibytes, measure
 from benchmarks.models import build_model, draw_models, mesh_tokens
 from benchmarks.oracle import Oracle, WrongResult, computes_in, require_close
 from benchmarks.reference import original_generate, original_logits, original_prefill
-from iflame_hf import IFlameConfig, IFlameForCausalLM
+from iflame_hf import IFlameConfig, IFlameForCausalLM, engine_iflame
 from iflame_hf.format_iflame import known_format
 from iflame_hf.threads_iflame import spare_a_core
 from training.run.ending import ends_in_words
@@ -35,32 +36,72 @@ PRESETS = {
     "published": {"batch_size": [1, 64], "faces": 20, "prompt_faces": 200, "repeats": 1},
     "demo": {"batch_size": [1, 8], "faces": 6, "prompt_faces": 20, "repeats": 1},
 }
+# How our own rows are generated: the decode engine, and transformers' own loop.
+LOOPS = {"engine": {}, "plain loop": {"cache_implementation": "dynamic"}}
+# Bytes a second of the memory of a GPU, by a part of its name: what its maker says.
+BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}
 COLUMNS = {
     "model": "model",
     "dtype": "dtype",
     "batch_size": "rows",
     "new_tokens": "new tokens",
     "tokens_per_second": "tokens/s",
+    "faces_per_second": "faces/s",
+    "seconds_a_mesh": "s a batch",
     "milliseconds_per_step": "ms/step",
+    "phases": "phases",
+    "microseconds_a_phase": "us/phase",
+    "gigabytes_per_second": "GB/s",
+    "share_of_floor": "of floor",
+    "first_seconds": "first call s",
     "prefill_tokens": "prompt",
     "seconds_prefill": "prefill s",
     "memory_gib": "GiB",
 }
 NOTES = """\
-generate() from the start face, with no end token, so that all take as many steps; tokens/s counts all rows.
+generate() from the start face to a number of faces, so that all take as many steps; tokens/s counts all rows.
+GB/s: weights and states that a step must read and write, by formula; of floor: that over the memory's bandwidth.
 Prefill is one pass over a prompt into an empty cache. Two figures are two measurements. Memory is the GPU's peak.
 """
 # Tokens that are generated for the test, and single steps after a prefill that ends inside a face.
 TEST_NEW_TOKENS, TEST_STEPS = 4 * TOKENS_PER_FACE, 31
 
 
-def generate(model: IFlameForCausalLM, prompt: torch.Tensor, new_tokens: int, sample: bool = False) -> torch.Tensor:
+def generate(
+    model: IFlameForCausalLM,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    sample: bool = False,
+    loop: str = "engine",
+    grammar: bool = False,
+) -> torch.Tensor:
     choice = {"do_sample": True, "top_k": 50, "top_p": 0.95} if sample else {"do_sample": False}
-    return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, **choice)
+    choice |= LOOPS[loop]
+    if grammar:
+        choice["min_faces"] = choice["max_faces"] = new_tokens // TOKENS_PER_FACE
+    return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, mesh_grammar=grammar, **choice)
+
+
+def step_bytes(model: IFlameForCausalLM, rows: int, new_tokens: int) -> float:
+    """
+    Bytes that a step must move on average: each weight once for all rows, and for each row its states of linear
+    attention (read and written, float32) and its keys and values so far.
+    """
+    config, size = model.config, model.lm_head.weight.element_size()
+    total = model.lm_head.weight.numel() * size
+    for layer, level, kind in zip(model.model.layers, config.layer_levels(), config.layer_types, strict=True):
+        stride = config.level_strides[level]
+        weights = sum(parameter.numel() for parameter in layer.parameters()) * size
+        if kind == "full_attention":
+            state = 2 * config.hidden_size * size * (new_tokens / 2 / stride)
+        else:
+            state = 2 * 4 * config.hidden_size * config.head_dim
+        total += (weights + rows * state) / stride
+    return total
 
 
 @torch.no_grad()
-def check_ours(model: IFlameForCausalLM, oracle: Oracle, allowed: float) -> None:
+def check_ours(model: IFlameForCausalLM, oracle: Oracle, allowed: float, loop: str) -> None:
     """Raises WrongResult unless one pass, a prefill with steps after it, and generate() agree with the oracle."""
     input_ids = oracle.input_ids.to(model.device)
     require_close("logits in one pass", model(input_ids, use_cache=False).logits, oracle.logits, allowed)
@@ -72,7 +113,7 @@ def check_ours(model: IFlameForCausalLM, oracle: Oracle, allowed: float) -> None
         pieces.append(output.logits)
     require_close("logits of prefill and steps", torch.cat(pieces, dim=1), oracle.logits, allowed)
     prompt = input_ids[:, :TOKENS_PER_FACE]
-    oracle.require_greedy(generate(model, prompt, TEST_NEW_TOKENS), TOKENS_PER_FACE, allowed)
+    oracle.require_greedy(generate(model, prompt, TEST_NEW_TOKENS, loop=loop), TOKENS_PER_FACE, allowed)
 
 
 @torch.no_grad()
@@ -101,7 +142,9 @@ def add_figures(
     """
     batch, new_tokens = row["batch_size"], options.new_tokens
     start = torch.full((batch, TOKENS_PER_FACE), config.bos_token_id, device=options.device)
+    began = time.perf_counter()
     generate_tokens(start, min(options.warmup_tokens, new_tokens))
+    row["first_seconds"] = [time.perf_counter() - began]
     shapes = set()
     seconds, memory = measure(
         lambda: shapes.add(tuple(generate_tokens(start, new_tokens).shape)), options.device, options.repeats
@@ -112,6 +155,8 @@ def add_figures(
         )
     row["tokens_per_second"] = [batch * new_tokens / each for each in seconds]
     row["milliseconds_per_step"] = [1000 * each / new_tokens for each in seconds]
+    row["faces_per_second"] = [each / TOKENS_PER_FACE for each in row["tokens_per_second"]]
+    row["seconds_a_mesh"] = seconds
     row["memory_gib"] = gibibytes(memory)
     prompt = mesh_tokens(config, batch, options.prompt_faces, options.seed).to(options.device)
     row["prefill_tokens"] = prompt.shape[1]
@@ -119,19 +164,32 @@ def add_figures(
     row["seconds_prefill"], _ = measure(lambda: prefill(prompt), options.device, options.repeats)
 
 
-def ours(row: Row, options: argparse.Namespace, oracle: Oracle, attention: str, linear_attention: str) -> None:
+def ours(
+    row: Row, options: argparse.Namespace, oracle: Oracle, loop: str, attention: str, linear_attention: str
+) -> None:
     dtype = common.DTYPES[options.dtype]
     model = build_model(oracle.config, oracle.weights, options.device, dtype, attention, linear_attention)
-    check_ours(model, oracle, oracle.logits_error(computes_in(dtype, options.device, linear_attention)))
+    check_ours(model, oracle, oracle.logits_error(computes_in(dtype, options.device, linear_attention)), loop)
 
     @torch.no_grad()
     def prefill(prompt: torch.Tensor) -> torch.Tensor:
         return model(prompt, use_cache=True, logits_to_keep=1).logits
 
     def generate_tokens(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-        return generate(model, prompt, new_tokens, options.do_sample)
+        return generate(model, prompt, new_tokens, options.do_sample, loop, grammar=new_tokens % TOKENS_PER_FACE == 0)
 
     add_figures(row, options, oracle.config, generate_tokens, prefill)
+    steps = [each / 1000 for each in row["milliseconds_per_step"]]
+    moved = step_bytes(model, row["batch_size"], row["new_tokens"])
+    row["gigabytes_per_second"] = [moved / each / 1e9 for each in steps]
+    if options.device.type == "cuda":
+        name = torch.cuda.get_device_name(options.device)
+        bandwidth = next((value for part, value in BANDWIDTHS.items() if part in name), None)
+        if bandwidth is not None:
+            row["share_of_floor"] = [moved / each / bandwidth for each in steps]
+        for engine in engine_iflame._idle.pop(model, [])[:1] if loop == "engine" else []:
+            row["phases"] = [engine.phases]
+            row["microseconds_a_phase"] = [1e6 * each / engine.phases for each in steps]
 
 
 def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, network: nn.Module) -> None:
@@ -159,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--do_sample", action="store_true", help="sample with top_k 50 and top_p 0.95, instead of greedy"
     )
+    parser.add_argument("--loop", nargs="+", choices=LOOPS, default=list(LOOPS), help="how our rows are generated")
     options = common.parse_options(parser, PRESETS, arguments)
     if options.new_tokens is None:
         options.new_tokens = options.faces * TOKENS_PER_FACE
@@ -175,9 +234,11 @@ def main(arguments: list[str] | None = None) -> int:
             sizes = {"batch_size": batch, "new_tokens": options.new_tokens}
             for attention in options.attn_implementation:
                 for linear_attention in options.linear_attn_implementation:
-                    row = {"model": f"iflame_hf, {attention}, {linear_attention}", "dtype": options.dtype, **sizes}
-                    with common.reported(row, rows, device):
-                        ours(row, options, oracle, attention, linear_attention)
+                    for loop in options.loop:
+                        name = f"iflame_hf, {attention}, {linear_attention}" + f", {loop}" * (loop != "engine")
+                        row = {"model": name, "dtype": options.dtype, **sizes}
+                        with common.reported(row, rows, device):
+                            ours(row, options, oracle, loop, attention, linear_attention)
             if models.original is not None:
                 # Its own sampling computes in half precision on a GPU, with weights in float32.
                 row = {

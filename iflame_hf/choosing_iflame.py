@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .kernels_iflame import _begin, _jit, _wait
+from .kernels_iflame import _jit, _wait
 
 try:
     import triton.language as tl
@@ -80,8 +80,6 @@ def choose(
     lane = tl.arange(0, VB)
     valid = lane < V
     _wait(PDL)
-    # Not earlier: what begins from here on may read all that the kernels of this token have written.
-    _begin(PDL)
     position = tl.load(position_ptr + row)
     if ADVANCE:
         position += 1
@@ -139,7 +137,9 @@ def choose(
         scores = scores / tl.load(settings_ptr)
         if FILTERS:
             ordered = tl.sort(scores, descending=True)
-            least = tl.max(tl.where(lane == tl.load(settings_ptr + 1).to(tl.int32) - 1, ordered, float("-inf")), axis=0)
+            least = tl.max(
+                tl.where(lane == tl.load(settings_ptr + 1).to(tl.int32) - 1, ordered, float("-inf")), axis=0
+            )
             weight = tl.where(ordered >= least, tl.exp(ordered - tl.max(ordered, axis=0)), 0.0)
             # What stands before each, of all; the likeliest is kept in any case.
             before = tl.cumsum(weight, axis=0) - weight
@@ -337,7 +337,9 @@ class HostChooser:
             self.face[np.isnan(scores).any(axis=1), -1] = 1
         with np.errstate(all="ignore"):
             if choice.penalty:
-                worse = np.where(scores < 0, scores * settings.repetition_penalty, scores / settings.repetition_penalty)
+                worse = np.where(
+                    scores < 0, scores * settings.repetition_penalty, scores / settings.repetition_penalty
+                )
                 scores = np.where(self.seen, worse, scores)
             if choice.grammar:
                 scores = self._allowed(choice, scores, place)
@@ -405,7 +407,9 @@ class HostChooser:
                 before = weight.cumsum(axis=1) - weight
                 kept = (weight > 0) & (before < settings.top_p * weight.sum(axis=1, keepdims=True))
                 kept[:, 0] = True
-                scores = np.where(scores >= np.where(kept, ordered, np.inf).min(axis=1, keepdims=True), scores, -np.inf)
+                scores = np.where(
+                    scores >= np.where(kept, ordered, np.inf).min(axis=1, keepdims=True), scores, -np.inf
+                )
             if settings.min_p > 0:
                 weight = np.exp(scores - scores.max(axis=1, keepdims=True))
                 scores = np.where(weight < settings.min_p, -np.inf, scores)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers.generation import logits_process, stopping_criteria
 
-from .choosing_iflame import COLUMNS, DIGITS, FACES, FIRST, HIGHEST, LOWEST, MIDDLE, SECOND, Choice, RowsBegin, Settings
+from .choosing_iflame import (
+    COLUMNS,
+    DIGITS,
+    FACES,
+    FIRST,
+    HIGHEST,
+    LOWEST,
+    SECOND,
+    Choice,
+    RowsBegin,
+    Settings,
+)
 from .engine_iflame import DecodeEngine, give_engine, take_engine, why_no_engine
-from .format_iflame import MeshFormat
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
 from .packing_iflame import what_cannot_be_packed
 from .sampling_iflame import row_numbers
@@ -62,6 +72,8 @@ def request_of(
             raise Unsupported(name)
     if any(getattr(inputs.get(name), "_is_user_defined", False) for name in ("cache", "past_key_values")):
         raise Unsupported("a cache that is given")
+    if config.prefill_chunk_size is not None:
+        raise Unsupported("prefill_chunk_size")
     if not config.use_cache:
         raise Unsupported("use_cache=False")
     if inputs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
@@ -69,16 +81,18 @@ def request_of(
     layout = model.config
     settings, grammar = _settings(processors, config.do_sample)
     limits = _limits(criteria)
-    end = limits.pop("end")
-    if grammar is not None:
-        end = grammar.eos_token_id
+    end = limits["end"]
+    if grammar is not None and end not in (-1, grammar.eos_token_id):
+        raise Unsupported(f"eos_token_id={end} with the mesh grammar")
+    if limits["max_length"] > layout.max_position_embeddings:
+        raise Unsupported("a max_length above max_position_embeddings")
     choice = Choice(
         sample=config.do_sample,
         filters=bool(settings.top_k or settings.top_p < 1 or settings.min_p > 0),
         penalty=settings.repetition_penalty != 1,
         grammar=grammar is not None,
         coordinates=layout.coordinate_resolution + 1,
-        end=end,
+        end=end if grammar is None else grammar.eos_token_id,
     )
     pad = config._pad_token_tensor
     return DecodeRequest(
@@ -86,7 +100,6 @@ def request_of(
         settings,
         fewest_faces=0 if grammar is None else grammar.min_faces,
         most_faces=NO_LIMIT if grammar is None or grammar.max_faces is None else grammar.max_faces,
-        end=end,
         pad=end if pad is None else int(pad),
         **limits,
     )
@@ -166,7 +179,7 @@ def decode(
     left = request.max_length - length
     if left <= 0:
         return input_ids
-    engine = take_engine(model, rows, -(-request.max_length // face) + 1, _dtype(model))
+    engine = take_engine(model, rows, -(-request.max_length // face) + 1, decoding_dtype(model))
     reader = _Reader(request, rows, length % face, left, streamer)
     try:
         with torch.inference_mode():
@@ -200,13 +213,13 @@ def decode(
     return torch.cat([input_ids, new], dim=1)
 
 
-def _dtype(model: Any) -> torch.dtype:
+def decoding_dtype(model: Any) -> torch.dtype:
     """Of weights, keys and values: on a GPU the model's, or that of the caller's autocast; on a CPU float32, which is
     fast on all."""
-    device = model.lm_head.weight.device.type
+    device, dtype = model.lm_head.weight.device.type, model.lm_head.weight.dtype
     if device == "cpu":
-        return torch.float32
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.lm_head.weight.dtype
+        return dtype if dtype == torch.float64 else torch.float32
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
 def _begin(engine: DecodeEngine, model: Any, request: DecodeRequest, input_ids, inputs, seeds, left: int) -> None:
@@ -219,7 +232,7 @@ def _begin(engine: DecodeEngine, model: Any, request: DecodeRequest, input_ids, 
         raise ValueError("a row of the prompt is padding to its end: a mesh begins with the start face")
     padding = 0 if cache.padding is None else cache.padding.cpu().numpy()
     begin = rows_begin(request, model.config, input_ids.cpu().numpy(), padding, row_numbers(seeds, left))
-    engine.begin(output.logits[:, -1].float(), request.settings, begin)
+    engine.begin(output.logits[:, -1], request.settings, begin)
 
 
 def rows_begin(

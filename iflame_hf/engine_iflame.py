@@ -33,6 +33,31 @@ class Tokens(NamedTuple):
     ready: Any  # an event, or None
 
 
+class Prompt(NamedTuple):
+    """What meshes begin with: the decoding state after it, and the logits of what follows."""
+
+    length: int  # tokens
+    memories: list[tuple[torch.Tensor, ...]]  # of each block: state (1, H, D, D), or keys and values (1, H, items, D)
+    handed: list[torch.Tensor]  # (1, C) handed up to coordinates and to vertices
+    logits: np.ndarray  # (1, V) float32
+
+
+def read_prompt(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> Prompt:
+    """Of ids (1, T) of whole faces."""
+    config = model.config
+    cache = StaticIFlameCache(config, ids.shape[1] // config.tokens_per_face + 1, 1, ids.device, dtype)
+    logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True).logits[:, -1]
+    memories = []
+    for layer, level in zip(cache.layers, config.layer_levels(), strict=True):
+        items = ids.shape[1] // config.level_strides[level]
+        if hasattr(layer, "keys"):
+            memories.append((layer.keys[:, :, :items], layer.values[:, :, :items]))
+        else:
+            memories.append((layer.state,))
+    handed = [group.handed_up[:, 0] for group in cache.open_groups]
+    return Prompt(ids.shape[1], memories, handed, logits.float().cpu().numpy())
+
+
 class DecodeEngine:
     """
     Decoding of up to `max_faces` faces for each of so many rows.
@@ -82,12 +107,18 @@ class DecodeEngine:
         self._run(choice)  # compiles
         torch.cuda.synchronize(self.device)
         # Few rows have two sets of states, which take turns.
+        self.steps.phases = 0
         for turn in range(2):
             graph = torch.cuda.CUDAGraph()
             self.steps.turns = [turn] * len(self.steps.turns)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run(choice)
             self._graphs[choice, turn] = graph
+
+    @property
+    def phases(self) -> float:
+        """Kernels a token, on average, of what was captured last."""
+        return self.steps.phases / (2 * self.face) + 1
 
     def begin(self, logits: torch.Tensor, settings: Settings, begin: RowsBegin) -> None:
         """The cache holds the rows' prompts, and these are the `logits` (B, V) of their next tokens."""
@@ -96,12 +127,35 @@ class DecodeEngine:
         self.chooser.set(settings)
         self.chooser.begin(self._all_rows, begin)
 
+    def begin_rows(
+        self, rows: list[int], prompt: Prompt, begin: RowsBegin, tokens: np.ndarray, state: np.ndarray
+    ) -> None:
+        """
+        Other meshes begin in some rows, between faces.
+
+        Args:
+            prompt: what they begin with.
+            begin: of each; `tokens` (R,) were chosen as the first ones, after which the choosers' state is `state`.
+        """
+        index = torch.tensor(rows)
+        if self.is_gpu:
+            index = index.pin_memory().to(self.device, non_blocking=True)
+        self.steps.begin_rows(index, prompt)
+        self.chooser.begin(index, begin._replace(state=state))
+        self.chooser.counts[index if self.is_gpu else rows] = 1
+        self.cache.positions[index] = prompt.length
+        chosen = torch.from_numpy(tokens)
+        self.steps.tokens[index] = chosen.pin_memory().to(self.device, non_blocking=True) if self.is_gpu else chosen
+        if self.is_gpu:
+            self.steps.places.put(self.cache.positions, self.config.level_strides)
+
     def first(self, choice: Choice, place: int) -> Tokens:
         """The tokens from `place` of the open face on, and the first one of the next face."""
         self._choose(choice, place, advance=False)
         if place == 0:
             return self._tokens([0])
         self._run(choice, place)
+        self.steps.settle()
         return self._tokens([*range(place, self.face), 0])
 
     def next_face(self, choice: Choice) -> Tokens:
@@ -189,6 +243,8 @@ def why_no_engine(model: Any) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"the device {device.type}"
     if device.type == "cuda":
+        if model.lm_head.weight.dtype == torch.float64:
+            return "float64 on a GPU"
         if triton is None:
             return "a missing package: pip install triton"
         if torch.version.hip:

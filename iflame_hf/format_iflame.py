@@ -99,6 +99,12 @@ class MeshFormat:
         """The length of so many faces, with or without start and end face."""
         return (faces + start + end) * self.tokens_per_face
 
+    def has_ended(self, ids: Any, most: int) -> bool:
+        """Whether ids (T,), from the start face on, come to an end before they have as many faces as they may have:
+        after so many the end was the only way to go on."""
+        ends = np.flatnonzero(np.asarray(ids) == self.eos_token_id)
+        return len(ends) > 0 and self.prompt_faces(int(ends[0])) < most
+
     # Between corners and ids.
 
     def to_ids(self, corners: np.ndarray, *, start: bool = False, end: bool = False) -> np.ndarray:

@@ -15,7 +15,7 @@ from .cache_iflame import IFlameCache, StaticIFlameCache
 from .configuration_iflame import DEFAULT_MAX_FACES
 from .decoding_iflame import Unsupported, decode, request_of
 from .format_iflame import known_format
-from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
+from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor, check_prompts
 from .sampling_iflame import SeededSampling, row_seeds
 from .threads_iflame import spare_a_core
 from .versions_iflame import CACHE_NAME, with_own_cache_name
@@ -73,7 +73,12 @@ class IFlameGenerationMixin(GenerationMixin):
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if name in kwargs}
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         for name, default in OWN_SETTINGS.items():
-            values = (own.get(name), getattr(prepared, name, None), getattr(self.generation_config, name, None), default)
+            values = (
+                own.get(name),
+                getattr(prepared, name, None),
+                getattr(self.generation_config, name, None),
+                default,
+            )
             setattr(prepared, name, next((value for value in values if value is not None), None))
         _check_faces(prepared.min_faces, prepared.max_faces)
         return prepared, model_kwargs
@@ -91,6 +96,14 @@ class IFlameGenerationMixin(GenerationMixin):
             )
         layout = self._mesh_layout()
         begins = (prompts == layout.bos_token_id).int().argmax(dim=1)
+        if not _goes_on(kwargs.get("model_kwargs") or {}):
+            mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+            ids = (
+                prompts
+                if mask is None
+                else prompts.masked_fill(mask[:: len(mask) // len(prompts)] == 0, layout.pad_token_id)
+            )
+            check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy())
         grammar = MeshGrammarLogitsProcessor(
             layout,
             self.config.vocab_size,
@@ -130,9 +143,9 @@ class IFlameGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        seeds = None
-        if generation_config.do_sample and seed is not None:
-            seeds = row_seeds(seed, len(input_ids))
+        if seed is None:
+            seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
+        seeds = row_seeds(seed, len(input_ids))
         if generation_config.cache_implementation is None:
             try:
                 if synced_gpus:
@@ -140,15 +153,12 @@ class IFlameGenerationMixin(GenerationMixin):
                 request = request_of(
                     self, logits_processor, stopping_criteria, generation_config, model_kwargs, input_ids
                 )
-            except Unsupported as reason:
-                logger.warning_once(f"the decode engine does not do {reason}: transformers' own, slower loop generates")
-            else:
-                if seeds is None:
-                    drawn = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
-                    seeds = row_seeds(drawn, len(input_ids))
                 return decode(self, request, input_ids, model_kwargs, seeds, streamer)
+            except Unsupported as reason:
+                tell = logger.warning_once if self.device.type == "cuda" else logger.info
+                tell(f"the decode engine does not do {reason}: transformers' own, slower loop generates")
         kwargs = {**model_kwargs, "synced_gpus": synced_gpus, "streamer": streamer}
-        if seeds is None:
+        if not generation_config.do_sample:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
         asked_for_scores = generation_config.return_dict_in_generate and generation_config.output_scores
         sampling = SeededSampling(seeds, input_ids.shape[1], keep_scores=asked_for_scores)
@@ -184,6 +194,8 @@ class IFlameGenerationMixin(GenerationMixin):
         for name, default in OWN_SETTINGS.items():
             if getattr(self.generation_config, name, None) is None:
                 setattr(self.generation_config, name, default)
+        # One that is said to follow from the model's config is loaded without fields that transformers does not know.
+        self.generation_config._from_model_config = False
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, **kwargs):
         # max_new_tokens takes the place of the default length; it is no conflict to warn of.
@@ -250,3 +262,8 @@ def _check_faces(fewest: Any, most: Any) -> None:
             raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
     if most is not None and fewest > most:
         raise ValueError(f"min_faces={fewest} is more than max_faces={most}")
+
+
+def _goes_on(model_kwargs: dict[str, Any]) -> bool:
+    """Whether the rows go on from a cache: some may have ended before."""
+    return bool(getattr(model_kwargs.get(CACHE_NAME), "tokens_seen", 0))

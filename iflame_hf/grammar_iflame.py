@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria
@@ -140,7 +141,7 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
 
         allowed = torch.zeros(rows, self.vocab_size, dtype=torch.bool, device=input_ids.device)
         if open_tokens:
-            ended = made[:, 0] == self.eos_token_id
+            ended = (made[:, 0] == self.eos_token_id) | (made[:, 0] == self.layout.pad_token_id)
             allowed[:, :levels] = coordinates & ~ended[:, None]
             allowed[:, self.eos_token_id] = ended
             return allowed
@@ -167,3 +168,66 @@ class EndFaceCriteria(EosTokenCriteria):
         if input_ids.shape[1] % self.tokens_per_face:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return super().__call__(input_ids, scores, **kwargs)
+
+
+def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> None:
+    """
+    Raises ValueError for a prompt that no mesh begins with, in words that say where and how to make one.
+
+    Args:
+        ids: (B, T) of the prompts, padded on the left.
+        begins: (B,) where the start face of each begins.
+    """
+    face, levels = layout.tokens_per_face, layout.coordinate_resolution + 1
+    for row, begin in enumerate(begins.tolist()):
+        sequence = ids[row, begin:]
+        if (
+            (ids[row, :begin] != layout.pad_token_id).any()
+            or begin % face
+            or list(sequence[:face]) != layout.start_face
+        ):
+            raise _no_prompt(row, f"it does not begin with a start face of {face} tokens {layout.bos_token_id}")
+        tokens = sequence[face:]
+        bad = np.flatnonzero(~layout.is_coordinate(tokens))
+        if len(bad):
+            what = "has ended" if tokens[bad[0]] == layout.eos_token_id else f"has the id {tokens[bad[0]]}"
+            raise _no_prompt(row, f"it {what} in face {bad[0] // face + 1}, where only coordinates may stand")
+        previous = (-1, 0, 0)
+        for number, start in enumerate(range(0, len(tokens), face), start=1):
+            part = tokens[start : start + face]
+            ranks = [int(vertex @ (levels ** np.arange(3))) for vertex in part[: len(part) // 3 * 3].reshape(-1, 3)]
+            order = (ranks[0], *sorted(ranks[1:])) if len(ranks) == 3 else None
+            if len(set(ranks)) < len(ranks):
+                raise _no_prompt(row, f"two vertices of face {number} are the same")
+            if order and (order[0] > order[1] or order <= previous):
+                why = "repeats the one before" if order == previous else "is not in order"
+                raise _no_prompt(row, f"face {number} {why}")
+            if order:
+                previous = order
+            elif len(part) and not _may_go_on(layout, previous, part):
+                raise _no_prompt(row, f"no face can begin as face {number} does after the one before")
+
+
+def _may_go_on(layout: MeshFormat, previous: tuple[int, ...], part: np.ndarray) -> bool:
+    """Whether the tokens of an open face are ones that the grammar allows, one after the other."""
+    levels = layout.coordinate_resolution + 1
+    ranks = torch.tensor([previous])
+    made = torch.tensor(part.tolist())
+    vertices = [sum(int(digit) * levels**place for place, digit in enumerate(part[at : at + 3])) for at in (0, 3)]
+    first, second = (torch.tensor([rank]) for rank in vertices)
+    for index, token in enumerate(part.tolist()):
+        vertex, digit = divmod(index, 3)
+        begun = made[index - digit : index]
+        digits = sum(int(each) * levels**place for place, each in enumerate(begun))
+        interval = vertex_interval(ranks, first, second, vertex, levels**3 - 1, torch.tensor([0]))
+        if not allowed_digits(*interval, torch.tensor([digits]), digit, levels)[0, token]:
+            return False
+    return True
+
+
+def _no_prompt(row: int, reason: str) -> ValueError:
+    return ValueError(
+        f"the prompt of row {row} is not the beginning of a mesh: {reason}. A prompt is the lowest faces of a mesh, "
+        "tokenizer.encode_mesh(mesh, add_end=False)[: 9 * (1 + faces)], padded on the left by whole faces; "
+        "mesh_grammar=False takes any ids"
+    )

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from .cache_iflame import StaticIFlameCache
 from .ops_iflame import rotary_tables
-from .packing_iflame import BlockWeights, PackedWeights
+from .packing_iflame import BlockWeights, PackedWeights, begin_groups
 
 # B rows, C channels, H heads, D head size, I hidden units, V token ids
 
 
 class _Block:
-    """The weights of a block in float32, with what stands before and after a product taken into it."""
+    """The weights of a block, with what stands before and after a product taken into it."""
 
     def __init__(self, block: BlockWeights, size: int, decay: torch.Tensor):
         channels = block.out.shape[0]
@@ -48,7 +48,7 @@ class HostSteps:
 
     Args:
         config: an `IFlameConfig`.
-        weights: of the model, in float32 on a CPU.
+        weights: of the model, in float32 or float64, on a CPU.
         cache: the decoding state, whose tensors are read and written where they are.
     """
 
@@ -56,56 +56,85 @@ class HostSteps:
         self.config, self.cache, self.rows = config, cache, cache.batch_size
         rows, channels, size, heads = self.rows, config.hidden_size, config.head_dim, config.num_attention_heads
         units = weights.blocks[0].down.shape[1]
+        dtype = weights.head.dtype
+
+        def buffer(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype)
+
         self.load(weights)
         self.tokens = torch.zeros(rows, dtype=torch.long)
-        self.logits = torch.zeros(rows, config.vocab_size)
+        self.logits = buffer(rows, config.vocab_size)
         levels = range(len(config.level_strides))
-        self.x = [torch.zeros(rows, channels) for _ in levels]
-        self.middle = torch.zeros(rows, channels)
-        self.members = [torch.zeros(group, rows, channels) for group in config.group_sizes]
-        self.handed = [torch.zeros(rows, channels) for _ in config.group_sizes]
-        self.qkv = torch.zeros(3, rows, heads, size)
-        self.flat_qkv = torch.zeros(rows, 3 * channels) if rows > 1 else self.qkv.view(1, -1)
+        self.x = [buffer(rows, channels) for _ in levels]
+        self.middle = buffer(rows, channels)
+        self.members = [buffer(group, rows, channels) for group in config.group_sizes]
+        self.handed = [buffer(rows, channels) for _ in config.group_sizes]
+        self.qkv = buffer(3, rows, heads, size)
+        self.flat_qkv = buffer(rows, 3 * channels) if rows > 1 else self.qkv.view(1, -1)
         self.by_row = self.flat_qkv.view(rows, 3, heads, size).transpose(0, 1)
         self.turning = torch.view_as_complex(self.qkv[:2].view(2, rows, heads, size // 2, 2))
         self.query, self.key, self.value = (each.view(rows * heads, 1, size) for each in self.qkv)
         self.key_column = self.key.transpose(1, 2)
-        self.read = torch.zeros(rows * heads, 1, size)
+        self.read = buffer(rows * heads, 1, size)
         self.flat_read = self.read.view(rows, channels)
-        self.hidden = torch.ones(rows, units + 1)
-        self.gate_up = torch.zeros(rows, 2 * units)
+        self.hidden = torch.ones(rows, units + 1, dtype=dtype)
+        self.gate_up = buffer(rows, 2 * units)
         self.gate, self.up, self.product = self.gate_up[:, :units], self.gate_up[:, units:], self.hidden[:, :units]
-        self.states = [None if block.is_full else layer.state.view(rows * heads, size, size)
-                       for block, layer in zip(self.blocks, cache.layers, strict=True)]
-        self.keys = [(layer.keys.view(rows * heads, -1, size), layer.values.view(rows * heads, -1, size))
-                     if block.is_full else None for block, layer in zip(self.blocks, cache.layers, strict=True)]
+        # One memory a block: its state, or its keys and values.
+        self.memories: list[Any] = []
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            if block.is_full:
+                both = (each.view(rows * heads, -1, size) for each in (layer.keys, layer.values))
+                self.memories.append(tuple(both))
+            else:
+                self.memories.append(buffer(rows * heads, size, size))
         self.rotations = []
         for level in levels:
             cos, sin = rotary_tables(torch.arange(cache.room(level))[None], size, config.rope_base)
-            self.rotations.append(torch.complex(cos[0, :, 0], -sin[0, :, 0]))
+            self.rotations.append(torch.complex(cos[0, :, 0].to(dtype), -sin[0, :, 0].to(dtype)))
         self.all_rows = torch.arange(rows)
-        self.turns = [0] * len(levels)
 
     def load(self, weights: PackedWeights) -> None:
         """Takes other weights of the same sizes."""
-        decay = torch.exp(-weights.slopes).repeat(self.rows)[:, None, None]
+        decay = torch.exp(-weights.slopes).repeat(self.rows)[:, None, None].to(weights.head.dtype)
         self.blocks = [_Block(block, self.config.head_dim, decay) for block in weights.blocks]
         self.embedding, self.head, self.head_bias = weights.embedding, weights.head, weights.head_bias
         self.scales = [float(scale) for scale in weights.scales]
 
     def begin(self) -> None:
-        """The cache holds what the rows begin with, at a place within a face at which its open groups may be filled."""
-        size = self.config.head_dim
-        order = torch.arange(size).view(2, size // 2).t().flatten()
-        for block, layer in zip(self.blocks, self.cache.layers, strict=True):
+        """The cache holds what the rows begin with, whole faces or not."""
+        order = self._order()
+        for block, layer, memory in zip(self.blocks, self.cache.layers, self.memories, strict=True):
             if block.is_full:
                 layer.keys.copy_(layer.keys[..., order])
             else:
-                layer.state.copy_(layer.state[:, :, order])
-        for group, members, handed in zip(self.cache.open_groups, self.members, self.handed, strict=True):
-            for index in range(group.waiting.shape[1]):
-                members[index].copy_(group.waiting[:, index])
-            handed.copy_(group.handed_up[:, 0])
+                memory.copy_(layer.state[:, :, order].view(memory.shape))
+        begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
+
+    def settle(self) -> None:
+        """All levels are where they were before a face, after one that was not run as a whole: always."""
+
+    def clear(self) -> None:
+        """All rows are to begin by `begin_rows`."""
+
+    def begin_rows(self, rows: torch.Tensor, prompt: Any) -> None:
+        """`rows` (R,) hold what comes after a prompt of whole faces."""
+        order, config = self._order(), self.config
+        by_row = (self.rows, config.num_attention_heads)
+        for block, memory, given in zip(self.blocks, self.memories, prompt.memories, strict=True):
+            if block.is_full:
+                keys, values = (each.view(*by_row, *each.shape[1:]) for each in memory)
+                items = given[0].shape[2]
+                keys[rows, :, :items], values[rows, :, :items] = given[0][..., order].to(keys), given[1].to(values)
+            else:
+                memory.view(*by_row, *memory.shape[1:])[rows] = given[0][:, :, order].to(memory)
+        for handed, value in zip(self.handed, prompt.handed, strict=True):
+            handed[rows] = value.to(handed)
+
+    def _order(self) -> torch.Tensor:
+        """The channels of query and key in the order in which they lie here."""
+        size = self.config.head_dim
+        return torch.arange(size).view(2, size // 2).t().flatten()
 
     def step(self, place: int) -> None:
         """`tokens` at that place in their faces -> `logits` of the next ones. Positions are those of the cache."""
@@ -153,10 +182,10 @@ class HostSteps:
             self.qkv.copy_(self.by_row)
         self.turning.mul_(rotation)
         if block.is_full:
-            self._attend(self.keys[index], slots)
+            self._attend(self.memories[index], slots)
             self._add(x, self.flat_read, block.out, 1.0, middle)
         else:
-            state = self.states[index]
+            state = self.memories[index]
             state.mul_(block.decay).baddbmm_(self.key_column, self.value)
             torch.bmm(self.query, state, out=self.read)
             scaled, scale = self._norm(self.flat_read)

@@ -3,8 +3,8 @@ How a decoding step runs on a GPU: the kernels, in Triton, and what launches the
 policy; `decode_step_iflame` says which runs when.
 
 Each kernel is one phase of a block: what it does begins when the phase before has ended. So that the wait costs
-little, a kernel is launched early (programmatic dependent launch), reads what no phase of this token writes, its weights above
-all, and only then waits. The choice of a token lets no kernel begin before all of the token before have ended.
+little, a kernel is launched while the one before it works (programmatic dependent launch), reads what neither that one
+nor an earlier one of this token writes, its weights above all, and only then waits.
 
 Few rows (`WIDE` false) are multiplied row by row, which is bound by reading the weights; many in tiles, on the matrix
 units. Activations that go from phase to phase are float32; products take them in the weights' type.
@@ -25,7 +25,7 @@ def _jit(function):
     return triton.jit(function, do_not_specialize=["stride", "place"])
 
 
-# B rows, C channels, H heads, D head size, N outputs, K inputs, I hidden units, S splits of the keys, G groups of heads
+# B rows, C channels, H heads, D head size, N outputs, K inputs, I hidden units, S splits of the keys, G head groups
 
 # What the input of a block is: the output of the one before, or at the start of a stage what is made of tokens, of a
 # group that is complete, or of the level's own items and what the level below handed up.
@@ -33,15 +33,12 @@ PLAIN, EMBED, POOL, UPSAMPLE = "plain", "embed", "pool", "upsample"
 
 
 @_jit
-def _begin(PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@_jit
 def _wait(PDL: tl.constexpr):
+    """Waits until the phase before has ended, and lets the one after be launched."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+        # Not before: a kernel that is launched while two are at work costs more than what it reads early is worth.
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @_jit
@@ -55,7 +52,19 @@ def _product(x, w, WIDE: tl.constexpr):
 
 
 @_jit
-def _source(x_ptr, handed_ptr, scale_ptr, token_ptr, batch, inner, mask, rows, C: tl.constexpr, GROUP: tl.constexpr, SOURCE: tl.constexpr):
+def _source(
+    x_ptr,
+    handed_ptr,
+    scale_ptr,
+    token_ptr,
+    batch,
+    inner,
+    mask,
+    rows,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    SOURCE: tl.constexpr,
+):
     """A tile (BM, BK) of a block's input."""
     at = batch[:, None] * C + inner[None, :]
     if SOURCE == "embed":
@@ -101,7 +110,6 @@ def project_heads(
     PDL: tl.constexpr,
 ):
     """Norm, query, key and value, rotary embedding; of full attention also the cache's new entry."""
-    _begin(PDL)
     half: tl.constexpr = D // 2
     apart: tl.constexpr = 3 * C // 2 * C
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -218,7 +226,6 @@ def attend_linear_project(
     PDL: tl.constexpr,
 ):
     """Linear attention and its output projection, of few rows: each program takes some heads and some outputs."""
-    _begin(PDL)
     row, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     outs = block * BN + tl.arange(0, BN)
     inner = group * HEADS * D + tl.arange(0, HEADS * D)
@@ -250,7 +257,6 @@ def attend_linear(
     PDL: tl.constexpr,
 ):
     """A step of linear attention."""
-    _begin(PDL)
     row = tl.program_id(0)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     state, places, here = _linear_state(slopes_ptr, state_ptr, row, heads, C, D)
@@ -279,7 +285,6 @@ def attend_keys(
     PDL: tl.constexpr,
 ):
     """Softmax attention of one query a row over the keys so far, in splits that run side by side."""
-    _begin(PDL)
     H: tl.constexpr = C // D
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dims = tl.arange(0, D)
@@ -299,8 +304,11 @@ def attend_keys(
         at = first + places
         live = at < stop
         offset = start_of_keys + at[:, None] * D + dims[None, :]
-        key = tl.load(key_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
-        value = tl.load(value_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
+        # Read once a token: they are not to take the place of weights in the cache.
+        key = tl.load(key_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+        value = tl.load(value_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
         score = tl.where(live, tl.sum(key * query[None, :], axis=1), float("-inf"))
         now = tl.maximum(most, score)
         finite = tl.where(now == float("-inf"), 0.0, now)
@@ -337,7 +345,6 @@ def combine_project(
     PDL: tl.constexpr,
 ):
     """The splits of softmax attention together, and the output projection, as `attend_linear_project`."""
-    _begin(PDL)
     H: tl.constexpr = C // D
     row, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     outs = block * BN + tl.arange(0, BN)
@@ -361,7 +368,9 @@ def combine_project(
 
 
 @_jit
-def _share(square_ptr, batch, live, eps, C: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, NORMALISED: tl.constexpr):
+def _share(
+    square_ptr, batch, live, eps, C: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, NORMALISED: tl.constexpr
+):
     """What the parts of each row (BM,) are multiplied by: the factor of their norm."""
     share = tl.full((BM,), 1.0, tl.float32)
     if NORMALISED and PARTS > 0:
@@ -411,7 +420,6 @@ def gate_up(
     PDL: tl.constexpr,
 ):
     """Attention's residual sum, norm, and the hidden units of SwiGLU."""
-    _begin(PDL)
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
     owned = outs < I
@@ -479,7 +487,6 @@ def project(
     PDL: tl.constexpr,
 ):
     """A linear layer, with what stands before and after it."""
-    _begin(PDL)
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
     owned = outs < N
     inner = tl.arange(0, BK)

@@ -1,16 +1,22 @@
-"""Many meshes, each as soon as it is finished."""
+"""Many meshes, each as soon as it is finished: a row whose mesh has ended goes on with the next one."""
 
-import operator
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from contextlib import closing
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from .choosing_iflame import HostChooser, RowsBegin
+from .decoding_iflame import DecodeRequest, Unsupported, decoding_dtype, request_of, rows_begin
+from .engine_iflame import give_engine, read_prompt, take_engine
 from .format_iflame import MeshFormat, known_format
-from .sampling_iflame import row_seeds
+from .sampling_iflame import row_numbers, row_seeds
 
-# T tokens
+# B rows, R of them, T tokens
 
 # Meshes in work at a time, by the kind of device.
 DEFAULT_ROWS = {"cuda": 64}
@@ -20,8 +26,6 @@ DEFAULT_ROWS_ELSEWHERE = 8
 _REFUSED = {
     "seed": "each mesh has its seed in seeds",
     "num_return_sequences": "a mesh is made for each seed",
-    "max_length": "faces are counted by max_faces",
-    "max_new_tokens": "faces are counted by max_faces",
     "input_ids": "what a mesh begins with is its prompt",
     "inputs": "what a mesh begins with is its prompt",
     "inputs_embeds": "what a mesh begins with is its prompt, of ids",
@@ -37,8 +41,9 @@ class GeneratedMesh(NamedTuple):
     Attributes:
         number: its place in `seeds`.
         seed: its own.
-        ids: (T,) int64 on the CPU, from the start face to the end face, prompt included, padding not.
-        ended: whether there is an end face: without one the mesh was cut off.
+        ids: (T,) int64 on the CPU, from the start face to the end face, which is missing where the mesh was cut off;
+            prompt included, padding not.
+        ended: whether it came to its end before it had as many faces as it may have.
     """
 
     number: int
@@ -92,9 +97,9 @@ def generate_meshes(
     for name, value in (("rows", rows), ("max_faces", max_faces)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
-    options = {name: value for name, value in generate_options.items() if value is not None}
-    for name in options:
-        if name in _REFUSED:
+    options = dict(generate_options)
+    for name, value in options.items():
+        if name in _REFUSED and value is not None:
             raise ValueError(f"leave out {name}: {_REFUSED[name]}")
     if not options.pop("do_sample", True) or (options.get("num_beams") or 1) != 1:
         raise ValueError("with a seed each, meshes are sampled one by one: leave out do_sample and num_beams")
@@ -102,31 +107,165 @@ def generate_meshes(
         options["max_faces"] = max_faces
     layout = _layout_of(model)
     prompts = _prompts(prompt, len(seeds), layout, max_faces)
-    jobs = (_Job(*job) for job in zip(range(len(seeds)), seeds, prompts, strict=True))
-    rows = min(rows or default_rows(model), max(len(seeds), 1))
-    return (
-        _mesh(job, ids, layout, max_faces) for job, ids in _batches(model, jobs, rows, {"do_sample": True, **options})
-    )
+    jobs = [_Job(*job) for job in zip(range(len(seeds)), seeds, prompts, strict=True)]
+    if not jobs:
+        return iter(())
+    most = max_faces or layout.most_faces(model.generation_config.max_length)
+    made = _batches(model, jobs, min(rows or default_rows(model), len(jobs)), {"do_sample": True, **options})
+    return _meshes(made, layout, max_faces, most)
 
 
-def _batches(
-    model: Any, jobs: Iterator[_Job], rows: int, options: dict[str, Any]
+def _batches(model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]) -> Iterator[tuple[_Job, torch.Tensor]]:
+    """Each job with its ids (T,) on the CPU, from its prompt on, without padding; in any order, with so many rows in
+    work at a time at most. `options` are those of `generate()`, which raises at once for what cannot be."""
+    request = _request(model, max((job.prompt for job in jobs), key=len), options)
+    if request is None:
+        return _in_batches(model, jobs, rows, options)
+    return _refilled(model, jobs, rows, request)
+
+
+def _request(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> DecodeRequest | None:
+    """What generate() would ask of an engine, or None."""
+    found: list[DecodeRequest | None] = []
+
+    def look(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs):
+        try:
+            if input_ids.shape[1] % model.config.tokens_per_face:
+                raise Unsupported("a prompt that ends inside a face")
+            if generation_config.cache_implementation is not None:
+                raise Unsupported("cache_implementation")
+            asked = request_of(model, logits_processor, stopping_criteria, generation_config, kwargs, input_ids)
+            found.append(asked if asked.stops_at is None else None)
+        except Unsupported:
+            found.append(None)
+        return input_ids
+
+    model.generate(prompt[None].to(model.device), custom_generate=look, **options)
+    return found[0]
+
+
+def _in_batches(
+    model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]
 ) -> Iterator[tuple[_Job, torch.Tensor]]:
-    """Each job with its ids (T,) on the CPU, from its prompt on, which may end in padding; in any order, with so many
-    rows in work at a time at most. `options` are those of `generate()`."""
+    """As generate() makes them."""
     pad = model.config.pad_token_id
-    while batch := list(islice(jobs, rows)):
+    for first in range(0, len(jobs), rows):
+        batch = jobs[first : first + rows]
         longest = max(len(job.prompt) for job in batch)
         ids = torch.full((len(batch), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, job in enumerate(batch):
-            ids[row, longest - len(job.prompt) :] = job.prompt
-            mask[row, longest - len(job.prompt) :] = 1
-        seeds = [job.seed for job in batch]
-        inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-        sequences = model.generate(**inputs, seed=seeds, **options).cpu()
+        for row, job in zip(ids, batch, strict=True):
+            row[longest - len(job.prompt) :] = job.prompt
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": (ids != pad).long().to(model.device)}
+        sequences = model.generate(**inputs, seed=[job.seed for job in batch], **options).cpu()
         for job, sequence in zip(batch, sequences, strict=True):
-            yield job, sequence[longest - len(job.prompt) :]
+            sequence = sequence[longest - len(job.prompt) :]
+            kept = (sequence != pad).nonzero()
+            yield job, sequence[: int(kept[-1]) + 1]
+
+
+class _Row:
+    """A mesh in work."""
+
+    def __init__(self, job: _Job, token: int, first_face: int):
+        self.job, self.ids = job, [*job.prompt.tolist(), token]
+        self.first_face = first_face  # of the engine: what it made before was of another mesh
+
+
+def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -> Iterator[tuple[_Job, torch.Tensor]]:
+    config, dtype = model.config, decoding_dtype(model)
+    waiting = iter(jobs)
+    engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, dtype)
+    try:
+        with torch.inference_mode():
+            engine.prepare(request.choice)
+            engine.cache.reset()
+            engine.steps.clear()
+            engine.chooser.set(request.settings)
+        work: list[_Row | None] = [None] * rows
+        prompt = begun = None
+        launched = 0
+        pending: list[tuple[int, Any]] = []
+        while True:
+            # Rows without a mesh get the next ones.
+            free = [row for row in range(rows) if work[row] is None]
+            done: list[_Row] = []
+            begin: list[tuple[Any, int, RowsBegin, int]] = []
+            while len(begin) < len(free) and (job := next(waiting, None)):
+                if job.prompt is not prompt:
+                    prompt = job.prompt
+                    with torch.inference_mode():
+                        begun = read_prompt(model, prompt[None].to(model.device), dtype)
+                left = request.max_length - len(prompt)
+                start = rows_begin(request, config, prompt[None].numpy(), 0, row_numbers([job.seed], left))
+                token, state, seen = _first_token(request, config, begun.logits, start)
+                row = _Row(job, token, launched)
+                if token == request.choice.end or left == 1:
+                    done.append(row)
+                else:
+                    place = free[len(begin)]
+                    work[place] = row
+                    begin.append((begun, place, start._replace(state=state, seen=seen), token))
+            for _, group in groupby(begin, key=lambda each: id(each[0])):
+                begins, places, starts, tokens = zip(*group, strict=True)
+                together = RowsBegin(*(np.concatenate(parts) for parts in zip(*starts, strict=True)))
+                with torch.inference_mode():
+                    engine.begin_rows(list(places), begins[0], together, np.array(tokens), together.state)
+            yield from (_finished(config, request, row) for row in done)
+            active = any(row is not None for row in work)
+            if not active and not pending:
+                return
+            if active:
+                with torch.inference_mode():
+                    pending.append((launched, engine.next_face(request.choice)))
+                launched += 1
+            # While the host reads a face, a GPU makes the next one.
+            if len(pending) > (1 if engine.is_gpu and active else 0):
+                number, tokens = pending.pop(0)
+                columns = engine.read(tokens)
+                finished = []
+                for place, row in enumerate(work):
+                    if row is not None and row.first_face <= number and _take(request, row, columns[:, place]):
+                        finished.append(row)
+                        work[place] = None
+                stops = [bool(torch.as_tensor(look(prompt[None], None)).all()) for look in request.after_faces]
+                yield from (_finished(config, request, row) for row in finished)
+                if any(stops):
+                    yield from (_finished(config, request, row) for row in work if row is not None)
+                    return
+    finally:
+        give_engine(model, engine)
+
+
+def _first_token(
+    request: DecodeRequest, config: Any, logits: np.ndarray, start: RowsBegin
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """The token after the prompt, and the chooser's state and seen tokens after it."""
+    chooser = HostChooser(1, start.uniforms.shape[1], config.vocab_size, config.tokens_per_face, torch.zeros(1))
+    chooser.set(request.settings)
+    chooser.begin(torch.zeros(1, dtype=torch.long), start)
+    token = torch.zeros(1, dtype=torch.long)
+    chooser.choose(request.choice, torch.from_numpy(logits), token, 0, False)
+    return int(token), chooser.state, chooser.seen
+
+
+def _take(request: DecodeRequest, row: _Row, column: np.ndarray) -> bool:
+    """Adds a face's other tokens and the first one of the next; whether the mesh is finished."""
+    for token in column.tolist():
+        if len(row.ids) == request.max_length:
+            return True
+        row.ids.append(token)
+        if token == request.choice.end:
+            return True
+    return len(row.ids) == request.max_length
+
+
+def _finished(config: Any, request: DecodeRequest, row: _Row) -> tuple[_Job, torch.Tensor]:
+    ids = row.ids
+    if ids[-1] == request.choice.end and request.choice.grammar:
+        # A whole end face, as far as there is room.
+        face = config.tokens_per_face
+        ids = [*ids, *[ids[-1]] * min(face - 1, request.max_length - len(ids))]
+    return row.job, torch.tensor(ids)
 
 
 def _layout_of(model: Any) -> MeshFormat:
@@ -181,14 +320,15 @@ def _prompt(prompt: Any, layout: MeshFormat, max_faces: int | None) -> torch.Ten
     return ids
 
 
-def _mesh(job: _Job, ids: torch.Tensor, layout: MeshFormat, max_faces: int | None) -> GeneratedMesh:
-    ends = (ids == layout.eos_token_id).nonzero()
-    ended = len(ends) > 0
-    if ended:
-        first = operator.index(ends[0, 0])
-        length = layout.num_tokens(layout.whole_faces(first) + 1)  # with the end face
-    else:
-        length = len(ids) if max_faces is None else layout.num_tokens(max_faces, start=True)
-    ids = ids[:length]
-    kept = (ids != layout.pad_token_id).nonzero()
-    return GeneratedMesh(job.number, job.seed, ids[: operator.index(kept[-1, 0]) + 1].clone(), ended)
+def _meshes(
+    made: Iterator[tuple[_Job, torch.Tensor]], layout: MeshFormat, max_faces: int | None, most: int
+) -> Iterator[GeneratedMesh]:
+    with closing(made):
+        for job, ids in made:
+            ended = layout.has_ended(ids, most)
+            if max_faces is not None:
+                # Without the mesh grammar the tokens of an end face may be of another face.
+                room = layout.num_tokens(max_faces, start=True)
+                if not (ids[: room + 1] == layout.eos_token_id).any():
+                    ids = ids[:room]
+            yield GeneratedMesh(job.number, job.seed, ids, ended)

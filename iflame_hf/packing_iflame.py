@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class BlockWeights(NamedTuple):
 class PackedWeights(NamedTuple):
     """Of a model."""
 
-    embedding: torch.Tensor  # (V, C) float32, normalised
+    embedding: torch.Tensor  # (V, C) float32 or float64, normalised
     blocks: list[BlockWeights]
     scales: list[torch.Tensor]  # (1,) each, of what is handed up to coordinates and to vertices
     head: torch.Tensor  # (V, C)
@@ -72,7 +72,7 @@ def pack_weights(model: nn.Module, dtype: torch.dtype) -> PackedWeights:
             )
         )
     return PackedWeights(
-        network.embed_norm(network.embed_tokens.weight).float(),
+        _wide(network.embed_norm(network.embed_tokens.weight)),
         blocks,
         [taken(each.scale) for each in network.upsamplers],
         taken(model.lm_head.weight),
@@ -90,6 +90,29 @@ def copy_weights(to: PackedWeights, new: PackedWeights) -> None:
 
     for old, fresh in zip(tensors(to), tensors(new), strict=True):
         old.copy_(fresh)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def begin_groups(
+    cache: Any, strides: tuple[int, ...], members: list[torch.Tensor], handed: list[torch.Tensor]
+) -> None:
+    """
+    Takes the open ends of the hourglass over from a cache.
+
+    Args:
+        strides: tokens of an item of each level.
+        members: (GROUP, B, C) of coordinates and of vertices: the open group.
+        handed: (B, C) of both: what the level below has handed up; nothing before the mesh has a whole item of it.
+    """
+    for level, group in enumerate(cache.open_groups):
+        waiting = group.waiting
+        for index in range(waiting.shape[1]):
+            members[level][index].copy_(waiting[:, index])
+        has_begun = cache.positions >= strides[level + 1]
+        handed[level].copy_(group.handed_up[:, 0].masked_fill(~has_begun[:, None], 0.0))
 
 
 def _by_halves(attention: nn.Module) -> torch.Tensor:

@@ -70,7 +70,7 @@ class MeshGenerationPipeline(Pipeline):
 
         Returns:
             A list of `num_meshes` meshes, in the prompt's units; for a list of prompts a list of such lists. Their
-            `metadata["ended"]` says whether the mesh came to its end within `max_faces`, `metadata["seed"]` is the
+            `metadata["ended"]` says whether the mesh came to its end before `max_faces`, `metadata["seed"]` is the
             seed that makes it again (None for greedy search and beams). One may be without a face.
 
         Raises ValueError for parameters and prompts that cannot be, ImportError where trimesh is missing.
@@ -115,15 +115,16 @@ class MeshGenerationPipeline(Pipeline):
         return self._in_batches(jobs, batch_size, **forward)
 
     def _sampled(self, jobs: list[dict], rows: int, max_faces: int | None = None, **options: Any) -> Iterator:
+        most = max_faces or self.default_max_faces
         made = generate_meshes(
             self.model,
             [job["seed"] for job in jobs],
             rows=rows,
-            max_faces=max_faces or self.default_max_faces,
+            max_faces=most,
             prompt=[job["input_ids"] for job in jobs],
             **self._sampling_options(**options),
         )
-        return ((mesh.number, self._decoded(mesh.ids, jobs[mesh.number], mesh.ended)) for mesh in made)
+        return ((mesh.number, self._decoded(mesh.ids, jobs[mesh.number], most)) for mesh in made)
 
     def _in_batches(self, jobs: list[dict], batch_size: int, **options: Any) -> Iterator[tuple[int, Any]]:
         """Meshes that are not sampled with a seed each: the likeliest, or beams."""
@@ -257,9 +258,8 @@ class MeshGenerationPipeline(Pipeline):
 
     def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         most = max_faces or self.default_max_faces
-        # The last token may say that the mesh ends.
-        new_tokens = self.tokenizer.format.num_tokens(most - min(map(self._num_faces, rows))) + 1
-        return {**self._sampling_options(**options), "max_new_tokens": new_tokens}
+        new_tokens = self.tokenizer.format.num_tokens(most - min(map(self._num_faces, rows)), end=True)
+        return {**self._sampling_options(**options), "max_faces": most, "max_new_tokens": new_tokens}
 
     def _sampling_options(self, **options: Any) -> dict[str, Any]:
         own = self.model.generation_config.to_diff_dict()
@@ -289,27 +289,26 @@ class MeshGenerationPipeline(Pipeline):
         ).to(self.device)
         seeds = [row.get("seed") for row in rows]
         sequences = self.model.generate(**batch, seed=None if None in seeds else seeds, **options)
-        shortest = min(len(row["input_ids"]) for row in rows)
-        longest_mesh = shortest + options["max_new_tokens"]
+        most = options["max_faces"]
+        longest = self.tokenizer.format.num_tokens(most, start=True, end=True)
         padding = [batch["input_ids"].shape[1] - len(row["input_ids"]) for row in rows]
-        # A row with a longer prompt has had more tokens to generate than it may keep.
-        return {
-            "ids": [ids[start : start + longest_mesh] for ids, start in zip(sequences, padding, strict=True)],
-            "rows": rows,
-        }
+        ids = [row[start : start + longest] for row, start in zip(sequences, padding, strict=True)]
+        return {"ids": ids, "rows": rows, "max_faces": most}
 
     def postprocess(self, outputs: dict[str, Any]) -> list:
-        meshes = []
-        for ids, row in zip(outputs["ids"], outputs["rows"], strict=True):
-            ended = bool((ids[len(row["input_ids"]) :] == self.tokenizer.eos_token_id).any())
-            meshes.append(self._decoded(ids, row, ended))
-        return meshes
+        return [
+            self._decoded(ids, row, outputs["max_faces"])
+            for ids, row in zip(outputs["ids"], outputs["rows"], strict=True)
+        ]
 
-    def _decoded(self, ids: Any, row: dict, ended: bool) -> Any:
+    def _decoded(self, ids: Any, row: dict, most: int) -> Any:
+        layout = self.tokenizer.format
+        # Without the mesh grammar the tokens of an end face may be of another face.
+        ids = np.asarray(torch.as_tensor(ids).cpu())[: layout.num_tokens(most, start=True) + 1]
         mesh = self.tokenizer.decode_mesh(ids)
         if row["bounds"] is not None and len(mesh.faces):
             mesh.vertices = denormalise(np.asarray(mesh.vertices), row["bounds"])
-        mesh.metadata |= {"seed": row.get("seed"), "ended": ended}
+        mesh.metadata |= {"seed": row.get("seed"), "ended": layout.has_ended(ids, most)}
         return mesh
 
 

@@ -155,7 +155,7 @@ class StaticKeyValueState(LayerState):
         self.keys.scatter_(2, places, keys.to(self.keys.dtype))
         self.values.scatter_(2, places, values.to(self.values.dtype))
         self._items += keys.shape[2]
-        return (self.keys, self.values) if slots.are_read else (keys, values)
+        return (self.keys.to(keys.dtype), self.values.to(values.dtype)) if slots.are_read else (keys, values)
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.keys, self.values = (

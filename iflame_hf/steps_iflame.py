@@ -21,10 +21,9 @@ from .kernels_iflame import (
     gate_up,
     project,
     project_heads,
-    triton,
 )
 from .ops_iflame import rotary_tables
-from .packing_iflame import BlockWeights, PackedWeights
+from .packing_iflame import BlockWeights, PackedWeights, begin_groups
 
 # B rows, C channels, H heads, D head size, I hidden units, V token ids, G groups of heads, S splits of the keys
 
@@ -40,7 +39,7 @@ class Tiles(NamedTuple):
     out: int  # outputs of attention's projection
     group: int  # heads of a program of linear attention
     keys: int  # at a time
-    splits: tuple[int, int, int]  # of the keys of each level
+    splits: tuple[int, int, int]  # of the keys of each level: two or more if not wide, else one
     inner: int  # inputs at a time; 0: all
     heads_warps: int = 4
     hidden_warps: int = 4
@@ -50,20 +49,22 @@ class Tiles(NamedTuple):
     stages: int = 2
 
 
-NARROW_ROWS = 16
+NARROW_ROWS = 16  # with up to so many, each is multiplied by itself
 
 
 def _power(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def choose_tiles(rows: int, heads: int) -> Tiles:
-    """Tiles for so many rows and heads."""
+def choose_tiles(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Tiles:
+    """Tiles for so many rows and heads, and weights of that type."""
     if rows <= NARROW_ROWS:
         return Tiles(False, 1, 4, 8, 4, 32, min(8, _power(heads)), 256, (32, 16, 8), 0)
+    if dtype == torch.float32:  # which takes twice the memory of a multiprocessor
+        return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 64, stages=2)
     if rows <= 128:
-        return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 128, stages=4)
-    return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=3)
+        return Tiles(True, 32, 32, 32, 32, 32, 1, 64, (1, 1, 1), 128, stages=4)
+    return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=4)
 
 
 class KernelSteps:
@@ -77,11 +78,13 @@ class KernelSteps:
         pdl: whether a kernel is launched before the one before it has ended: needs a GPU of compute capability 9.
     """
 
-    def __init__(self, config: Any, weights: PackedWeights, cache: StaticIFlameCache, pdl: bool, tiles: Tiles | None = None):
+    def __init__(
+        self, config: Any, weights: PackedWeights, cache: StaticIFlameCache, pdl: bool, tiles: Tiles | None = None
+    ):
         self.config, self.weights, self.cache, self.pdl = config, weights, cache, pdl
         self.rows = cache.batch_size
-        self.tiles = choose_tiles(self.rows, config.num_attention_heads) if tiles is None else tiles
         device, dtype = weights.head.device, weights.head.dtype
+        self.tiles = choose_tiles(self.rows, config.num_attention_heads, dtype) if tiles is None else tiles
         rows, channels, size = self.rows, config.hidden_size, config.head_dim
         heads = config.num_attention_heads
 
@@ -116,20 +119,40 @@ class KernelSteps:
         self.phases = 0  # kernels launched so far
 
     def begin(self) -> None:
-        """The cache holds what the rows begin with, at a place within a face at which its open groups may be filled."""
+        """The cache holds what the rows begin with, whole faces or not."""
         self.turns = [0] * len(self.turns)
-        for group, members, handed in zip(self.cache.open_groups, self.members, self.handed, strict=True):
-            waiting = group.waiting
-            for index in range(waiting.shape[1]):
-                members[index].copy_(waiting[:, index])
-            handed.copy_(group.handed_up[:, 0])
+        begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
+
+    def settle(self) -> None:
+        """All levels take the same turn again, after a face that was not run as a whole."""
+        for block, layer, other in zip(self.weights.blocks, self.cache.layers, self.others, strict=True):
+            if other is not None and self.turns[block.level]:
+                layer.state.copy_(other)
+        self.turns = [0] * len(self.turns)
+
+    def clear(self) -> None:
+        """All rows are to begin by `begin_rows`."""
+        self.turns = [0] * len(self.turns)
+
+    def begin_rows(self, rows: torch.Tensor, prompt: Any) -> None:
+        """`rows` (R,) hold what comes after a prompt of whole faces."""
+        for block, layer, other, memory in zip(
+            self.weights.blocks, self.cache.layers, self.others, prompt.memories, strict=True
+        ):
+            if block.is_full:
+                items = memory[0].shape[2]
+                layer.keys[rows, :, :items], layer.values[rows, :, :items] = memory
+            else:
+                in_other = other is not None and self.turns[block.level]
+                (other if in_other else layer.state)[rows] = memory[0]
+        for handed, value in zip(self.handed, prompt.handed, strict=True):
+            handed[rows] = value.float()
 
     def step(self, place: int) -> None:
         """`tokens` at that place in their faces -> `logits` of the next ones. Positions are those of the cache."""
-        group = self.config.group_sizes[0]
+        group, members = self.config.group_sizes[0], self.members
         is_vertex, is_face = place % group == group - 1, place == self.config.tokens_per_face - 1
         corner, vertex = place % group, place // group
-        members = self.members
         self._stage(0, 0, EMBED, self.x[0], members[0][corner], read=self.weights.embedding)
         if is_vertex:
             self._stage(1, 1, POOL, self.x[1], members[1][vertex], read=members[0])
@@ -166,7 +189,9 @@ class KernelSteps:
                 self._keys(block, layer)
             else:
                 self._linear(layer.state)
-            self._project(self.attended, block.read_norm, block.out, None, residual, middle, tiles.out, tiles.out_warps)
+            self._project(
+                self.attended, block.read_norm, block.out, None, residual, middle, tiles.out, tiles.out_warps
+            )
         self._hidden(block, middle if not parts else residual, parts)
         self._project(self.hidden, None, block.down, block.down_bias, middle, out, tiles.down, tiles.down_warps)
 
@@ -194,7 +219,8 @@ class KernelSteps:
             self.rows, keys.shape[2] if block.is_full else 1, config.rms_norm_eps,
             C=channels, D=config.head_dim,
             GROUP=config.group_sizes[0], SOURCE=source, FULL=block.is_full,
-            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.heads, BK=tiles.inner or _power(channels), warps=tiles.heads_warps,
+            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.heads, BK=tiles.inner or _power(channels),
+            warps=tiles.heads_warps,
         )  # fmt: skip
 
     def _linear_project(self, block: BlockWeights, state: torch.Tensor, following: torch.Tensor) -> None:
@@ -246,7 +272,8 @@ class KernelSteps:
             x, self.partial, self.square, self.middle, block.mlp_norm, block.gate_up, block.gate_up_bias, self.hidden,
             self.rows, self.config.rms_norm_eps,
             C=channels, I=units, PARTS=parts, NORMALISED=not block.is_full,
-            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.hidden, BK=tiles.inner or _power(channels), warps=tiles.hidden_warps,
+            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.hidden, BK=tiles.inner or _power(channels),
+            warps=tiles.hidden_warps,
         )  # fmt: skip
 
     def _project(self, x, norm, w, bias, residual, out, width: int, warps: int) -> None:

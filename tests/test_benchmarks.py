@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 SIZES = (
     "--device cpu --hidden_size 32 --num_attention_heads 4 --stage_layers 1 1 2 1 1 --batch_size 2 --repeats 1".split()
 )
-GENERATE = [*SIZES, "--new_tokens", "11", "--prompt_faces", "2", "--warmup_tokens", "3"]
+GENERATE = [*SIZES, "--loop", "engine", "--new_tokens", "11", "--prompt_faces", "2", "--warmup_tokens", "3"]
 TRAIN = [*SIZES, "--faces", "5", "--warmup", "1"]
 FACTS = {"machine", "gpu", "torch", "transformers", "commit", "dtype", "batch_size", "faces", "hidden_size", "rows"}
 

@@ -232,20 +232,21 @@ def test_json_gives_a_line_a_mesh_on_the_output_and_says_all_else_as_errors(mode
     assert re.search(r"--seed \d+ for the same meshes", run.stderr)
 
 
-def save_with_likely_tokens(folder, **bias):
+def save_with_likely_tokens(folder, mesh_grammar=True, **bias):
     """A model's folder, with more of some tokens than of others."""
     likely = small_model()
     with torch.no_grad():
         likely.lm_head.bias[[PAD, BOS, EOS]] -= 30
         for token, more in bias.items():
             likely.lm_head.bias[int(token.removeprefix("token_"))] += more
+    likely.generation_config.mesh_grammar = mesh_grammar
     likely.save_pretrained(folder)
     IFlameTokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def test_faces_that_were_dropped_are_counted_and_told(tmp_path, capsys):
-    model = save_with_likely_tokens(tmp_path / "model", token_5=9, token_6=9, token_7=9)
+    model = save_with_likely_tokens(tmp_path / "model", mesh_grammar=False, token_5=9, token_6=9, token_7=9)
     assert generate(model, tmp_path / "out", "--num", "2", "--seed", "1", faces=60) == 0
     told = capsys.readouterr().out
     for entry in json.loads((tmp_path / "out" / "meshes.json").read_text())["meshes"]:

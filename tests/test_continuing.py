@@ -128,8 +128,9 @@ def test_generate_stops_counting_padding_against_the_limit():
     model = small_model(max_position_embeddings=36)
     ids = F.pad(mesh_rows(2, faces=2), (18, 0), value=PAD)
     mask = (torch.arange(45).expand(2, -1) >= 18).long()
-    generated = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=9, eos_token_id=None)
-    alone = model.generate(ids[:, 18:], do_sample=False, max_new_tokens=9, eos_token_id=None)
+    options = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None, "mesh_grammar": False}
+    generated = model.generate(ids, attention_mask=mask, **options)
+    alone = model.generate(ids[:, 18:], **options)
     assert torch.equal(generated[:, 18:], alone)
 
 

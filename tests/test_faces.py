@@ -27,7 +27,7 @@ def model():
 
 def sample(model, seed, *args, **options):
     torch.manual_seed(seed)
-    return model.generate(*args, **{"do_sample": True, "max_new_tokens": 9 * FACES, **options})
+    return model.generate(*args, **{"do_sample": True, "max_new_tokens": 9 * FACES, "mesh_grammar": False, **options})
 
 
 def corners(mesh):
@@ -36,7 +36,9 @@ def corners(mesh):
 
 def faces_of(model, tokenizer, seed, prompt=None, **options):
     torch.manual_seed(seed)
-    faces = stream_faces(model, tokenizer, prompt, **{"do_sample": True, "max_new_tokens": 9 * FACES, **options})
+    faces = stream_faces(
+        model, tokenizer, prompt, **{"do_sample": True, "max_new_tokens": 9 * FACES, "mesh_grammar": False, **options}
+    )
     return np.array(list(faces)).reshape(-1, 3, 3)
 
 

@@ -15,6 +15,7 @@ import torch
 import trimesh
 from sampling_processes import Sampler, wait_for_meshes
 from small_models import BOS, EOS, PAD, small_model
+from transformers import StoppingCriteria
 
 from iflame_hf import GeneratedMesh, IFlameTokenizer, generate_meshes, many_iflame
 from iflame_hf.many_iflame import default_rows
@@ -73,7 +74,11 @@ def test_ids_go_from_the_start_face_to_the_end_face_without_padding(model):
     lengths = set()
     for mesh in generate_meshes(model, range(NUM), max_faces=MAX_FACES):
         ids = mesh.ids.tolist()
-        assert mesh.ended and mesh.ids.dtype == torch.int64 and mesh.ids.device.type == "cpu"
+        assert (
+            mesh.ended == (len(ids) < 9 * (1 + MAX_FACES + 1))
+            and mesh.ids.dtype == torch.int64
+            and mesh.ids.device.type == "cpu"
+        )
         assert ids[:9] == START and ids[-9:] == END and not {PAD, BOS, EOS} & set(ids[9:-9])
         lengths.add(len(ids))
     assert max(lengths) == 9 * (1 + MAX_FACES + 1) and len(lengths) > 2
@@ -83,14 +88,13 @@ def test_without_the_grammar_a_mesh_that_is_cut_off_has_not_ended():
     model = small_model()
     with torch.no_grad():
         model.lm_head.bias[[PAD, BOS]] -= 30
-        model.lm_head.bias[EOS] += 1
+        model.lm_head.bias[EOS] += 3
     meshes = list(generate_meshes(model, range(12), max_faces=3, mesh_grammar=False))
     assert {mesh.ended for mesh in meshes} == {True, False}
     for mesh in meshes:
-        if mesh.ended:
-            assert mesh.ids[-1] == EOS and EOS not in mesh.ids[:-1]
-        else:
-            assert len(mesh.ids) == 9 * (1 + 3)
+        ids = mesh.ids.tolist()
+        assert mesh.ended == (EOS in ids[: 9 * (1 + 3)])
+        assert ids.index(EOS) == len(ids) - 1 if EOS in ids else len(ids) == 9 * (1 + 3)
 
 
 def test_every_mesh_has_its_beginning_alone_or_beside_longer_ones(model):
@@ -107,12 +111,32 @@ def test_every_mesh_has_its_beginning_alone_or_beside_longer_ones(model):
 def test_meshes_come_before_the_next_ones_are_made(model, monkeypatch):
     made = []
     generate = model.generate
-    monkeypatch.setattr(model, "generate", lambda **inputs: (made.append(inputs["seed"]), generate(**inputs))[1])
-    meshes = generate_meshes(model, [5, 6, 7], rows=2, max_faces=2)
-    assert made == []
-    assert next(meshes).seed == 5 and made == [[5, 6]]
-    assert len(list(meshes)) == 2 and made == [[5, 6], [7]]
+
+    def watched(*inputs, **options):
+        made.append(options.get("seed"))
+        return generate(*inputs, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    meshes = generate_meshes(model, [5, 6, 7], rows=2, max_faces=2, cache_implementation="dynamic")
+    assert made == [None], "options are looked at at once"
+    assert next(meshes).seed == 5 and made[1:] == [[5, 6]]
+    assert len(list(meshes)) == 2 and made[1:] == [[5, 6], [7]]
     assert list(generate_meshes(model, [])) == []
+
+
+def test_a_criterion_that_looks_once_a_face_looks_at_the_engine_and_stops_it(model):
+    class Stop(StoppingCriteria):
+        looks_once_a_face = True
+        faces = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.faces += 1
+            return torch.tensor(self.faces == 3)
+
+    stop = Stop()
+    meshes = list(generate_meshes(model, range(NUM), rows=4, min_faces=7, max_faces=8, stopping_criteria=[stop]))
+    assert stop.faces == 3 and [len(mesh.ids) for mesh in meshes] == [9 * (1 + 3) + 1] * 4
+    assert not any(mesh.ended for mesh in meshes)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +147,6 @@ def test_meshes_come_before_the_next_ones_are_made(model, monkeypatch):
         ([0.5], {}, "seed must be a whole number from 0 on"),
         ([0], {"rows": 0}, "rows must be a whole number from 1 on, got 0"),
         ([0], {"max_faces": 2.0}, "max_faces must be a whole number from 1 on, got 2.0"),
-        ([0], {"max_new_tokens": 90}, "leave out max_new_tokens: faces are counted by max_faces"),
         ([0], {"num_return_sequences": 2}, "leave out num_return_sequences: a mesh is made for each seed"),
         ([0], {"do_sample": False}, "leave out do_sample and num_beams"),
         ([0], {"num_beams": 2}, "leave out do_sample and num_beams"),
@@ -146,7 +169,7 @@ def test_the_pipeline_puts_meshes_in_the_order_of_their_seeds(model, monkeypatch
     generator = pipeline("mesh-generation", model=model, tokenizer=IFlameTokenizer(), device="cpu")
     expected = generator(num_meshes=7, max_faces=4, seed=3)
     source = many_iflame._batches
-    monkeypatch.setattr(many_iflame, "_batches", lambda *arguments: reversed(list(source(*arguments))))
+    monkeypatch.setattr(many_iflame, "_batches", lambda *arguments: (each for each in reversed([*source(*arguments)])))
     numbers = [number for number, _ in generator.as_finished(num_meshes=7, max_faces=4, seed=3)]
     assert numbers == [6, 5, 4, 3, 2, 1, 0]
     meshes = generator(num_meshes=7, max_faces=4, seed=3, batch_size=2)
@@ -198,7 +221,8 @@ def test_the_meshes_are_those_of_their_seeds_and_recorded(whole, model):
     }
     for record in records:
         expected = tokenizer.decode_mesh(meshes[record["number"]].ids)
-        assert record["seed"] == record["number"] and record["faces"] == len(expected.faces) and record["ended"]
+        assert record["seed"] == record["number"] and record["faces"] == len(expected.faces)
+        assert record["ended"] == (record["faces"] < MAX_FACES)
         assert record["file"] == (f"mesh-{record['number']:06d}.glb" if record["faces"] else None)
         if record["file"]:
             mesh = trimesh.load_mesh(whole / record["file"], process=False)

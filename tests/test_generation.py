@@ -26,7 +26,8 @@ def greedy(model, ids, count):
 
 
 def generate(model, *args, **options):
-    return model.generate(*args, **{"do_sample": False, "eos_token_id": None, **options})
+    """What transformers does with any ids: they need not be a mesh."""
+    return model.generate(*args, **{"do_sample": False, "eos_token_id": None, "mesh_grammar": False, **options})
 
 
 @pytest.mark.parametrize("length", [9, 18, 20, 22, 31])
@@ -44,7 +45,9 @@ def test_without_a_prompt_it_starts_from_nine_bos(model):
     assert torch.equal(ids, greedy(model, torch.full((1, 9), BOS), 30))
     assert torch.equal(ids, generate(model, torch.full((1, 9), BOS), max_new_tokens=30))
     assert generate(model, max_length=30).shape == (1, 30)
-    three = model.generate(do_sample=True, num_return_sequences=3, max_new_tokens=20, eos_token_id=None)
+    three = model.generate(
+        do_sample=True, num_return_sequences=3, max_new_tokens=20, eos_token_id=None, mesh_grammar=False
+    )
     assert three.shape == (3, 29) and (three[:, :9] == BOS).all() and not torch.equal(three[0], three[1])
 
 
@@ -63,8 +66,10 @@ def test_the_default_length_is_a_mesh_of_800_faces_or_all_that_the_model_takes(l
 
 
 def test_a_number_of_new_tokens_needs_no_other_option_and_no_warning(model, recwarn, caplog):
-    assert model.generate(max_new_tokens=20, do_sample=True, eos_token_id=None).shape == (1, 29)
-    assert model.generate(mesh_rows(1, faces=1), max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 21)
+    assert model.generate(max_new_tokens=20, do_sample=True, eos_token_id=None, mesh_grammar=False).shape == (1, 29)
+    assert model.generate(
+        mesh_rows(1, faces=1), max_new_tokens=3, do_sample=False, eos_token_id=None, mesh_grammar=False
+    ).shape == (1, 21)
     assert not [str(warning.message) for warning in recwarn]
     assert not [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
 
@@ -77,7 +82,7 @@ def test_generation_settings_are_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = IFlameForCausalLM.from_pretrained(tmp_path)
     assert (loaded.generation_config.max_length, loaded.generation_config.top_k) == (40, 5)
-    ids = [(torch.manual_seed(0), each.generate(eos_token_id=None))[1] for each in (model, loaded)]
+    ids = [(torch.manual_seed(0), each.generate(eos_token_id=None, mesh_grammar=False))[1] for each in (model, loaded)]
     assert ids[0].shape == (1, 40) and torch.equal(*ids)
     assert [loaded.generation_config.pad_token_id, loaded.generation_config.bos_token_id] == [PAD, BOS]
     assert loaded.generation_config.eos_token_id == EOS
@@ -230,7 +235,13 @@ def test_each_row_stops_at_its_end_token_and_is_filled_with_padding(model, do_sa
                     scores[row, EOS] = 1e9
             return scores
 
-    ids = model.generate(mesh_rows(3, faces=1), do_sample=do_sample, logits_processor=LogitsProcessorList([End()]))
+    ids = generate(
+        model,
+        mesh_rows(3, faces=1),
+        do_sample=do_sample,
+        logits_processor=LogitsProcessorList([End()]),
+        eos_token_id=EOS,
+    )
     assert ids.shape == (3, 31)
     for row in range(3):
         assert (ids[row, 18 : 20 + 5 * row] < PAD).all()

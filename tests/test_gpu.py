@@ -197,7 +197,9 @@ def test_padding_on_the_left_changes_neither_logits_nor_the_steps_after_it(
     mask[0, :padding] = 0
     short = prompt[:1, : prompt.shape[1] - padding]
     padded = torch.cat([F.pad(short, (padding, 0), value=model.config.pad_token_id), prompt[1:]])
-    tokens = model.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=40, eos_token_id=None)
+    tokens = model.generate(
+        padded, attention_mask=mask, do_sample=False, max_new_tokens=40, eos_token_id=None, mesh_grammar=False
+    )
     output = model(padded, attention_mask=mask, use_cache=True)
     pieces = [output.logits]
     for index in range(padded.shape[1], tokens.shape[1]):
@@ -213,7 +215,7 @@ def test_padding_on_the_left_changes_neither_logits_nor_the_steps_after_it(
 @pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
 def test_generate_gives_tokens_that_are_likeliest_for_the_oracle(oracle, logits_error, attention, linear_attention):
     model, prompt = model_with(attention, linear_attention, torch.bfloat16), rows_of(3)[:, :31]
-    tokens = model.generate(prompt, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    tokens = model.generate(prompt, do_sample=False, max_new_tokens=60, eos_token_id=None, mesh_grammar=False)
     assert tokens.shape == (2, 91) and torch.equal(tokens[:, :31], prompt)
     logits = logits_of(oracle, tokens[:, :-1])[:, 30:]
     lost = logits.amax(dim=-1) - logits.gather(-1, tokens[:, 31:, None]).squeeze(-1)
@@ -225,7 +227,9 @@ def test_greedy_tokens_in_float32_are_those_of_the_cpu(attention):
     def tokens_on(device):
         # With these weights the two likeliest tokens are never closer than 0.02.
         model = model_with(attention, "chunked", device=device, seed=7)
-        return model.generate(do_sample=False, max_new_tokens=90, eos_token_id=None).tolist()
+        return model.generate(
+            do_sample=False, max_new_tokens=90, eos_token_id=None, mesh_grammar=False, cache_implementation="dynamic"
+        ).tolist()
 
     expected = tokens_on("cpu")
     assert len(expected[0]) == 99 and len(set(expected[0])) > 10
@@ -242,7 +246,7 @@ def test_sampling_ends_at_the_end_face_or_at_the_length_asked_for():
 @pytest.mark.parametrize(("attention", "linear_attention"), PAIRS)
 def test_generate_does_not_compile_the_model_unasked(attention, linear_attention):
     model = model_with(attention, linear_attention, torch.bfloat16)
-    model.generate(do_sample=False, max_new_tokens=20)
+    model.generate(do_sample=False, max_new_tokens=20, cache_implementation="dynamic")
     assert not hasattr(model, "_compiled_call")
 
 
@@ -250,7 +254,7 @@ def test_no_step_waits_for_a_plan_that_fits_one_length_only():
     # cuDNN's attention, which torch prefers on some GPUs, builds one for each.
     model = model_with("sdpa", "chunked", torch.bfloat16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model.generate(do_sample=False, max_new_tokens=20, eos_token_id=None)
+        model.generate(do_sample=False, max_new_tokens=20, eos_token_id=None, cache_implementation="dynamic")
     attention = {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key}
     assert attention and not any("cudnn" in name for name in attention), attention
 
@@ -387,9 +391,9 @@ def test_the_callers_choice_of_an_attention_kernel_holds_also_with_a_cache():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             if backends:
                 with sdpa_kernel(list(backends)):
-                    model.generate(do_sample=False, max_new_tokens=9)
+                    model.generate(do_sample=False, max_new_tokens=9, cache_implementation="dynamic")
             else:
-                model.generate(do_sample=False, max_new_tokens=9)
+                model.generate(do_sample=False, max_new_tokens=9, cache_implementation="dynamic")
         return " ".join(event.key for event in profile.key_averages() if "scaled_dot_product" in event.key)
 
     assert "efficient" in attention_of(SDPBackend.EFFICIENT_ATTENTION)

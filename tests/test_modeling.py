@@ -271,8 +271,10 @@ def test_a_model_may_be_dispatched_over_devices_block_by_block(tmp_path):
     assert split.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
     assert split.model.layers[0].self_attn.q_proj.weight.device.type == "cpu"
     assert torch.equal(split(rows).logits, model(rows).logits)
-    ids = split.generate(rows, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    assert torch.equal(ids, model.generate(rows, max_new_tokens=12, do_sample=False, eos_token_id=None))
+    ids = split.generate(rows, max_new_tokens=12, do_sample=False, eos_token_id=None, mesh_grammar=False)
+    assert torch.equal(
+        ids, model.generate(rows, max_new_tokens=12, do_sample=False, eos_token_id=None, mesh_grammar=False)
+    )
 
 
 def test_blocks_are_what_is_wrapped_and_never_split():
@@ -309,4 +311,4 @@ def test_the_published_shape_trains_a_step_and_generates():
         losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(torch.log(torch.tensor(132.0)).item(), abs=0.5)
     assert losses[-1] < losses[0] - 0.1
-    assert model.eval().generate(max_new_tokens=20, eos_token_id=None).shape == (1, 29)
+    assert model.eval().generate(max_new_tokens=20, eos_token_id=None, mesh_grammar=False).shape == (1, 29)

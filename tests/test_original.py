@@ -100,9 +100,11 @@ def test_logits_are_those_of_the_original_code(case, attention, linear_attention
 def test_greedy_tokens_are_those_of_the_original_code(case, linear_attention):
     model, _, _, greedy = case
     model.config.linear_attn_implementation = linear_attention
-    generated = model.generate(do_sample=False, max_new_tokens=90, eos_token_id=None)
+    generated = model.generate(do_sample=False, max_new_tokens=90, eos_token_id=None, mesh_grammar=False)
     assert generated.tolist() == greedy.tolist()
-    inside_a_face = model.generate(greedy[:, :31].long(), do_sample=False, max_new_tokens=68, eos_token_id=None)
+    inside_a_face = model.generate(
+        greedy[:, :31].long(), do_sample=False, max_new_tokens=68, eos_token_id=None, mesh_grammar=False
+    )
     assert inside_a_face.tolist() == greedy.tolist()
 
 

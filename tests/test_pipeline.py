@@ -17,7 +17,14 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import iflame_hf
 from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
-from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline, export_mesh
+from iflame_hf import (
+    IFlameConfig,
+    IFlameForCausalLM,
+    IFlameTokenizer,
+    MeshGenerationPipeline,
+    export_mesh,
+    many_iflame,
+)
 from iflame_hf.mesh_errors_iflame import MeshError, OptionError, errors_name
 from iflame_hf.mesh_iflame import denormalise, turn
 
@@ -71,7 +78,7 @@ def test_it_gives_as_many_meshes_as_asked_for_within_the_faces_asked_for(generat
     meshes = generator(num_meshes=5, max_faces=6, seed=0)
     assert len(meshes) == 5 and all(isinstance(mesh, trimesh.Trimesh) for mesh in meshes)
     assert 0 < max(len(mesh.faces) for mesh in meshes) <= 6
-    assert {mesh.metadata["ended"] for mesh in generator(num_meshes=12, max_faces=9, seed=0)} == {True, False}
+    assert {mesh.metadata["ended"] for mesh in generator(num_meshes=24, max_faces=40, seed=0)} == {True, False}
     assert len(generator(max_faces=2)) == 1
 
 
@@ -86,12 +93,12 @@ def test_a_seed_gives_the_same_meshes_and_leaves_the_random_numbers_of_others_al
 
 
 def test_the_meshes_are_those_of_generate(generator):
-    options = {"do_sample": True, "top_k": 0, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 9 * 5 + 1}
+    options = {"do_sample": True, "top_k": 0, "temperature": 0.8, "top_p": 0.9, "max_faces": 5}
     ids = generator.model.generate(torch.full((4, 9), BOS), seed=3, **options)
     expected = triangles(generator.tokenizer.batch_decode_mesh(ids))
     meshes = generator(num_meshes=4, max_faces=5, seed=3, temperature=0.8, top_p=0.9)
     assert triangles(meshes) == expected
-    assert [mesh.metadata["ended"] for mesh in meshes] == [bool((row == EOS).any()) for row in ids]
+    assert [mesh.metadata["ended"] for mesh in meshes] == [int((row == EOS).int().argmax()) < 9 * 6 for row in ids]
 
 
 def test_greedy_meshes_need_no_seed(generator):
@@ -105,24 +112,22 @@ def test_it_samples_from_all_tokens_unless_the_model_says_otherwise(generator):
     other.model.generation_config.top_k = 7
     other.model.generation_config.do_sample = False
     options = other._generate_options([{"input_ids": [BOS] * 9}], max_faces=3)
-    assert options == {"do_sample": False, "max_new_tokens": 28}
+    assert options == {"do_sample": False, "max_faces": 3, "max_new_tokens": 36}
     assert other._generate_options([{"input_ids": [BOS] * 9}], do_sample=True)["top_k"] == 7
 
 
-def test_large_numbers_are_made_in_batches(generator, monkeypatch):
-    sizes = []
-    generate = generator.model.generate
-
-    def watched(*args, **kwargs):
-        sizes.append(len(kwargs["input_ids"]))
-        return generate(*args, **kwargs)
-
-    monkeypatch.setattr(generator.model, "generate", watched)
-    assert len(generator(num_meshes=7, max_faces=1, batch_size=3)) == 7
-    assert sizes == [3, 3, 1]
-    sizes.clear()
-    assert len(generator(num_meshes=9, max_faces=1)) == 9
-    assert sizes == [8, 1]
+def test_large_numbers_are_made_some_at_a_time(generator, monkeypatch):
+    rows = []
+    real = many_iflame.take_engine
+    monkeypatch.setattr(many_iflame, "take_engine", lambda *a: rows.append(a[1]) or real(*a))
+    meshes = generator(num_meshes=7, max_faces=3, batch_size=3, seed=2)
+    assert len(meshes) == 7 and rows == [3]
+    assert [mesh.metadata["seed"] for mesh in meshes] == list(range(2, 9))
+    assert triangles(meshes[3:6]) == triangles(generator(num_meshes=3, max_faces=3, seed=5))
+    assert rows == [3, 3]
+    generator(num_meshes=7, max_faces=1)
+    generator(num_meshes=9, max_faces=1)
+    assert rows[2:] == [7, 8]
 
 
 def test_parameters_of_the_pipeline_are_defaults_of_its_calls():

@@ -72,6 +72,25 @@ HOOKS = [
         "self generation_config model_kwargs generation_mode batch_size max_cache_length",
         "generation_iflame: the state is an IFlameCache",
     ),
+    Hook(
+        GenerationMixin,
+        "_prepare_generation_config",
+        "self generation_config kwargs",
+        "generation_iflame: mesh_grammar, min_faces and max_faces",
+    ),
+    Hook(
+        GenerationMixin,
+        "_get_logits_processor",
+        "self generation_config input_ids_seq_length encoder_input_ids prefix_allowed_tokens_fn logits_processor "
+        "device model_kwargs negative_prompt_ids negative_prompt_attention_mask",
+        "generation_iflame: the mesh grammar comes after the caller's own processors",
+    ),
+    Hook(
+        GenerationMixin,
+        "_get_stopping_criteria",
+        "self generation_config stopping_criteria tokenizer",
+        "generation_iflame: a row ends with its whole end face",
+    ),
     Hook(GenerationMixin, "_validate_model_kwargs", "self model_kwargs", "generation_iflame: generate() takes a seed"),
     Hook(
         GenerationMixin,
@@ -108,6 +127,13 @@ HOOKS = [
     Hook(Pipeline, "_load_feature_extractor", FLAG, "pipeline_iflame"),
     # called, or set
     Hook(PreTrainedConfig, "_attn_implementation", FLAG, "modeling_iflame, levels_iflame: how full attention runs"),
+    Hook(GenerationMixin, "_pad_token_tensor", MEMBER, "decoding_iflame: the id that ended rows are filled with"),
+    Hook(
+        GenerationMixin,
+        "_from_model_config",
+        MEMBER,
+        "generation_iflame: own fields of the generation config are loaded",
+    ),
     Hook(GenerationMixin, "_is_user_defined", MEMBER, "generation_iflame: marks a state that the caller gave"),
     Hook(PreTrainedTokenizer, "_added_tokens_encoder", MEMBER, "tokenization_iflame: special tokens"),
     Hook(
@@ -123,6 +149,7 @@ HOOKS = [
 # Names of torch and of the operating system that begin with an underscore, too.
 NOT_OF_TRANSFORMERS = {"_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_add_", "_init_group", "_dynamo"}
 NOT_OF_TRANSFORMERS |= {"_exit", "_abc_impl", "_last_lr", "_assert_async", "_foreach_copy_"}
+NOT_OF_TRANSFORMERS |= {"_forward_hooks", "_forward_pre_hooks", "_replace"}
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=str)

@@ -34,7 +34,9 @@ def corners(mesh):
 
 
 def sample(model, *args, **options):
-    return model.generate(*args, **{"do_sample": True, "max_new_tokens": 45, "eos_token_id": None, **options})
+    return model.generate(
+        *args, **{"do_sample": True, "max_new_tokens": 45, "eos_token_id": None, "mesh_grammar": False, **options}
+    )
 
 
 def ids_of(rows, length):

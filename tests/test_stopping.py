@@ -103,7 +103,7 @@ def test_a_signal_in_the_last_samples_leaves_the_model_and_a_checkpoint_from_whi
 
 def test_a_signal_to_a_process_that_waits_for_samples_stops_the_one_that_draws_them(tmp_path, tmp_path_factory):
     trainer = Trainer(tmp_path_factory.mktemp("trainer"))
-    slow = {"sample_steps": 2, "num_samples": 64, "sample_max_faces": 5000, "top_p": 1.0, "save_steps": 0}
+    slow = {"sample_steps": 2, "num_samples": 64, "sample_max_faces": 50000, "top_p": 1.0, "save_steps": 0}
     processes = trainer.start_ranks(tmp_path, 2, per_device_train_batch_size=1, eval_steps=100, **slow)
     wait_for_step(tmp_path, 2, processes[0])
     time.sleep(0.5)

@@ -36,7 +36,7 @@ def test_a_row_padded_on_the_right_is_not_continued():
     mask = torch.ones_like(ids)
     mask[1, 18:] = 0
     with pytest.raises(ValueError, match="padding_side='left'"):
-        model.generate(ids, attention_mask=mask, max_new_tokens=1)
+        model.generate(ids, attention_mask=mask, max_new_tokens=1, mesh_grammar=False)
     cache = IFlameCache(model.config)
     model(ids, attention_mask=mask, past_key_values=cache)
     with pytest.raises(ValueError, match="padding_side='left'"):
@@ -191,8 +191,10 @@ def test_embeddings_are_found_and_replaced():
 
 def test_a_long_prompt_may_be_read_in_pieces():
     model, ids = small_model(), mesh_rows(2, faces=3)[:, :31]
-    whole = model.generate(ids, max_new_tokens=10, do_sample=False)
-    torch.testing.assert_close(model.generate(ids, max_new_tokens=10, do_sample=False, prefill_chunk_size=5), whole)
+    whole = model.generate(ids, max_new_tokens=10, do_sample=False, mesh_grammar=False)
+    torch.testing.assert_close(
+        model.generate(ids, max_new_tokens=10, do_sample=False, prefill_chunk_size=5, mesh_grammar=False), whole
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -44,12 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when all meshes are there, 1 on an error or if none has a face, 130 and 143 after Ctrl-C and SIGTERM."""
     options = parse_options(arguments, __doc__)
     check_model(options.model)
-    interruption = Interruption("stopping")
+    interruption = Interruption("the meshes that are finished are written")
     # Weights have the precision that they are asked for in: there is nothing to cast.
     waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(cpu=options.use_cpu, mixed_precision="no", kwargs_handlers=[waiting])
+    dtype = options.dtype or ("bfloat16" if accelerator.device.type == "cuda" else "float32")
     generator = load_generator(
-        options.model, options.revision, str(accelerator.device), options.dtype, options.trust_remote_code
+        options.model, options.revision, str(accelerator.device), dtype, options.trust_remote_code
     )
     settings = settings_of(options, generator)
     with lock(options.out, accelerator, "generates", "--out"), interruption:
@@ -76,6 +77,7 @@ def settings_of(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
         "revision": options.revision,
         "dtype": str(generator.model.dtype).removeprefix("torch."),
         "seed": options.seed,
+        "min_faces": options.min_faces,
         "max_faces": options.max_faces or generator.default_max_faces,
         "temperature": options.temperature or own.temperature or 1.0,
         "top_k": top_k,
@@ -117,7 +119,7 @@ def sample(
         [options.seed + number for number in own],
         rows=options.rows,
         stopping_criteria=[AfterEachFace(interruption, pace)],
-        **{name: settings[name] for name in ("max_faces", "temperature", "top_k", "top_p")},
+        **{name: settings[name] for name in ("min_faces", "max_faces", "temperature", "top_k", "top_p")},
     )
     try:
         with MeshWriter(folder.path, options.format, generator.tokenizer, accelerator.process_index) as writer:

@@ -49,7 +49,8 @@ def draw_samples(
                 do_sample=True,
                 seed=seed,
                 num_return_sequences=count,
-                max_new_tokens=TOKENS_PER_FACE * max_faces + 1,  # the last may say that the mesh ends
+                max_faces=max_faces,
+                max_new_tokens=TOKENS_PER_FACE * (max_faces + 1),
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -65,13 +66,15 @@ def draw_samples(
         path.unlink(missing_ok=True)
         if len(mesh.faces):
             export_mesh(mesh, path, winding="kept")  # a sample shows the model as it is
-        samples.append({"faces": len(mesh.faces), "ended": bool((ids == tokenizer.eos_token_id).any())})
+        samples.append({"faces": len(mesh.faces), "ended": tokenizer.format.has_ended(ids, max_faces)})
     render_meshes(meshes, folder / "samples.png", titles=[f"{sample['faces']} faces" for sample in samples])
     return samples
 
 
 class _AfterEachFace(StoppingCriteria):
     """Stops nothing by itself: what it calls may raise."""
+
+    looks_once_a_face = True
 
     def __init__(self, check: Callable[[], Any]):
         self.check = check

@@ -19,15 +19,15 @@ class Interruption:
     end of `accelerate launch`, which dies of a SIGTERM without a word to the process it has started, counts as one.
 
     Args:
-        says: what is said on stderr when it is asked.
+        until: what is still done when it is asked, which is said on stderr.
 
     Attributes:
         number: the signal that asked, if one did.
     """
 
-    def __init__(self, says: str = "stopping, once a checkpoint is saved") -> None:
+    def __init__(self, until: str = "a checkpoint is saved") -> None:
         self.number: int | None = None
-        self._says = f"\n{says}\n".encode()
+        self._says = f"\nstopping, once {until}\n".encode()
         self._first = 0.0
         self._before: dict[int, Any] = {}
         parent = os.getppid()

@@ -33,18 +33,22 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     add("--num", "--num_meshes", type=_whole(1), required=True, metavar="N", help="how many meshes")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write to, new or of the same run")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of mesh 0, mesh i has N + i (default 0)")
+    add("--min_faces", type=_whole(0), default=0, metavar="N", help="fewest faces of a mesh (default 0)")
     add("--max_faces", type=_whole(1), metavar="N", help="most faces of a mesh (by default the model's)")
     add("--rows", type=_whole(1), metavar="N", help="meshes that a process has in work (default: 64 on CUDA, else 8)")
     add("--format", choices=FORMATS, default="glb", help="of the files (default glb)")
     add("--temperature", type=_number(math.inf), metavar="T", help="below 1: more of the likely")
     add("--top_k", type=_whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")
     add("--top_p", type=_number(1), metavar="P", help="from the likeliest share P only")
-    add("--dtype", choices=DTYPES, help="precision; by default as saved")
+    add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on CUDA, else float32)")
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
     add("--trust_remote_code", action="store_true", help="run the code in the model's folder, not this one's")
     add("--use_cpu", action="store_true", help="compute on the CPU even if there is a GPU")
     add("--overwrite", action="store_true", help="discard what an earlier run wrote to DIR, and begin anew")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.max_faces is not None and options.min_faces > options.max_faces:
+        parser.error(f"--min_faces {options.min_faces} is more than --max_faces {options.max_faces}")
+    return options
 
 
 def _whole(least: int) -> Callable[[str], int]:

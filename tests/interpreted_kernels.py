@@ -1,0 +1,132 @@
+"""What test_kernels.py runs in a process of Triton's interpreter."""
+
+import sys
+
+import numpy as np
+import torch
+from small_models import mesh_rows, small_model
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from iflame_hf import StaticIFlameCache
+from iflame_hf.choosing_iflame import Choice, HostChooser, KernelChooser, Places, RowsBegin, Settings
+from iflame_hf.packing_iflame import pack_weights
+from iflame_hf.steps_iflame import KernelSteps, Tiles
+
+FEW = Tiles(False, 1, 8, 32, 8, 8, 2, 4, (2, 2, 2), 0)
+MANY = Tiles(True, 16, 16, 16, 16, 16, 1, 4, (1, 1, 1), 16)
+
+
+@torch.inference_mode()
+def step(rows, tiles):
+    """Tokens after a prompt that ends inside a face, through kernels and network, give the same logits."""
+    model = small_model(hidden_size=16, heads=2)
+    ids = mesh_rows(int(rows), faces=3)
+    caches = [StaticIFlameCache(model.config, 5, int(rows)) for _ in range(2)]
+    for cache in caches:
+        model(ids[:, :14], cache=cache, use_cache=True)
+    steps = KernelSteps(
+        model.config, pack_weights(model, torch.float32), caches[0], False, FEW if tiles == "few" else MANY
+    )
+    steps.logits.fill_(torch.nan)
+    steps.begin()
+    for place in range(14, ids.shape[1]):
+        steps.tokens.copy_(ids[:, place])
+        steps.places.put(caches[0].positions, model.config.level_strides)
+        steps.step(place % 9)
+        caches[0].positions += 1
+        expected = model(ids[:, place : place + 1], cache=caches[1], use_cache=True).logits[:, 0]
+        torch.testing.assert_close(steps.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def choosers(rows, numbers, begin, settings):
+    places = Places(rows, [9, 3, 1], torch.rand(9, 4), torch.rand(9, 4))
+    positions = [torch.full((rows,), 9), torch.full((rows,), 9)]
+    kernel = KernelChooser(rows, numbers, 132, 9, places, positions[0], False)
+    host = HostChooser(rows, numbers, 132, 9, positions[1])
+    for chooser in (kernel, host):
+        chooser.set(settings)
+        chooser.begin(torch.arange(rows), begin)
+    return kernel, host
+
+
+def fresh(rows, numbers, seen=None, limits=(0, 100)):
+    state = np.zeros((rows, 8), dtype=np.int64)
+    state[:, 0] = -1
+    uniforms = np.random.default_rng(0).random((rows, numbers))
+    seen = np.zeros((rows, 132), dtype=bool) if seen is None else seen
+    return RowsBegin(state, np.tile(limits, (rows, 1)), uniforms, seen)
+
+
+def choice():
+    """The kernel and its twin choose what transformers' processors and the same random numbers choose."""
+    rows, random = 10, torch.Generator().manual_seed(0)
+    for settings in (
+        Settings(),
+        Settings(temperature=0.6, top_k=5),
+        Settings(temperature=1.4, top_p=0.6),
+        Settings(min_p=0.2),
+        Settings(0.9, 40, 0.9, 0.05, 1.3),
+    ):
+        logits = 2 * torch.randn(rows, 132, generator=random)
+        ids = torch.randint(0, 132, (rows, 20), generator=random)
+        seen = np.zeros((rows, 132), dtype=bool)
+        np.put_along_axis(seen, ids.numpy(), True, axis=1)
+        begin = fresh(rows, 4, seen)
+        scores = logits.clone()
+        if settings.repetition_penalty != 1:
+            scores = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)(ids, scores)
+        best = scores.argmax(dim=-1)
+        scores = TemperatureLogitsWarper(settings.temperature)(ids, scores)
+        if settings.top_k:
+            scores = TopKLogitsWarper(settings.top_k)(ids, scores)
+        if settings.top_p < 1:
+            scores = TopPLogitsWarper(settings.top_p)(ids, scores)
+        if settings.min_p:
+            scores = MinPLogitsWarper(settings.min_p)(ids, scores)
+        reached = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        sampled = (reached <= torch.from_numpy(begin.uniforms[:, :1]) * reached[:, -1:]).sum(dim=-1)
+        for sample, expected in ((True, sampled), (False, best)):
+            how = Choice(sample, settings != Settings(), settings.repetition_penalty != 1, False, 129, 131)
+            for chooser in choosers(rows, 4, begin, settings):
+                tokens = torch.zeros(rows, dtype=torch.long)
+                chooser.choose(how, logits, tokens, 4, True)
+                assert torch.equal(tokens, expected), (settings, sample, type(chooser).__name__)
+                assert (chooser.positions == 10).all()
+    logits[3, 7] = torch.nan
+    for chooser in choosers(rows, 4, begin, settings):
+        chooser.choose(how, logits, tokens, 4, True)
+        assert np.flatnonzero(np.asarray(chooser.face)[:, -1]).tolist() == [3]
+
+
+def grammar():
+    """The kernel and its twin make the same faces of the same scores, until all have ended."""
+    rows, faces = 12, 5
+    begin = fresh(rows, 9 * faces + 9, limits=(1, faces - 1))
+    how = Choice(True, False, False, True, 129, 131)
+    both = choosers(rows, 9 * faces + 9, begin, Settings())
+    random = torch.Generator().manual_seed(1)
+    tokens = [torch.zeros(rows, dtype=torch.long) for _ in both]
+    ended = 0
+    for place in range(9 * faces):
+        logits = torch.randn(rows, 132, generator=random)
+        logits[:, 100:129] += 2
+        logits[:, 131] += 2
+        for chooser, chosen in zip(both, tokens, strict=True):
+            chooser.choose(how, logits, chosen, place % 9, True)
+        assert torch.equal(*tokens), place
+        assert np.array_equal(np.asarray(both[0].face), both[1].face)
+        ended = int((tokens[0] == 131).sum())
+    assert ended == rows
+    assert np.array_equal(np.asarray(both[0].state)[:, [0, 1, 2, 6, 7]], both[1].state[:, [0, 1, 2, 6, 7]])
+    assert 1 < len(set(both[1].state[:, 6].tolist()))
+
+
+if __name__ == "__main__":
+    {"step": step, "choice": choice, "grammar": grammar}[sys.argv[1]](*sys.argv[2:])
+    print("as it should be")

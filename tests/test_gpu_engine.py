@@ -1,0 +1,112 @@
+"""On a CUDA device the decode engine makes what the plain loop makes, alone, together and refilled."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from small_models import BOS, EOS, PAD, mesh_rows, relative_error, small_model
+
+from iflame_hf import StaticIFlameCache
+from iflame_hf.choosing_iflame import Choice
+from iflame_hf.engine_iflame import DecodeEngine
+from iflame_hf.many_iflame import generate_meshes
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {"hidden_size": 128, "heads": 4}
+CHOICES = [Choice(True, filters, penalty, True, 129, 131) for filters, penalty in ((True, False), (False, True))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = small_model(**SIZES).to("cuda")
+    with torch.no_grad():
+        model.lm_head.bias[[PAD, BOS]] -= 20
+        model.lm_head.bias[EOS] += 2
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 7, 20, 64])
+def test_tokens_in_float32_are_those_of_the_plain_loop(model, rows):
+    prompt = torch.full((rows, 9), BOS, device="cuda")
+    for options in (
+        {"do_sample": False, "min_faces": 25, "max_faces": 25},
+        {"do_sample": True, "seed": 3, "max_faces": 25, "top_p": 0.9, "top_k": 30, "temperature": 0.8},
+        {"do_sample": True, "seed": 3, "max_faces": 12, "min_p": 0.02, "repetition_penalty": 1.2},
+        {"do_sample": True, "seed": 5, "mesh_grammar": False, "max_new_tokens": 70, "eos_token_id": None},
+    ):
+        found = model.generate(prompt, **options)
+        assert torch.equal(found, model.generate(prompt, cache_implementation="dynamic", **options)), options
+
+
+def test_prompts_inside_a_face_and_behind_padding_are_gone_on_from(model):
+    rows = [mesh_rows(1, faces=faces, seed=faces)[0] for faces in (1, 3, 2)]
+    ids = torch.stack([torch.nn.functional.pad(row, (36 - len(row), 0), value=PAD) for row in rows]).to("cuda")
+    for length in (36, 32, 28):
+        options = {"attention_mask": (ids != PAD).long()[:, :length], "mesh_grammar": False, "eos_token_id": None}
+        options |= {"max_new_tokens": 25, "do_sample": True, "seed": 1}
+        found = model.generate(ids[:, :length], **options)
+        assert torch.equal(found, model.generate(ids[:, :length], cache_implementation="dynamic", **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 20, 150])
+@torch.inference_mode()
+def test_logits_in_short_types_are_as_near_to_float32_as_the_networks(rows, dtype):
+    exact = small_model(**SIZES).to("cuda")
+    short = small_model(**SIZES).to("cuda", dtype)
+    ids = mesh_rows(rows, faces=6).to("cuda")
+    engine = DecodeEngine(short, rows, 8, dtype)
+    caches = [StaticIFlameCache(exact.config, 8, rows, "cuda", each) for each in (torch.float32, dtype)]
+    for network, cache in ((short, engine.cache), (exact, caches[0]), (short, caches[1])):
+        network(ids[:, :20], cache=cache, use_cache=True)
+    engine.steps.begin()
+    found, plain, expected = [], [], []
+    for place in range(20, ids.shape[1]):
+        engine.steps.tokens.copy_(ids[:, place])
+        engine.steps.places.put(engine.cache.positions, exact.config.level_strides)
+        engine.steps.step(place % 9)
+        engine.cache.positions.add_(1)
+        found.append(engine.steps.logits.clone())
+        one = ids[:, place : place + 1]
+        expected.append(exact(one, cache=caches[0], use_cache=True).logits[:, 0])
+        plain.append(short(one, cache=caches[1], use_cache=True).logits[:, 0])
+    errors = [relative_error(torch.stack(each), torch.stack(expected)) for each in (found, plain)]
+    assert errors[0] < 1.5 * errors[1] and errors[1] < 0.1
+
+
+def test_meshes_of_refilled_rows_are_those_that_are_made_alone(model):
+    alone = {mesh.number: mesh.ids for mesh in generate_meshes(model, range(30), rows=30, max_faces=20)}
+    assert len({len(ids) for ids in alone.values()}) > 5
+    for rows in (4, 20):
+        for mesh in generate_meshes(model, range(30), rows=rows, max_faces=20):
+            assert torch.equal(mesh.ids, alone[mesh.number]), (rows, mesh.number)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 12}, {"top_p": 0.9}, {"min_p": 0.05}, {"mesh_grammar": False}])
+def test_tokens_come_as_often_as_the_plain_loops_scores_say(model, options):
+    draws = 4000
+    options = {"do_sample": True, "temperature": 20.0, "top_k": 0, "max_new_tokens": 9, **options}
+    found = model.generate(num_return_sequences=draws, seed=0, **options)[:, 9].cpu()
+    scores = model.generate(return_dict_in_generate=True, output_scores=True, **options).scores[0][0].double().cpu()
+    expected = scores.softmax(dim=-1) * draws
+    often = expected >= 5
+    counts = torch.bincount(found, minlength=132)
+    assert counts[expected == 0].sum() == 0 and often.sum() > 5
+    observed = [*counts[often].tolist(), int(counts[~often].sum())]
+    wanted = [*expected[often].tolist(), float(expected[~often].sum())]
+    if wanted[-1] == 0:
+        observed.pop(), wanted.pop()
+    assert chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_face_waits_for_nothing(model, choice):
+    with torch.inference_mode():
+        engine = DecodeEngine(model, 2, 8, torch.float32)
+        engine.prepare(choice)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens = engine.next_face(choice)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert engine.read(tokens).shape == (9, 2)
