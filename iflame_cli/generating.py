@@ -29,7 +29,8 @@ class Job(NamedTuple):
 
 
 def run(options: argparse.Namespace) -> None:
-    """Makes and writes the meshes; prints a line for each. Raises CommandError where none came of it."""
+    """Makes and writes the meshes, each as soon as it is finished; prints a line for each. Raises CommandError where
+    none came of it."""
     part_paths = mesh_files(options.parts) if options.command == "complete" else []
     out_paths = _out_paths(options, part_paths)
     pictures = [_thumbnail(path) for path in out_paths] if options.thumbnails else []
@@ -44,24 +45,27 @@ def run(options: argparse.Namespace) -> None:
     ]
 
     from iflame_cli.making import check_parts, load_generator, make_meshes
+    from iflame_hf.many_iflame import default_rows
 
     generator = load_generator(options.model, options.revision, options.device, options.dtype)
     check_parts(generator, parts, options)
+    options.batch_size = options.batch_size or default_rows(generator.model)
     options.out.mkdir(parents=True, exist_ok=True)
 
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
-    record = {name: getattr(options, name) for name in RECORDED_OPTIONS} | {"seed": seed, "meshes": []}
+    record = {name: getattr(options, name) for name in RECORDED_OPTIONS} | {"seed": seed}
+    entries: dict[int, dict] = {}
     try:
         with tqdm(total=len(jobs), unit="mesh", disable=None) as bar:
-            meshes = make_meshes(generator, [job.part for job in jobs], seed, options, bar)
-            for job, mesh in zip(jobs, meshes, strict=True):
-                entry = _write(generator, job, mesh, options, record)
-                record["meshes"].append(entry)
-                _tell(job, entry, options.json)
+            for number, mesh in make_meshes(generator, [job.part for job in jobs], seed, options, bar):
+                job = jobs[number]
+                entries[number] = _write(generator, job, mesh, options, record)
+                _tell(job, entries[number], options.json)
     finally:
-        if record["meshes"]:
+        if entries:
+            record["meshes"] = [entries[number] for number in sorted(entries)]
             write_whole(options.out / RECORD, json.dumps(record, indent=1) + "\n")
-    written = sum(entry["file"] is not None for entry in record["meshes"])
+    written = sum(entry["file"] is not None for entry in entries.values())
     if options.seed is None:
         print(f"seed {seed}: give --seed {seed} for the same meshes", file=sys.stderr)
     if written < len(jobs):

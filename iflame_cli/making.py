@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import StoppingCriteria, pipeline
+from transformers import AutoModel, AutoTokenizer, StoppingCriteria, pipeline
 from transformers.utils import logging
 
 from iflame_cli.errors import CommandError
@@ -35,10 +35,15 @@ def check_device(name: str | None) -> None:
 
 
 def load_generator(
-    model: str, revision: str | None = None, device: str | None = None, dtype: str | None = None
+    model: str,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> MeshGenerationPipeline:
     """
-    The pipeline of a model, from a folder or the Hub.
+    The pipeline of a model, from a folder or the Hub. With `trust_remote_code` network and tokenizer are those whose
+    code lies beside the weights.
 
     Raises:
         CommandError: there is no such device or model, or it is no iFlame model, in one line.
@@ -49,9 +54,15 @@ def load_generator(
     try:
         settings, _ = IFlameConfig.get_config_dict(model, revision=revision)
         check_model_type(model, settings)
-        tokenizer = IFlameTokenizer.from_pretrained(model, revision=revision)
-        options = {"revision": revision} | ({"dtype": dtype} if dtype else {})
-        weights, loading = IFlameForCausalLM.from_pretrained(model, output_loading_info=True, **options)
+        options: dict[str, Any] = {"revision": revision}
+        network, reader = IFlameForCausalLM, IFlameTokenizer
+        if trust_remote_code:
+            network, reader = AutoModel, AutoTokenizer
+            options["trust_remote_code"] = True
+        tokenizer = reader.from_pretrained(model, **options)
+        if dtype:
+            options["dtype"] = dtype
+        weights, loading = network.from_pretrained(model, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CommandError(f"the model {model} cannot be loaded: {reason}") from error
@@ -82,16 +93,29 @@ def _placing(options: argparse.Namespace) -> dict[str, Any]:
 class Progress(StoppingCriteria):
     """Moves a bar as the rows of a batch come to their ends; stops nothing."""
 
+    looks_once_a_face = True  # for a decode engine, which shows it the prompt alone
+
     def __init__(self, bar: tqdm, layout: MeshFormat):
         self.bar, self.layout = bar, layout
-        self.before = bar.n
+        self.begin()
+
+    def begin(self) -> None:
+        """Other meshes begin, after so many that the bar counts."""
+        self.before, self.tokens, self.faces = self.bar.n, 0, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.layout.is_whole(input_ids.shape[1]) and not self.bar.disable:
-            self.bar.set_postfix(faces=self.layout.prompt_faces(input_ids.shape[1]), refresh=False)
+        tokens, before = input_ids.shape[1], self.tokens
+        self.tokens = tokens
+        if not self.layout.is_whole(tokens) or self.bar.disable:
+            return torch.tensor(False)
+        if tokens == before:  # a decode engine has made another face
+            self.faces += 1
+        else:
+            self.faces = self.layout.prompt_faces(tokens)
             self.bar.n = self.before + int((input_ids == self.layout.eos_token_id).any(dim=1).sum())
-            self.bar.refresh()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        self.bar.set_postfix(faces=self.faces, refresh=False)
+        self.bar.refresh()
+        return torch.tensor(False)  # of all rows, and on the CPU: no answer has to be waited for
 
 
 def make_meshes(
@@ -100,24 +124,24 @@ def make_meshes(
     seed: int,
     options: argparse.Namespace,
     bar: tqdm,
-) -> Iterator[Any]:
-    """A mesh for each part, or from nothing for None, in their order, as soon as its batch is done; the first has
-    the seed given, each other one that of the mesh before it plus 1."""
+) -> Iterator[tuple[int, Any]]:
+    """A mesh for each part, or from nothing for None, as soon as it is finished, with the number of its part; its
+    seed is the one given plus that number."""
     sampling = {name: getattr(options, name) for name in SAMPLING}
-    done = 0
+    progress = Progress(bar, generator.tokenizer.format)
+    first = done = 0
     for up_axis, group in groupby(parts, key=lambda part: part and part.up_axis):
         same = list(group)
-        for start in range(0, len(same), options.batch_size):
-            batch = same[start : start + options.batch_size]
-            progress = Progress(bar, generator.tokenizer.format)
-            shared = {**sampling, "seed": seed + done, "stopping_criteria": [progress], "batch_size": len(batch)}
-            if up_axis is None:
-                meshes = generator(num_meshes=len(batch), **shared)
-            else:
-                prompts = [(part.vertices, part.faces) for part in batch]
-                completed = generator(prompts, prompt_up_axis=up_axis, **_placing(options), **shared)
-                meshes = [each[0] for each in completed]
-            done += len(batch)
+        shared = sampling | {"batch_size": options.batch_size, "seed": seed + first, "stopping_criteria": [progress]}
+        if up_axis is None:
+            made = generator.as_finished(num_meshes=len(same), **shared)
+        else:
+            prompts = [(part.vertices, part.faces) for part in same]
+            made = generator.as_finished(prompts, prompt_up_axis=up_axis, **_placing(options), **shared)
+        for number, mesh in made:
+            done += 1
             bar.n = done
             bar.refresh()
-            yield from meshes
+            progress.begin()
+            yield first + number, mesh
+        first += len(same)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .export_iflame import export_mesh
     from .faces_iflame import FaceStreamer, stream_faces
     from .layout_iflame import RowLayout
+    from .many_iflame import GeneratedMesh, generate_meshes
     from .mesh_errors_iflame import MeshError
     from .modeling_iflame import IFlameForCausalLM, IFlameModel, IFlamePreTrainedModel
     from .pipeline_iflame import MeshGenerationPipeline
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "FaceStreamer": "faces_iflame",
+    "GeneratedMesh": "many_iflame",
     "IFlameCache": "cache_iflame",
     "IFlameConfig": "configuration_iflame",
     "IFlameForCausalLM": "modeling_iflame",
@@ -36,12 +38,14 @@ _MODULES = {
     "RowLayout": "layout_iflame",
     "StaticIFlameCache": "cache_iflame",
     "export_mesh": "export_iflame",
+    "generate_meshes": "many_iflame",
     "lost_attributes": "attributes",
     "stream_faces": "faces_iflame",
 }
 
 __all__ = [
     "FaceStreamer",
+    "GeneratedMesh",
     "IFlameCache",
     "IFlameConfig",
     "IFlameForCausalLM",
@@ -53,6 +57,7 @@ __all__ = [
     "RowLayout",
     "StaticIFlameCache",
     "export_mesh",
+    "generate_meshes",
     "lost_attributes",
     "stream_faces",
 ]

@@ -1,63 +1,127 @@
-"""Many meshes, as they are finished: a row whose mesh has ended goes on with the next one."""
+"""Many meshes, each as soon as it is finished: a row whose mesh has ended goes on with the next one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .choosing_iflame import HostChooser
+from .choosing_iflame import HostChooser, RowsBegin
 from .decoding_iflame import DecodeRequest, Unsupported, decoding_dtype, request_of, rows_begin
 from .engine_iflame import give_engine, read_prompt, take_engine
+from .format_iflame import MeshFormat, known_format
 from .sampling_iflame import row_numbers, row_seeds
 
 # B rows, R of them, T tokens
 
-DEFAULT_ROWS = {"cuda": 64, "cpu": 8}
+# Meshes in work at a time, by the kind of device.
+DEFAULT_ROWS = {"cuda": 64}
+DEFAULT_ROWS_ELSEWHERE = 8
+
+# What would count meshes or faces a second time, or leaves no mesh of a seed's own.
+_REFUSED = {
+    "seed": "each mesh has its seed in seeds",
+    "num_return_sequences": "a mesh is made for each seed",
+    "input_ids": "what a mesh begins with is its prompt",
+    "inputs": "what a mesh begins with is its prompt",
+    "inputs_embeds": "what a mesh begins with is its prompt, of ids",
+    "attention_mask": "prompts are padded here",
+    "streamer": "meshes come when they are finished; stream_faces gives the faces of one as they come",
+    "return_dict_in_generate": "it gives meshes, and no scores",
+}
 
 
 class GeneratedMesh(NamedTuple):
-    """A mesh that was generated."""
+    """One mesh of `generate_meshes`.
 
-    number: int  # its place among the seeds
+    Attributes:
+        number: its place in `seeds`.
+        seed: its own.
+        ids: (T,) int64 on the CPU, from the start face to the end face, which is missing where the mesh was cut off;
+            prompt included, padding not.
+        ended: whether it came to its end before it had as many faces as it may have.
+    """
+
+    number: int
     seed: int
-    ids: torch.Tensor  # (T,) from the start face to the end face, which is missing where the mesh was cut off
+    ids: torch.Tensor
+    ended: bool
+
+
+class _Job(NamedTuple):
+    """A mesh to make: its place, its seed, and the ids that it begins with."""
+
+    number: int
+    seed: int
+    prompt: torch.Tensor
+
+
+def default_rows(model: Any) -> int:
+    """How many meshes are in work at a time where nobody says."""
+    return DEFAULT_ROWS.get(torch.device(model.device).type, DEFAULT_ROWS_ELSEWHERE)
 
 
 def generate_meshes(
-    model: Any, seeds: Sequence[int], *, rows: int | None = None, prompt: torch.Tensor | None = None, **options: Any
+    model: Any,
+    seeds: Iterable[int],
+    *,
+    rows: int | None = None,
+    max_faces: int | None = None,
+    prompt: Any = None,
+    **generate_options: Any,
 ) -> Iterator[GeneratedMesh]:
-    """
-    Samples a mesh for each seed and yields each as soon as it is finished, in whatever order they are.
+    """Samples a mesh for each seed and yields it when it is finished: in any order, so look at its `number`.
+
+    A seed gives the same mesh again for the same prompt and options, whatever `rows` is and whichever other seeds
+    there are; in half precision, where another number of rows may round a score otherwise, nearly always.
 
     Args:
         model: an `IFlameForCausalLM`.
-        seeds: whole numbers from 0 on. A seed gives the mesh that `generate(seed=...)` gives.
-        rows: meshes at a time, 64 on a CUDA device and 8 elsewhere by default.
-        prompt: ids (T,) of what all meshes begin with; by default the start face.
-        options: of `generate`, as temperature, top_k, max_faces.
+        seeds: whole numbers from 0 on, one for each mesh: a list, a range.
+        rows: most meshes in work at a time, by default 64 on a CUDA device and 8 elsewhere.
+        max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes.
+        prompt: ids (T,) that every mesh begins with, from the start face on; or a list of such, one for each seed.
+            By default the start face alone.
+        generate_options: of `generate()`: temperature, top_k, top_p and the like.
 
-    Raises ValueError at once for what is no seed, no prompt or no option.
+    Raises ValueError at once for arguments that cannot be; while iterating whatever `generate()` raises.
     """
-    seeds = row_seeds(list(seeds), len(seeds)) if len(seeds) else []
-    rows = DEFAULT_ROWS.get(model.device.type, 8) if rows is None else rows
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"rows must be a positive whole number, got {rows!r}")
-    for name in ("seed", "num_return_sequences", "streamer", "inputs", "input_ids", "inputs_embeds"):
-        if name in options:
-            raise ValueError(f"generate_meshes() makes a mesh a seed: leave out {name}")
-    options = {"do_sample": True, **options}
-    if prompt is None:
-        prompt = torch.full((model.config.tokens_per_face,), model.config.bos_token_id)
-    prompt = torch.as_tensor(prompt, device=model.device)[None]
-    # Raises for what cannot be, before the first mesh is asked for.
-    request = _request(model, prompt, options)
-    rows = min(rows, max(len(seeds), 1))
+    if isinstance(seeds, (int, str)) or not isinstance(seeds, Iterable):
+        raise ValueError(f"seeds must be whole numbers, one for each mesh, such as range(1000), got {seeds!r}")
+    seeds = list(seeds)
+    seeds = row_seeds(seeds, len(seeds))
+    for name, value in (("rows", rows), ("max_faces", max_faces)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+    options = dict(generate_options)
+    for name, value in options.items():
+        if name in _REFUSED and value is not None:
+            raise ValueError(f"leave out {name}: {_REFUSED[name]}")
+    if not options.pop("do_sample", True) or (options.get("num_beams") or 1) != 1:
+        raise ValueError("with a seed each, meshes are sampled one by one: leave out do_sample and num_beams")
+    if max_faces is not None:
+        options["max_faces"] = max_faces
+    layout = _layout_of(model)
+    prompts = _prompts(prompt, len(seeds), layout, max_faces)
+    jobs = [_Job(*job) for job in zip(range(len(seeds)), seeds, prompts, strict=True)]
+    if not jobs:
+        return iter(())
+    most = max_faces or layout.most_faces(model.generation_config.max_length)
+    made = _batches(model, jobs, min(rows or default_rows(model), len(jobs)), {"do_sample": True, **options})
+    return _meshes(made, layout, max_faces, most)
+
+
+def _batches(model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]) -> Iterator[tuple[_Job, torch.Tensor]]:
+    """Each job with its ids (T,) on the CPU, from its prompt on, without padding; in any order, with so many rows in
+    work at a time at most. `options` are those of `generate()`, which raises at once for what cannot be."""
+    request = _request(model, max((job.prompt for job in jobs), key=len), options)
     if request is None:
-        return _in_batches(model, seeds, rows, prompt, options)
-    return _refilled(model, seeds, rows, prompt, request)
+        return _in_batches(model, jobs, rows, options)
+    return _refilled(model, jobs, rows, request)
 
 
 def _request(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> DecodeRequest | None:
@@ -68,80 +132,85 @@ def _request(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> Decod
         try:
             if input_ids.shape[1] % model.config.tokens_per_face:
                 raise Unsupported("a prompt that ends inside a face")
-            kwargs.pop("seed", None)
+            if generation_config.cache_implementation is not None:
+                raise Unsupported("cache_implementation")
             asked = request_of(model, logits_processor, stopping_criteria, generation_config, kwargs, input_ids)
-            found.append(asked if asked.stops_at is None and not asked.after_faces else None)
+            found.append(asked if asked.stops_at is None else None)
         except Unsupported:
             found.append(None)
         return input_ids
 
-    model.generate(prompt, custom_generate=look, **options)
+    model.generate(prompt[None].to(model.device), custom_generate=look, **options)
     return found[0]
 
 
-def _in_batches(model, seeds, rows, prompt, options) -> Iterator[GeneratedMesh]:
+def _in_batches(
+    model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]
+) -> Iterator[tuple[_Job, torch.Tensor]]:
     """As generate() makes them."""
-    for first in range(0, len(seeds), rows):
-        part = seeds[first : first + rows]
-        sequences = model.generate(prompt.expand(len(part), -1), seed=part, **options).cpu()
-        for offset, (seed, ids) in enumerate(zip(part, sequences, strict=True)):
-            yield GeneratedMesh(first + offset, seed, _without_padding(model, ids))
-
-
-def _without_padding(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    kept = (ids != model.config.pad_token_id).nonzero()
-    return ids[: int(kept[-1]) + 1]
+    pad = model.config.pad_token_id
+    for first in range(0, len(jobs), rows):
+        batch = jobs[first : first + rows]
+        longest = max(len(job.prompt) for job in batch)
+        ids = torch.full((len(batch), longest), pad)
+        for row, job in zip(ids, batch, strict=True):
+            row[longest - len(job.prompt) :] = job.prompt
+        inputs = {"input_ids": ids.to(model.device), "attention_mask": (ids != pad).long().to(model.device)}
+        sequences = model.generate(**inputs, seed=[job.seed for job in batch], **options).cpu()
+        for job, sequence in zip(batch, sequences, strict=True):
+            sequence = sequence[longest - len(job.prompt) :]
+            kept = (sequence != pad).nonzero()
+            yield job, sequence[: int(kept[-1]) + 1]
 
 
 class _Row:
     """A mesh in work."""
 
-    def __init__(self, number: int, seed: int, ids: list[int], first_face: int):
-        self.number, self.seed, self.ids = number, seed, ids
+    def __init__(self, job: _Job, token: int, first_face: int):
+        self.job, self.ids = job, [*job.prompt.tolist(), token]
         self.first_face = first_face  # of the engine: what it made before was of another mesh
 
 
-def _refilled(model, seeds, rows, prompt, request: DecodeRequest) -> Iterator[GeneratedMesh]:
-    config = model.config
-    face, left = config.tokens_per_face, request.max_length - prompt.shape[1]
-    dtype = decoding_dtype(model)
-    waiting = iter(enumerate(seeds))
-    engine = take_engine(model, rows, -(-request.max_length // face) + 1, dtype)
+def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -> Iterator[tuple[_Job, torch.Tensor]]:
+    config, dtype = model.config, decoding_dtype(model)
+    waiting = iter(jobs)
+    engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, dtype)
     try:
         with torch.inference_mode():
             engine.prepare(request.choice)
             engine.cache.reset()
             engine.steps.clear()
             engine.chooser.set(request.settings)
-            begun = read_prompt(model, prompt, dtype)
         work: list[_Row | None] = [None] * rows
-        ids = prompt.cpu().numpy()
+        prompt = begun = None
         launched = 0
         pending: list[tuple[int, Any]] = []
         while True:
             # Rows without a mesh get the next ones.
             free = [row for row in range(rows) if work[row] is None]
-            done, begin = [], []
+            done: list[_Row] = []
+            begin: list[tuple[Any, int, RowsBegin, int]] = []
             while len(begin) < len(free) and (job := next(waiting, None)):
-                number, seed = job
-                uniforms = row_numbers([seed], left)
-                start = rows_begin(request, config, ids, 0, uniforms)
+                if job.prompt is not prompt:
+                    prompt = job.prompt
+                    with torch.inference_mode():
+                        begun = read_prompt(model, prompt[None].to(model.device), dtype)
+                left = request.max_length - len(prompt)
+                start = rows_begin(request, config, prompt[None].numpy(), 0, row_numbers([job.seed], left))
                 token, state, seen = _first_token(request, config, begun.logits, start)
-                row = _Row(number, seed, [*ids[0].tolist(), token], launched)
+                row = _Row(job, token, launched)
                 if token == request.choice.end or left == 1:
                     done.append(row)
                 else:
-                    begin.append((row, start._replace(state=state, seen=seen), token))
-            if begin:
-                chosen = free[: len(begin)]
-                for place, (row, _, _) in zip(chosen, begin, strict=True):
+                    place = free[len(begin)]
                     work[place] = row
-                starts = [start for _, start, _ in begin]
-                together = type(starts[0])(*(np.concatenate(parts) for parts in zip(*starts, strict=True)))
+                    begin.append((begun, place, start._replace(state=state, seen=seen), token))
+            for _, group in groupby(begin, key=lambda each: id(each[0])):
+                begins, places, starts, tokens = zip(*group, strict=True)
+                together = RowsBegin(*(np.concatenate(parts) for parts in zip(*starts, strict=True)))
                 with torch.inference_mode():
-                    tokens = np.array([token for _, _, token in begin])
-                    engine.begin_rows(chosen, begun, together, tokens, together.state)
-            yield from (_finished(model, request, row) for row in done)
+                    engine.begin_rows(list(places), begins[0], together, np.array(tokens), together.state)
+            yield from (_finished(config, request, row) for row in done)
             active = any(row is not None for row in work)
             if not active and not pending:
                 return
@@ -158,13 +227,17 @@ def _refilled(model, seeds, rows, prompt, request: DecodeRequest) -> Iterator[Ge
                     if row is not None and row.first_face <= number and _take(request, row, columns[:, place]):
                         finished.append(row)
                         work[place] = None
-                yield from (_finished(model, request, row) for row in finished)
+                stops = [bool(torch.as_tensor(look(prompt[None], None)).all()) for look in request.after_faces]
+                yield from (_finished(config, request, row) for row in finished)
+                if any(stops):
+                    yield from (_finished(config, request, row) for row in work if row is not None)
+                    return
     finally:
         give_engine(model, engine)
 
 
 def _first_token(
-    request: DecodeRequest, config: Any, logits: np.ndarray, start: Any
+    request: DecodeRequest, config: Any, logits: np.ndarray, start: RowsBegin
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """The token after the prompt, and the chooser's state and seen tokens after it."""
     chooser = HostChooser(1, start.uniforms.shape[1], config.vocab_size, config.tokens_per_face, torch.zeros(1))
@@ -186,10 +259,76 @@ def _take(request: DecodeRequest, row: _Row, column: np.ndarray) -> bool:
     return len(row.ids) == request.max_length
 
 
-def _finished(model: Any, request: DecodeRequest, row: _Row) -> GeneratedMesh:
+def _finished(config: Any, request: DecodeRequest, row: _Row) -> tuple[_Job, torch.Tensor]:
     ids = row.ids
     if ids[-1] == request.choice.end and request.choice.grammar:
         # A whole end face, as far as there is room.
-        face = model.config.tokens_per_face
+        face = config.tokens_per_face
         ids = [*ids, *[ids[-1]] * min(face - 1, request.max_length - len(ids))]
-    return GeneratedMesh(row.number, row.seed, torch.tensor(ids))
+    return row.job, torch.tensor(ids)
+
+
+def _layout_of(model: Any) -> MeshFormat:
+    config = model.config
+    return known_format(
+        config.mesh_format,
+        coordinate_resolution=config.coordinate_resolution,
+        special_ids=(config.pad_token_id, config.bos_token_id, config.eos_token_id),
+    )
+
+
+def _prompts(prompt: Any, meshes: int, layout: MeshFormat, max_faces: int | None) -> list[torch.Tensor]:
+    """The ids that each mesh begins with. Raises ValueError for what is no beginning of a mesh."""
+    if prompt is None:
+        return [torch.tensor(layout.start_face)] * meshes
+    if not isinstance(prompt, list) or (prompt and all(isinstance(each, int) for each in prompt)):
+        return [_prompt(prompt, layout, max_faces)] * meshes
+    if len(prompt) != meshes:
+        raise ValueError(f"{meshes} seeds need as many prompts, got {len(prompt)}: give one for each, or one for all")
+    different = {id(each): each for each in prompt}  # many meshes may begin with the same
+    checked = {key: _prompt(each, layout, max_faces) for key, each in different.items()}
+    prompts = [checked[id(each)] for each in prompt]
+    places = {len(each) % layout.tokens_per_face for each in prompts}
+    if len(places) > 1:
+        raise ValueError("prompts are padded by whole faces: let all of them end in the same place of a face")
+    return prompts
+
+
+def _prompt(prompt: Any, layout: MeshFormat, max_faces: int | None) -> torch.Tensor:
+    try:
+        ids = torch.as_tensor(prompt).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"a prompt is the ids of a mesh's beginning, (T,) whole numbers, got {prompt!r}") from None
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"a prompt is the ids of a mesh's beginning, (T,) whole numbers, got {ids.dtype} {tuple(ids.shape)}"
+        )
+    ids = ids.long()
+    face = layout.tokens_per_face
+    if ids[:face].tolist() != layout.start_face:
+        raise ValueError(f"a prompt begins with the start face, {face} times the id {layout.bos_token_id}")
+    if not layout.is_coordinate(ids[face:]).all():
+        raise ValueError(
+            f"after the start face a prompt holds coordinates alone, 0 to {layout.coordinate_resolution}: leave out "
+            "padding and the end face"
+        )
+    faces = layout.prompt_faces(len(ids))
+    if max_faces is not None and faces >= max_faces:
+        raise ValueError(f"the prompt has {faces} faces already: max_faces must be more, not {max_faces}")
+    return ids
+
+
+def _meshes(
+    made: Iterator[tuple[_Job, torch.Tensor]], layout: MeshFormat, max_faces: int | None, most: int
+) -> Iterator[GeneratedMesh]:
+    with closing(made):
+        for job, ids in made:
+            ended = layout.has_ended(ids, most)
+            if max_faces is not None:
+                # Without the mesh grammar the tokens of an end face may be of another face.
+                room = layout.num_tokens(max_faces, start=True)
+                if not (ids[: room + 1] == layout.eos_token_id).any():
+                    ids = ids[:room]
+            yield GeneratedMesh(job.number, job.seed, ids, ended)

@@ -13,13 +13,11 @@ from transformers import Pipeline
 from .export_iflame import export_mesh
 from .faces_iflame import stream_faces
 from .format_iflame import UP_AXES
-from .many_iflame import generate_meshes
+from .many_iflame import default_rows, generate_meshes
 from .mesh_errors_iflame import MeshError, OptionError, errors_name
 from .mesh_files_iflame import import_trimesh, is_mesh, load_mesh, up_axis_of
 from .mesh_iflame import bounding_box, denormalise, turn
 from .sampling_iflame import row_seeds
-
-DEFAULT_BATCH_SIZE = 8
 
 
 class MeshGenerationPipeline(Pipeline):
@@ -50,7 +48,7 @@ class MeshGenerationPipeline(Pipeline):
             prompt: a part of a mesh to complete: a path, a Trimesh, a Scene or a tuple (vertices, faces); or a list of
                 such; by default nothing. What is added lies above the part, or beside it: a mesh is generated from
                 its lowest vertex upwards.
-            batch_size: how many meshes are generated at once, 8 by default.
+            batch_size: how many meshes are in work at once, by default 64 on a CUDA device and 8 elsewhere.
             num_meshes: how many, or how many for each prompt, 1 by default.
             max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes.
             seed: a whole number, the seed of the first mesh; the others, of all prompts, have those that follow it. Or
@@ -77,37 +75,62 @@ class MeshGenerationPipeline(Pipeline):
 
         Raises ValueError for parameters and prompts that cannot be, ImportError where trimesh is missing.
         """
+        num_meshes = kwargs.get("num_meshes") or self._forward_params.get("num_meshes") or 1
+        numbered = dict(self.as_finished(prompt, batch_size=batch_size, **kwargs))
+        meshes = [numbered[number] for number in range(len(numbered))]
+        if not isinstance(prompt, list):
+            return meshes
+        return [meshes[start : start + num_meshes] for start in range(0, len(meshes), num_meshes)]
+
+    def as_finished(
+        self, prompt: Any = None, *, batch_size: int | None = None, **kwargs: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """The meshes of a call, each as soon as it is finished: pairs (number, mesh), in any order.
+
+        Mesh `number` is `num_meshes * i + j` for the j-th mesh of the i-th prompt, and has the seed `seed + number`.
+
+        ```python
+        for number, mesh in generator.as_finished(num_meshes=1000, seed=0):
+            if len(mesh.faces):
+                generator.export(mesh, f"mesh-{number:03d}.glb")
+        ```
+
+        Args: as of a call. Raises at once for parameters and prompts that cannot be.
+        """
         import_trimesh()
         preprocess, forward, _ = self._parameters(kwargs)
-        batch_size = _whole("batch_size", batch_size or self._batch_size or DEFAULT_BATCH_SIZE)
-        is_list = isinstance(prompt, list)
-        rows = [self.preprocess(each, **preprocess) for each in (prompt if is_list else [prompt])]
-        for each, row in zip(prompt if is_list else [prompt], rows, strict=True):
+        batch_size = _whole("batch_size", batch_size or self._batch_size or default_rows(self.model))
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        rows = [self.preprocess(each, **preprocess) for each in prompts]
+        for each, row in zip(prompts, rows, strict=True):
             with errors_name(each):
                 self._check_room(row, forward.get("max_faces"))
         num_meshes = forward.pop("num_meshes", 1)
         seeds = self._seeds(len(rows) * num_meshes, **forward)
         forward.pop("seed", None)
-        jobs = [{**row, "seed": seeds.pop(0)} for row in rows for _ in range(num_meshes)]
-        if num_meshes > batch_size and None not in (job["seed"] for job in jobs):
-            parts = [jobs[start : start + num_meshes] for start in range(0, len(jobs), num_meshes)]
-            meshes = [mesh for part in parts for mesh in self._many(part, batch_size, **forward)]
-        else:
-            parts = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-            meshes = [mesh for part in parts for mesh in self.postprocess(self.forward({"rows": part}, **forward))]
-        if not is_list:
-            return meshes
-        return [meshes[start : start + num_meshes] for start in range(0, len(meshes), num_meshes)]
+        each_row = [row for row in rows for _ in range(num_meshes)]
+        jobs = [{**row, "seed": seed} for row, seed in zip(each_row, seeds, strict=True)]
+        if self._samples_one_by_one(**forward):
+            return self._sampled(jobs, batch_size, **forward)
+        return self._in_batches(jobs, batch_size, **forward)
 
-    def _many(self, jobs: list[dict], rows: int, max_faces: int | None = None, **options: Any) -> list:
-        """Meshes that begin alike, of which so many are in work at a time: one that ends makes room for the next."""
-        options = self._generate_options(jobs[:1], max_faces, **options)
-        prompt, seeds = torch.as_tensor(jobs[0]["input_ids"]), [job["seed"] for job in jobs]
-        meshes: list[Any] = [None] * len(jobs)
-        for made in generate_meshes(self.model, seeds, rows=rows, prompt=prompt, **options):
-            outputs = {"ids": [made.ids], "rows": [jobs[made.number]], "max_faces": options["max_faces"]}
-            (meshes[made.number],) = self.postprocess(outputs)
-        return meshes
+    def _sampled(self, jobs: list[dict], rows: int, max_faces: int | None = None, **options: Any) -> Iterator:
+        most = max_faces or self.default_max_faces
+        made = generate_meshes(
+            self.model,
+            [job["seed"] for job in jobs],
+            rows=rows,
+            max_faces=most,
+            prompt=[job["input_ids"] for job in jobs],
+            **self._sampling_options(**options),
+        )
+        return ((mesh.number, self._decoded(mesh.ids, jobs[mesh.number], most)) for mesh in made)
+
+    def _in_batches(self, jobs: list[dict], batch_size: int, **options: Any) -> Iterator[tuple[int, Any]]:
+        """Meshes that are not sampled with a seed each: the likeliest, or beams."""
+        for start in range(0, len(jobs), batch_size):
+            batch = {"rows": jobs[start : start + batch_size]}
+            yield from enumerate(self.postprocess(self.forward(batch, **options)), start)
 
     def stream(
         self, prompt: Any = None, *, skip_prompt: bool = False, timeout: float | None = None, **kwargs: Any
@@ -249,11 +272,14 @@ class MeshGenerationPipeline(Pipeline):
         """A seed for each mesh: as given, or drawn where meshes are sampled one by one, or None."""
         if seed is not None:
             return row_seeds(seed, number)
-        config = options.get("generation_config") or self.model.generation_config
-        beams = options.get("num_beams", config.num_beams) or 1
-        if beams > 1 or not self._sampling_options(**options)["do_sample"]:
+        if not self._samples_one_by_one(**options):
             return [None] * number
         return row_seeds(int(torch.randint(2**31, ())), number)
+
+    def _samples_one_by_one(self, **options: Any) -> bool:
+        config = options.get("generation_config") or self.model.generation_config
+        beams = options.get("num_beams", config.num_beams) or 1
+        return beams == 1 and self._sampling_options(**options)["do_sample"]
 
     def _forward(self, inputs: dict[str, Any], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         rows = inputs["rows"]
@@ -270,17 +296,20 @@ class MeshGenerationPipeline(Pipeline):
         return {"ids": ids, "rows": rows, "max_faces": most}
 
     def postprocess(self, outputs: dict[str, Any]) -> list:
-        meshes, layout, most = [], self.tokenizer.format, outputs["max_faces"]
-        for ids, row in zip(outputs["ids"], outputs["rows"], strict=True):
-            # Without the mesh grammar the tokens of an end face may be of another face.
-            ids = np.asarray(torch.as_tensor(ids).cpu())[: layout.num_tokens(most, start=True) + 1]
-            mesh = self.tokenizer.decode_mesh(ids)
-            if row["bounds"] is not None and len(mesh.faces):
-                mesh.vertices = denormalise(np.asarray(mesh.vertices), row["bounds"])
-            mesh.metadata["seed"] = row.get("seed")
-            mesh.metadata["ended"] = layout.has_ended(ids, most)
-            meshes.append(mesh)
-        return meshes
+        return [
+            self._decoded(ids, row, outputs["max_faces"])
+            for ids, row in zip(outputs["ids"], outputs["rows"], strict=True)
+        ]
+
+    def _decoded(self, ids: Any, row: dict, most: int) -> Any:
+        layout = self.tokenizer.format
+        # Without the mesh grammar the tokens of an end face may be of another face.
+        ids = np.asarray(torch.as_tensor(ids).cpu())[: layout.num_tokens(most, start=True) + 1]
+        mesh = self.tokenizer.decode_mesh(ids)
+        if row["bounds"] is not None and len(mesh.faces):
+            mesh.vertices = denormalise(np.asarray(mesh.vertices), row["bounds"])
+        mesh.metadata |= {"seed": row.get("seed"), "ended": layout.has_ended(ids, most)}
+        return mesh
 
 
 def _placed(faces: Iterator[np.ndarray], bounds: Any) -> Iterator[np.ndarray]:

@@ -30,6 +30,7 @@ from iflame_cli import command_line
 from iflame_hf import IFlameTokenizer
 from training import generate, prepare_data
 from training.arguments import parse_arguments
+from training.sampling.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -217,15 +218,20 @@ def check_train(arguments):
     parse_arguments([str(ROOT / word) if word.startswith("training/configs/") else word for word in arguments])
 
 
+def check_script(launch):
+    """The options of the script that a launcher starts."""
+    if launch.training_script == "training/generate.py":
+        parse_options(launch.training_script_args, "")
+    else:
+        assert launch.training_script == "training/train.py"
+        check_train(launch.training_script_args)
+
+
 def check_launch(arguments):
     launch = launch_command_parser().parse_args(arguments)
-    if launch.training_script == "training/generate.py":
-        generate.parse_arguments(launch.training_script_args)
-        return
-    assert launch.training_script == "training/train.py"
     if launch.config_file is not None:
         assert (ROOT / launch.config_file).is_file()
-    check_train(launch.training_script_args)
+    check_script(launch)
 
 
 def check_pip(arguments):
@@ -266,9 +272,7 @@ def test_a_command_is_run_or_taken_by_its_programs_parser(block, words, desk, pa
         assert arguments[0] == "launch"
         check_launch(arguments[1:])
     elif program == "torchrun":
-        launch = torch.distributed.run.get_args_parser().parse_args(arguments)
-        assert launch.training_script == "training/train.py"
-        check_train(launch.training_script_args)
+        check_script(torch.distributed.run.get_args_parser().parse_args(arguments))
     elif program == "pip":
         check_pip(arguments)
     elif program == "make":
@@ -311,7 +315,7 @@ def known_options(monkeypatch):
 
     monkeypatch.setattr(argparse._ActionsContainer, "_add_action", add)
     command_line.build_parser()
-    for main in (hub_upload.main, prepare_data.parse_options, parse_arguments):
+    for main in (hub_upload.main, prepare_data.parse_options, parse_arguments, generate.main):
         with pytest.raises(SystemExit):
             main(["--help"])
     for script in [*sorted(ROOT.glob("examples/*.py")), ROOT / "tests" / "versions.py", *_mains()]:
@@ -324,7 +328,6 @@ def known_options(monkeypatch):
 
 def _mains():
     names = ("benchmarks/bench_generate.py", "benchmarks/bench_train.py", "benchmarks/bench_loader.py")
-    names += ("training/generate.py",)
     return [ROOT / name for name in (*names, "training/convert_checkpoint.py")]
 
 

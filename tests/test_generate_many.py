@@ -1,182 +1,412 @@
-"""training/generate.py: a folder of meshes that is the same however it came about."""
+"""Many meshes: generate_meshes(), and training/generate.py, whose meshes hang on their seeds alone."""
 
 import json
 import os
+import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trimesh
+from sampling_processes import Sampler, wait_for_meshes
 from small_models import BOS, EOS, PAD, small_model
+from transformers import StoppingCriteria
 
-from iflame_hf import IFlameTokenizer
-from training import generate as program
-from training.sampling import record
+from iflame_hf import GeneratedMesh, IFlameTokenizer, generate_meshes, many_iflame
+from iflame_hf.many_iflame import default_rows
+from training import generate
+from training.run.resume import lock
+from training.sampling.folder import MeshRecord, RecordReader, RecordWriter, read_records
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "training" / "generate.py"
+START, END = [BOS] * 9, [EOS] * 9
+NUM, MAX_FACES = 24, 8
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generate") / "model"
+def model():
+    """Meshes of it end early, or with their last face."""
     model = small_model()
     with torch.no_grad():
-        model.lm_head.bias[[PAD, BOS]] -= 20
-        model.lm_head.bias[EOS] += 5
+        model.lm_head.bias[EOS] += 3
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_folder(model, tmp_path_factory):
+    return save(model, tmp_path_factory.mktemp("models") / "small")
+
+
+def save(model, folder):
     model.save_pretrained(folder)
     IFlameTokenizer().save_pretrained(folder)
     return folder
 
 
-def command(model, out, *options):
-    start = [sys.executable, SCRIPT, "--model", model, "--out", out, "--max_faces", "12", "--seed", "3"]
-    return [str(word) for word in (*start, *options)]
+def by_seed(meshes):
+    return {mesh.seed: mesh.ids.tolist() for mesh in meshes}
 
 
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
-
-
-def run(*arguments, processes=1):
-    """Runs the program, as so many processes that `accelerate launch` starts; the output of the first, all errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)} if processes > 1 else {}
-    started = [
-        subprocess.Popen(
-            command(*arguments),
-            env=environment(**shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if shared else {})),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    told = [process.communicate(timeout=300) for process in started]
-    errors = "".join(error for _, error in told)
-    return subprocess.CompletedProcess(None, max(process.returncode for process in started), told[0][0], errors)
-
-
-def contents(out):
-    """Every entry, and the triangles of its file."""
-    lines = [json.loads(line) for line in (out / record.LIST).read_text().splitlines()]
-    triangles = [
-        None
-        if line["file"] is None
-        else trimesh.load(out / line["file"], force="mesh", process=False).triangles.tolist()
-        for line in lines
-    ]
-    return lines, triangles
+# The meshes one by one
 
 
 @pytest.fixture(scope="module")
-def made(model, tmp_path_factory):
-    out = tmp_path_factory.mktemp("made") / "meshes"
-    ended = run(model, out, "--num", 30)
-    assert ended.returncode == 0, ended.stderr
-    assert f"30 meshes, {sum(line['faces'] for line in contents(out)[0])} faces" in ended.stdout
+def alone(model):
+    """Each seed's mesh as generate() makes it by itself, to its end face."""
+    rows = [model.generate(do_sample=True, seed=seed, max_faces=MAX_FACES)[0].tolist() for seed in range(10)]
+    return {seed: row[: row.index(EOS) + 9] for seed, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 100])
+def test_a_seed_gives_the_mesh_of_generate_whatever_the_number_of_rows(model, alone, rows):
+    seeds = [7, 2, 9, 4, 0, 1, 3, 8, 6, 5]
+    meshes = list(generate_meshes(model, seeds, rows=rows, max_faces=MAX_FACES))
+    assert sorted(mesh.number for mesh in meshes) == list(range(10))
+    assert all(isinstance(mesh, GeneratedMesh) and seeds[mesh.number] == mesh.seed for mesh in meshes)
+    assert by_seed(meshes) == alone
+
+
+def test_ids_go_from_the_start_face_to_the_end_face_without_padding(model):
+    lengths = set()
+    for mesh in generate_meshes(model, range(NUM), max_faces=MAX_FACES):
+        ids = mesh.ids.tolist()
+        assert (
+            mesh.ended == (len(ids) < 9 * (1 + MAX_FACES + 1))
+            and mesh.ids.dtype == torch.int64
+            and mesh.ids.device.type == "cpu"
+        )
+        assert ids[:9] == START and ids[-9:] == END and not {PAD, BOS, EOS} & set(ids[9:-9])
+        lengths.add(len(ids))
+    assert max(lengths) == 9 * (1 + MAX_FACES + 1) and len(lengths) > 2
+
+
+def test_without_the_grammar_a_mesh_that_is_cut_off_has_not_ended():
+    model = small_model()
+    with torch.no_grad():
+        model.lm_head.bias[[PAD, BOS]] -= 30
+        model.lm_head.bias[EOS] += 3
+    meshes = list(generate_meshes(model, range(12), max_faces=3, mesh_grammar=False))
+    assert {mesh.ended for mesh in meshes} == {True, False}
+    for mesh in meshes:
+        ids = mesh.ids.tolist()
+        assert mesh.ended == (EOS in ids[: 9 * (1 + 3)])
+        assert ids.index(EOS) == len(ids) - 1 if EOS in ids else len(ids) == 9 * (1 + 3)
+
+
+def test_every_mesh_has_its_beginning_alone_or_beside_longer_ones(model):
+    start = {mesh.seed: mesh.ids[:-9] for mesh in generate_meshes(model, [0, 1], max_faces=2)}
+    prompts = [start[0], START, start[1].tolist(), start[0]]
+    meshes = by_seed(generate_meshes(model, range(4), prompt=prompts, max_faces=MAX_FACES))
+    for seed, prompt in enumerate(prompts):
+        assert meshes[seed][: len(prompt)] == list(map(int, prompt))
+        assert by_seed(generate_meshes(model, [seed], prompt=prompt, max_faces=MAX_FACES))[seed] == meshes[seed]
+        assert len(meshes[seed]) <= 9 * (1 + MAX_FACES + 1)
+    assert meshes[0] != meshes[3]
+
+
+def test_meshes_come_before_the_next_ones_are_made(model, monkeypatch):
+    made = []
+    generate = model.generate
+
+    def watched(*inputs, **options):
+        made.append(options.get("seed"))
+        return generate(*inputs, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    meshes = generate_meshes(model, [5, 6, 7], rows=2, max_faces=2, cache_implementation="dynamic")
+    assert made == [None], "options are looked at at once"
+    assert next(meshes).seed == 5 and made[1:] == [[5, 6]]
+    assert len(list(meshes)) == 2 and made[1:] == [[5, 6], [7]]
+    assert list(generate_meshes(model, [])) == []
+
+
+def test_a_criterion_that_looks_once_a_face_looks_at_the_engine_and_stops_it(model):
+    class Stop(StoppingCriteria):
+        looks_once_a_face = True
+        faces = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.faces += 1
+            return torch.tensor(self.faces == 3)
+
+    stop = Stop()
+    meshes = list(generate_meshes(model, range(NUM), rows=4, min_faces=7, max_faces=8, stopping_criteria=[stop]))
+    assert stop.faces == 3 and [len(mesh.ids) for mesh in meshes] == [9 * (1 + 3) + 1] * 4
+    assert not any(mesh.ended for mesh in meshes)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "options", "reason"),
+    [
+        (3, {}, r"seeds must be whole numbers, one for each mesh, such as range\(1000\), got 3"),
+        ([0, -1], {}, "seed must be a whole number from 0 on"),
+        ([0.5], {}, "seed must be a whole number from 0 on"),
+        ([0], {"rows": 0}, "rows must be a whole number from 1 on, got 0"),
+        ([0], {"max_faces": 2.0}, "max_faces must be a whole number from 1 on, got 2.0"),
+        ([0], {"num_return_sequences": 2}, "leave out num_return_sequences: a mesh is made for each seed"),
+        ([0], {"do_sample": False}, "leave out do_sample and num_beams"),
+        ([0], {"num_beams": 2}, "leave out do_sample and num_beams"),
+        ([0], {"prompt": [1] * 9}, "a prompt begins with the start face, 9 times the id 130"),
+        ([0], {"prompt": START + END}, "after the start face a prompt holds coordinates alone, 0 to 128"),
+        ([0], {"prompt": torch.zeros(2, 9).long()}, "a prompt is the ids of a mesh's beginning"),
+        ([0], {"prompt": START + [0] * 18, "max_faces": 2}, "has 2 faces already: max_faces must be more, not 2"),
+        ([0, 1], {"prompt": [START]}, "2 seeds need as many prompts, got 1"),
+        ([0, 1], {"prompt": [START, [*START, 1]]}, "end in the same place of a face"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once_in_plain_words(model, seeds, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        generate_meshes(model, seeds, **options)
+
+
+def test_the_pipeline_puts_meshes_in_the_order_of_their_seeds(model, monkeypatch):
+    from transformers import pipeline
+
+    generator = pipeline("mesh-generation", model=model, tokenizer=IFlameTokenizer(), device="cpu")
+    expected = generator(num_meshes=7, max_faces=4, seed=3)
+    source = many_iflame._batches
+    monkeypatch.setattr(many_iflame, "_batches", lambda *arguments: (each for each in reversed([*source(*arguments)])))
+    numbers = [number for number, _ in generator.as_finished(num_meshes=7, max_faces=4, seed=3)]
+    assert numbers == [6, 5, 4, 3, 2, 1, 0]
+    meshes = generator(num_meshes=7, max_faces=4, seed=3, batch_size=2)
+    assert [mesh.metadata for mesh in meshes] == [mesh.metadata for mesh in expected]
+    assert [mesh.vertices.tolist() for mesh in meshes] == [mesh.vertices.tolist() for mesh in expected]
+    assert [mesh.metadata["seed"] for mesh in meshes] == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_the_number_of_rows_is_chosen_by_the_device(model):
+    assert default_rows(model) == 8
+    assert [default_rows(SimpleNamespace(device=device)) for device in ("cuda", "cuda:1", "mps")] == [64, 64, 8]
+
+
+# training/generate.py
+
+
+def command_line(model_folder, out, **options):
+    values = {"model": model_folder, "out": out, "num": NUM, "max_faces": MAX_FACES, **options}
+    return ["--use_cpu", *(f"--{name}={value}" for name, value in values.items())]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".glb", ".jsonl")}
+
+
+def records_so_far(folder):
+    return [record for path in (folder / ".records").iterdir() for record in read_records(path.read_bytes())]
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "meshes.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder, tmp_path_factory):
+    """A run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "meshes"
+    assert generate.main(command_line(model_folder, out)) == 0
     return out
 
 
-def test_there_is_a_mesh_for_each_number_and_a_line_for_each_mesh(model, made):
-    lines, triangles = contents(made)
-    assert [line["number"] for line in lines] == list(range(30))
-    assert [line["seed"] for line in lines] == list(range(3, 33))
-    assert len({line["faces"] for line in lines}) > 3 and {line["ended"] for line in lines} == {True, False}
-    for line, shape in zip(lines, triangles, strict=True):
-        assert line["faces"] == (0 if shape is None else len(shape))
-        assert line["file"] in (None, f"mesh-{line['number']:06d}.glb")
-    tokenizer, network = IFlameTokenizer(), small_model().from_pretrained(model)
-    for line in lines[:4]:
-        ids = network.generate(do_sample=True, seed=line["seed"], top_k=0, max_faces=12)[0]
-        assert line["faces"] == len(tokenizer.decode_mesh(ids).faces)
+def test_the_meshes_are_those_of_their_seeds_and_recorded(whole, model):
+    tokenizer = IFlameTokenizer()
+    records = records_of(whole)
+    meshes = {mesh.number: mesh for mesh in generate_meshes(model, range(NUM), top_k=0, max_faces=MAX_FACES)}
+    assert [record["number"] for record in records] == list(range(NUM)) and {*os.listdir(whole)} == {
+        *(record["file"] for record in records if record["file"]),
+        *("generate.json", "meshes.jsonl", ".lock"),
+    }
+    for record in records:
+        expected = tokenizer.decode_mesh(meshes[record["number"]].ids)
+        assert record["seed"] == record["number"] and record["faces"] == len(expected.faces)
+        assert record["ended"] == (record["faces"] < MAX_FACES)
+        assert record["file"] == (f"mesh-{record['number']:06d}.glb" if record["faces"] else None)
+        if record["file"]:
+            mesh = trimesh.load_mesh(whole / record["file"], process=False)
+            assert sorted(map(sorted, mesh.triangles.tolist())) == sorted(map(sorted, expected.triangles.tolist()))
+    assert sum(record["file"] is not None for record in records) > NUM // 2
+    settings = json.loads((whole / "generate.json").read_text())
+    assert settings["seed"] == 0 and settings["max_faces"] == MAX_FACES and settings["dtype"] == "float32"
 
 
-def test_several_processes_make_the_same_meshes(model, made, tmp_path):
-    ended = run(model, tmp_path / "out", "--num", 30, processes=2)
-    assert ended.returncode == 0, ended.stderr
-    assert contents(tmp_path / "out") == contents(made)
-    assert len(list((tmp_path / "out").glob(record.PARTS))) == 2
+def test_two_processes_make_the_same_files_byte_for_byte(whole, model_folder, tmp_path):
+    sampler = Sampler(tmp_path)
+    said = sampler.finish(*sampler.start_ranks([command_line(model_folder, tmp_path / "out", rows=3)] * 2))
+    assert "24 meshes to make with 2 x cpu" in said and f"meshes are in {tmp_path / 'out'}" in said
+    assert files_of(tmp_path / "out") == files_of(whole)
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(model, made, tmp_path):
+def test_machines_may_have_a_folder_each(whole, model_folder, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "deep" / "two"]
+    sampler, arguments = Sampler(tmp_path), [command_line(model_folder, out) for out in outs]
+    for missing in (24, 0):
+        said = sampler.finish(*sampler.start_ranks(arguments))
+        assert f"{missing} meshes to make with 2 x cpu" in said
+        files = [files_of(out) for out in outs]
+        assert files[0] | files[1] == files_of(whole)
+        assert len(files[0]) + len(files[1]) == len(files_of(whole)) and "meshes.jsonl" in files[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_was_killed_goes_on_with_what_is_missing_alone(whole, model_folder, tmp_path, processes):
+    out, sampler = tmp_path / "out", Sampler(tmp_path)
+    arguments = command_line(model_folder, out, rows=1)
+    running = sampler.start_ranks([arguments] * processes) if processes > 1 else [sampler.start(arguments)]
+    wait_for_meshes(out, 4, *running)
+    for process in running:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in running:
+        process.join()
+    recorded = {record.file for record in records_so_far(out)} - {None}
+    there = {name: (out / name).stat().st_ino for name in recorded}
+    assert 3 <= len(there) < NUM - 1 and not (out / "meshes.jsonl").exists()
+    (out / ".mesh-000023.glb.1.partial").write_bytes(b"glTF")
+    assert generate.main(command_line(model_folder, out)) == 0
+    assert files_of(out) == files_of(whole)
+    assert {name: (out / name).stat().st_ino for name in there} == there
+    assert not list(out.glob(".mesh-*")) and not (out / ".records").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_with_a_word_on_how_to_go_on(whole, model_folder, tmp_path, number, status):
+    out, sampler = tmp_path / "out", Sampler(tmp_path)
+    process = sampler.start(command_line(model_folder, out, rows=1))
+    wait_for_meshes(out, 2, process)
+    os.kill(process.pid, number)
+    said = sampler.finish(process, status=status, seconds=30)
+    there = len(records_so_far(out))
+    assert said.endswith(f"stopped: {there} of 24 meshes are in {out}; the same command goes on\n"), said
+    assert "Traceback" not in said and there < NUM
+    assert generate.main(command_line(model_folder, out)) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def test_more_meshes_follow_those_that_are_there_and_a_lost_file_is_made_again(whole, model_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    process = subprocess.Popen(command(model, out, "--num", 30, "--rows", 2), env=environment())
-    while len(record.entries(out)) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    there = record.entries(out)
-    assert 5 <= len(there) < 30 and not (out / record.LIST).exists()
-    # A line that the kill has torn, and a file that someone has taken away.
-    part = next(out.glob(record.PARTS))
-    part.write_text(part.read_text() + '{"number": 29, "fi')
-    gone = next(entry for entry in there.values() if entry["file"])
-    (out / gone["file"]).unlink()
-    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.glb")}
-    ended = run(model, out, "--num", 30, processes=2)
-    assert ended.returncode == 0, ended.stderr
-    assert contents(out) == contents(made)
-    for path, stamp in stamps.items():
-        assert path.stat().st_mtime_ns == stamp, "what was there is not made again"
-
-
-def test_a_signal_ends_it_with_a_word(model, tmp_path):
-    process = subprocess.Popen(
-        command(model, tmp_path / "out", "--num", 5000), env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    while not record.entries(tmp_path / "out"):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped: the same command goes on" in errors
-    assert not list((tmp_path / "out").glob("*.partial"))
-
-
-def test_more_meshes_may_be_asked_for_and_other_settings_may_not(model, tmp_path, capsys):
-    def generate(*options):
-        status = program.main([str(each) for each in command(model, tmp_path / "out", *options)[2:]])
-        return status, capsys.readouterr()
-
-    assert generate("--num", 2)[0] == 0
-    assert generate("--num", 4)[0] == 0
-    assert len(contents(tmp_path / "out")[0]) == 4
-    status, told = generate("--num", 4, "--temperature", 0.5)
-    assert status == 1 and "temperature was 1.0, now 0.5" in told.err and "--overwrite" in told.err
-    assert generate("--num", 3, "--temperature", 0.5, "--overwrite", "--format", "ply")[0] == 0
-    assert sorted(path.suffix for path in (tmp_path / "out").glob("mesh-*")) == [".ply"] * len(
-        [line for line in contents(tmp_path / "out")[0] if line["file"]]
-    )
-
-
-def test_what_is_wrong_is_said_in_words(model, tmp_path, capsys):
-    def fails(*options):
-        assert program.main([str(option) for option in options]) == 1
-        return capsys.readouterr().err
-
-    assert "no iFlame model" in fails("--model", _other_model(tmp_path), "--out", tmp_path / "a")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "letter.txt").write_text("mine")
-    assert "not empty" in fails("--model", model, "--out", tmp_path / "full", "--num", "1")
-    (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in fails("--model", model, "--out", tmp_path / "file" / "x", "--num", "1")
-    for wrong in (["--temperature", "0"], ["--num", "0"], ["--top_p", "2"], ["--format", "fbx"]):
-        with pytest.raises(SystemExit) as ended:
-            program.main(["--model", str(model), "--out", str(tmp_path / "b"), *wrong])
-        assert ended.value.code == 2
+    assert generate.main(command_line(model_folder, out, num=5)) == 0
+    assert len(records_of(out)) == 5
+    next(out.glob("mesh-*.glb")).unlink()
     capsys.readouterr()
+    assert generate.main(command_line(model_folder, out, rows=2)) == 0
+    assert "20 meshes to make with 1 x cpu, 4 are there" in capsys.readouterr().err
+    assert files_of(out) == files_of(whole)
+    assert generate.main(command_line(model_folder, out)) == 0
+    assert "0 meshes to make" in capsys.readouterr().err and files_of(out) == files_of(whole)
 
 
-def _other_model(tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
-    return tmp_path / "other"
+def error_of(capsys, arguments, status=1):
+    capsys.readouterr()
+    assert generate.main(arguments) == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "was"),
+    [
+        ({"top_p": 0.9}, "--top_p 1.0 (now 0.9)"),
+        ({"seed": 1, "temperature": 0.5}, "--seed 0 (now 1), --temperature 1.0 (now 0.5)"),
+        ({"dtype": "bfloat16"}, "--dtype float32 (now bfloat16)"),
+        ({"format": "obj"}, "--format glb (now obj)"),
+    ],
+)
+def test_other_options_are_refused_where_meshes_are(whole, model_folder, capsys, options, was):
+    before = files_of(whole)
+    said = error_of(capsys, command_line(model_folder, whole, **options))
+    assert said == (
+        f"generate: {whole} holds meshes made with {was}: give what they were made with to go on, choose another "
+        "--out, or give --overwrite to begin anew"
+    )
+    assert files_of(whole) == before
+
+
+def test_other_weights_are_refused_too_and_overwriting_begins_anew(whole, model_folder, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "out")
+    other = save(small_model(seed=1), tmp_path / "other")
+    said = error_of(capsys, command_line(other, out))
+    assert f"made with the weights of {model_folder} as they were; {other} has others: " in said
+    assert generate.main(["--overwrite", *command_line(other, out, num=2, format="ply")]) == 0
+    assert {path.suffix for path in out.glob("mesh-*")} == {".ply"} and len(records_of(out)) == 2
+    copy = shutil.copytree(model_folder, tmp_path / "elsewhere")
+    assert generate.main(command_line(copy, shutil.copytree(whole, tmp_path / "same"))) == 0
+
+
+def test_what_goes_wrong_is_said_in_a_line(whole, model_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    said = error_of(capsys, command_line(tmp_path / "nothing", out))
+    assert said.startswith(f"generate: there is no folder {tmp_path / 'nothing'}") and not out.exists()
+    (tmp_path / "file").write_text("")
+    assert error_of(capsys, command_line(model_folder, tmp_path / "file" / "out")) == (
+        f"generate: {tmp_path / 'file' / 'out'}: Not a directory"
+    )
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mesh-000000.glb").write_bytes(b"")
+    assert "holds meshes of another program" in error_of(capsys, command_line(model_folder, foreign))
+    (foreign / "generate.json").write_text("{")
+    assert "does not say what the meshes beside it are made with" in error_of(
+        capsys, command_line(model_folder, foreign)
+    )
+    with pytest.raises(SystemExit) as ended:
+        generate.main(command_line(model_folder, out, num=0))
+    assert ended.value.code == 2 and "must be a whole number from 1 on, got 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_script_runs_as_a_file_from_anywhere_and_ends_in_words(model_folder, tmp_path):
+    command = [sys.executable, generate.__file__, *command_line(model_folder, "out", num=2, top_p=2)]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stderr.splitlines()[-1] == (
+        "training/generate.py: error: argument --top_p: must be above 0 and at most 1, got 2"
+    )
+    command[-1] = "--top_p=0.9"
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and len(records_of(tmp_path / "out")) == 2, run.stderr
+    assert re.search(r"2 of 2 meshes; \d+\.\d+ meshes/s, \d+ faces/s\n", run.stderr)
+
+
+def test_one_run_at_a_time_works_in_a_folder(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr("training.run.resume.RELEASE_SECONDS", 0.1)
+    accelerator = Accelerator(cpu=True)
+    with lock(tmp_path, accelerator, "generates", "--out"):
+        with pytest.raises(ValueError, match=r"another process generates in .* choose another --out$"):
+            with lock(tmp_path, accelerator, "generates", "--out"):
+                pass
+
+
+def test_a_mesh_without_a_face_has_a_record_and_is_not_tried_again(tmp_path, capsys):
+    empty = small_model()
+    with torch.no_grad():
+        empty.lm_head.bias[EOS] += 50
+    arguments = command_line(save(empty, tmp_path / "empty"), tmp_path / "out", num=3)
+    said = "0 meshes are in {}; 3 have no face and no file: try another --seed, or a model that has been trained"
+    assert said.format(tmp_path / "out") in error_of(capsys, arguments)
+    assert [(record["faces"], record["file"]) for record in records_of(tmp_path / "out")] == [(0, None)] * 3
+    assert generate.main(arguments) == 1
+    assert "0 meshes to make with 1 x cpu, 3 are there" in capsys.readouterr().err
+
+
+def test_records_are_read_as_they_come_and_half_a_line_is_none(tmp_path):
+    (tmp_path / ".records").mkdir()
+    first, second = RecordWriter(tmp_path, 0), RecordWriter(tmp_path, 1)
+    records = [MeshRecord(number, number, 3, True, f"mesh-{number:06d}.glb") for number in range(3)]
+    first.append(records[0])
+    reader = RecordReader(tmp_path)
+    assert reader.read() == []
+    second.append(records[1])
+    whole = json.dumps(asdict(records[2])).encode() + b"\n"
+    first.file.write(whole[:20])
+    assert reader.read() == [records[1]]
+    first.file.write(whole[20:])
+    assert reader.read() == [records[2]] and reader.read() == []
+    assert list(read_records(whole + b"\nnull\n" + whole[:-1])) == [records[2]]
+    first.close()
+    second.close()

@@ -91,7 +91,7 @@ def test_leaving_early_gives_the_engine_back(model):
         ([1], {"rows": 0}, "rows must be"),
         ([1], {"num_return_sequences": 2}, "leave out num_return_sequences"),
         ([1], {"max_faces": -1}, "max_faces"),
-        ([1], {"prompt": torch.tensor([5, 6])}, "not the beginning of a mesh"),
+        ([1], {"prompt": torch.tensor([5, 6])}, "a prompt begins with the start face"),
     ],
 )
 def test_what_cannot_be_is_said_at_once(model, seeds, options, words):

@@ -124,7 +124,10 @@ def test_large_numbers_are_made_some_at_a_time(generator, monkeypatch):
     assert len(meshes) == 7 and rows == [3]
     assert [mesh.metadata["seed"] for mesh in meshes] == list(range(2, 9))
     assert triangles(meshes[3:6]) == triangles(generator(num_meshes=3, max_faces=3, seed=5))
-    assert rows == [3], "a few meshes are made all at once"
+    assert rows == [3, 3]
+    generator(num_meshes=7, max_faces=1)
+    generator(num_meshes=9, max_faces=1)
+    assert rows[2:] == [7, 8]
 
 
 def test_parameters_of_the_pipeline_are_defaults_of_its_calls():

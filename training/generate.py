@@ -1,164 +1,154 @@
 """
-Generate many meshes into a folder, on all GPUs or machines of a launch.
+Sample many meshes with Accelerate, on as many GPUs and machines as there are.
 
-    accelerate launch training/generate.py --model DIR --num 10000 --out DIR
+    accelerate launch training/generate.py --model outputs/demo --num 10000 --out outputs/meshes
     python training/generate.py --help
 
-A run that was stopped goes on where it was, and a mesh's seed gives the same mesh however the run is split.
+Mesh i has the seed --seed + i and is the same however the work is split. Run the same command again to go on after an
+interruption, or with a larger --num for more meshes.
 """
 
 import argparse
+import hashlib
+import signal
 import sys
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
 
 import torch
-from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from iflame_cli.errors import CommandError
+from iflame_cli.making import load_generator
 from iflame_cli.models import check_model
-from iflame_hf.export_iflame import EXPORT_SUFFIXES, export_mesh
-from iflame_hf.many_iflame import GeneratedMesh, generate_meshes
+from iflame_hf.many_iflame import generate_meshes
 from training.run.ending import ends_in_words
-from training.run.interruption import Interruption
-from training.sampling import record
+from training.run.interruption import Interruption, Stopped
+from training.run.resume import lock, raise_on_all
+from training.sampling.folder import MeshFolder
+from training.sampling.options import parse_options
+from training.sampling.pace import AfterEachFace, Pace
+from training.sampling.write import MeshWriter
 
-SECONDS_BETWEEN_REPORTS = 5
-# Meshes that wait for their files: more would be lost by a kill.
-MOST_WAITING = 64
-WRITERS = 2
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder, or a name on the Hub")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the meshes")
-    parser.add_argument("--num", type=_positive, default=100, help="how many meshes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first mesh; the others have those that follow it")
-    parser.add_argument("--max_faces", type=_positive, help="most faces of a mesh (default: as generate() has it)")
-    parser.add_argument("--min_faces", type=int, default=0, help="fewest faces of a mesh (default: %(default)s)")
-    parser.add_argument("--rows", type=_positive, help="meshes at a time on each device (default: 64, on a CPU 8)")
-    parser.add_argument("--format", choices=[suffix[1:] for suffix in EXPORT_SUFFIXES], default="glb")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_k", type=int, default=0, help="0: all tokens (default: %(default)s)")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew where --out holds other meshes")
-    options = parser.parse_args(arguments)
-    if options.temperature <= 0:
-        parser.error("--temperature must be above 0")
-    if not 0 < options.top_p <= 1:
-        parser.error("--top_p must be above 0 and at most 1")
-    if options.seed < 0 or options.min_faces < 0 or options.top_k < 0:
-        parser.error("--seed, --min_faces and --top_k must not be negative")
-    return options
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
-    return number
+# One process may come to its end so long before another.
+LONGEST_WAIT = timedelta(days=1)
 
 
 @ends_in_words("generate")
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    disable_progress_bar()
+    """0 when all meshes are there, 1 on an error or if none has a face, 130 and 143 after Ctrl-C and SIGTERM."""
+    options = parse_options(arguments, __doc__)
     check_model(options.model)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    dtype = options.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
-    sampling = {
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "min_faces": options.min_faces,
-        "max_faces": options.max_faces,
-    }
-    settings = {"model": options.model, "seed": options.seed, "format": options.format, "dtype": dtype, **sampling}
-    # What is wrong with the folder is said by the first process; the others wait, and then find it ready.
-    if state.is_main_process:
-        record.begin(options.out, settings, options.overwrite)
-    state.wait_for_everyone()
-
-    trust = {"trust_remote_code": True} if options.trust_remote_code else {}
-    tokenizer = AutoTokenizer.from_pretrained(options.model, **trust)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, dtype), **trust)
-    model = model.to(state.device).eval()
-    there = record.entries(options.out)
-    numbers = [n for n in range(state.process_index, options.num, state.num_processes) if n not in there]
-    interruption = Interruption("the meshes that are made are written")
-    with interruption:
-        _make(options, state, model, tokenizer, numbers, sampling, interruption)
-    if interruption.asked:
-        if state.is_main_process:
-            print("stopped: the same command goes on from here", file=sys.stderr)
-        return 0
-    state.wait_for_everyone()
-    if state.is_main_process:
-        found = record.finish(options.out)
-        without = sum(entry["file"] is None for entry in found.values())
-        faces = sum(entry["faces"] for entry in found.values())
-        print(f"{len(found)} meshes, {faces} faces in {options.out}" + (f"; {without} without a face" * (without > 0)))
-    return 0
-
-
-def _make(options, state, model, tokenizer, numbers, sampling, interruption) -> None:
-    part = record.Part(options.out, state.process_index)
-    seeds = [options.seed + number for number in numbers]
-    meshes = generate_meshes(model, seeds, rows=options.rows, **sampling)
-    before, began, reported = record.count(options.out), time.monotonic(), time.monotonic()
-    waiting: list[Future] = []
-    try:
-        with ThreadPoolExecutor(WRITERS) as writers:
-            for mesh in meshes:
-                waiting.append(writers.submit(_write, options, tokenizer, numbers[mesh.number], mesh))
-                while waiting and (waiting[0].done() or len(waiting) > MOST_WAITING):
-                    part.add(waiting.pop(0).result())
-                if interruption.asked:
-                    break
-                if state.is_main_process and time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
-                    reported = time.monotonic()
-                    _report(options, before, reported - began)
-            for future in waiting:
-                part.add(future.result())
-    finally:
-        meshes.close()
-        part.close()
-
-
-def _write(options: argparse.Namespace, tokenizer: Any, number: int, mesh: GeneratedMesh) -> dict[str, Any]:
-    """Writes a mesh's file; returns its entry."""
-    shape = tokenizer.decode_mesh(mesh.ids)
-    name = f"mesh-{number:06d}.{options.format}" if len(shape.faces) else None
-    if name is not None:
-        extras = {"model": options.model, "seed": mesh.seed}
-        try:
-            export_mesh(shape, options.out / name, up_axis=tokenizer.up_axis, extras=extras)
-        except OSError as error:
-            raise CommandError(f"{options.out / name} cannot be written: {error.strerror or error}") from error
-    most = options.max_faces or 2**31
-    ended = tokenizer.format.has_ended(mesh.ids, most)
-    return {"number": number, "seed": mesh.seed, "faces": len(shape.faces), "ended": ended, "file": name}
-
-
-def _report(options: argparse.Namespace, before: tuple[int, int], seconds: float) -> None:
-    meshes, faces = record.count(options.out)
-    made, new_faces = meshes - before[0], faces - before[1]
-    print(
-        f"{meshes} of {options.num} meshes, {made / seconds:.1f} meshes/s, {new_faces / seconds:.0f} faces/s",
-        flush=True,
+    interruption = Interruption("the meshes that are finished are written")
+    # Weights have the precision that they are asked for in: there is nothing to cast.
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    accelerator = Accelerator(cpu=options.use_cpu, mixed_precision="no", kwargs_handlers=[waiting])
+    dtype = options.dtype or ("bfloat16" if accelerator.device.type == "cuda" else "float32")
+    generator = load_generator(
+        options.model, options.revision, str(accelerator.device), dtype, options.trust_remote_code
     )
+    settings = settings_of(options, generator)
+    with lock(options.out, accelerator, "generates", "--out"), interruption:
+        folder = MeshFolder(options.out)
+        failure = None
+        if accelerator.is_main_process:
+            try:
+                folder.begin(settings | {"weights": digest_of(generator.model)}, options.overwrite)
+            except (OSError, ValueError) as error:
+                failure = error
+        raise_on_all(failure)
+        options.out.mkdir(parents=True, exist_ok=True)  # on a machine that does not share it
+        status = sample(folder, options, settings, generator, accelerator, interruption)
+    accelerator.end_training()
+    return status
+
+
+def settings_of(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
+    """What decides over the meshes, with the model's own values where nothing is given."""
+    own = generator.model.generation_config
+    top_k = own.to_diff_dict().get("top_k", 0) if options.top_k is None else options.top_k
+    return {
+        "model": options.model,
+        "revision": options.revision,
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "min_faces": options.min_faces,
+        "max_faces": options.max_faces or generator.default_max_faces,
+        "temperature": options.temperature or own.temperature or 1.0,
+        "top_k": top_k,
+        "top_p": options.top_p or own.top_p or 1.0,
+        "format": options.format,
+    }
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """Of names and values of all weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def sample(
+    folder: MeshFolder,
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    generator: Any,
+    accelerator: Accelerator,
+    interruption: Interruption,
+) -> int:
+    """Make the meshes that are not there yet; this process makes its share of them. Returns the exit status."""
+    done = {record.number for record in gather_object(list(folder.records().values()))}
+    numbers = [number for number in range(options.num) if number not in done]
+    say = partial(print, file=sys.stderr) if accelerator.is_main_process else lambda _: None
+    there = options.num - len(numbers)
+    say(
+        f"{len(numbers):,} meshes to make with {accelerator.num_processes} x {accelerator.device.type}"
+        + (f", {there:,} are there" if there else "")
+    )
+    pace = Pace(folder.path, there, options.num) if accelerator.is_main_process and numbers else None
+    own = numbers[accelerator.process_index :: accelerator.num_processes]
+    meshes = generate_meshes(
+        generator.model,
+        [options.seed + number for number in own],
+        rows=options.rows,
+        stopping_criteria=[AfterEachFace(interruption, pace)],
+        **{name: settings[name] for name in ("min_faces", "max_faces", "temperature", "top_k", "top_p")},
+    )
+    try:
+        with MeshWriter(folder.path, options.format, generator.tokenizer, accelerator.process_index) as writer:
+            for mesh in meshes:
+                writer.put(own[mesh.number], mesh)
+        records = gather_object(list(folder.records().values()))
+    except (Stopped, RuntimeError):  # the latter where another process, which stops too, does not come to its end
+        if not interruption.asked:
+            raise
+        if pace is not None:
+            pace.end()
+        there = sum(number < options.num for number in folder.records())
+        say(f"stopped: {there:,} of {options.num:,} meshes are in {folder.path}; the same command goes on")
+        return 130 if interruption.number == signal.SIGINT else 143
+    if pace is not None:
+        pace.show()
+        pace.end()
+    records = {record.number: record for record in records}
+    if accelerator.is_main_process:
+        folder.finish(records.values())
+    with_faces = sum(record.file is not None for record in records.values())
+    without = len(records) - with_faces
+    say(
+        f"{with_faces:,} meshes are in {folder.path}"
+        + (f"; {without:,} have no face and no file" if without else "")
+        + ("" if with_faces else ": try another --seed, or a model that has been trained for longer")
+    )
+    return 0 if with_faces else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())  # a process that fails tells the launcher, which names it and ends the others

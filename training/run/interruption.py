@@ -17,11 +17,17 @@ class Interruption:
     """
     While it is entered, Ctrl-C and SIGTERM only set `asked`; Ctrl-C once more, five seconds later, ends at once. The
     end of `accelerate launch`, which dies of a SIGTERM without a word to the process it has started, counts as one.
+
+    Args:
+        until: what is still done when it is asked, which is said on stderr.
+
+    Attributes:
+        number: the signal that asked, if one did.
     """
 
     def __init__(self, until: str = "a checkpoint is saved") -> None:
-        self._until = until
-        self._asked = False
+        self.number: int | None = None
+        self._says = f"\nstopping, once {until}\n".encode()
         self._first = 0.0
         self._before: dict[int, Any] = {}
         parent = os.getppid()
@@ -29,7 +35,7 @@ class Interruption:
 
     @property
     def asked(self) -> bool:
-        return self._asked or (self._launcher is not None and os.getppid() != self._launcher)
+        return self.number is not None or (self._launcher is not None and os.getppid() != self._launcher)
 
     def __enter__(self) -> "Interruption":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -40,9 +46,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if not self._asked:
-            self._asked, self._first = True, time.monotonic()
-            os.write(2, f"\nstopping, once {self._until}\n".encode())  # print must not be used in a handler
+        if self.number is None:
+            self.number, self._first = number, time.monotonic()
+            os.write(2, self._says)  # print must not be used in a handler
         elif number == signal.SIGINT and time.monotonic() - self._first > 5:
             raise KeyboardInterrupt
 

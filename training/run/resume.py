@@ -31,33 +31,42 @@ RELEASE_SECONDS = 10
 
 
 @contextmanager
-def lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+def lock(folder: Path, accelerator: Accelerator, does: str = "trains", option: str = "--output_dir") -> Iterator[None]:
     """
     Make a folder, and have it for one run until its main process ends, however it ends.
 
+    Args:
+        does: what a run does in it.
+        option: that names the folder.
+
     Raises:
-        ValueError: another run trains in it. Like an OSError, it is raised on all processes of this one.
+        ValueError: another run is at work in it. Like an OSError, it is raised on all processes of this one.
     """
     with ExitStack() as stack:
         failure = None
         if accelerator.is_main_process:
             try:
-                stack.enter_context(_lock(folder))
+                stack.enter_context(_lock(folder, does, option))
             except (OSError, ValueError) as error:
                 failure = error
-        if (failure := next(filter(None, gather_object([failure])), None)) is not None:
-            raise failure
+        raise_on_all(failure)
         yield
 
 
+def raise_on_all(failure: Exception | None) -> None:
+    """Called on all processes together: raise what any of them failed with on every one."""
+    if (failure := next(filter(None, gather_object([failure])), None)) is not None:
+        raise failure
+
+
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path, does: str, option: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         held = FileLock(folder / ".lock").acquire(timeout=RELEASE_SECONDS)
     except Timeout:
         raise ValueError(
-            f"another process trains in {folder}: wait for its end or stop it, or choose another --output_dir"
+            f"another process {does} in {folder}: wait for its end or stop it, or choose another {option}"
         ) from None
     with held:
         yield

@@ -1,0 +1,71 @@
+"""The options of training/generate.py."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from training.run.ending import is_first_to_say
+
+FORMATS = ("glb", "obj", "ply", "stl")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse does, but of all processes of a launch one says it."""
+        if not is_first_to_say(message):
+            self.exit(2)
+        super().error(message)
+
+
+def parse_options(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
+    parser = _Parser(
+        prog="training/generate.py",
+        description=description.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR|NAME", help="folder of a model, or its name on the Hub")
+    # torchrun takes --num for a beginning of its own --numa-binding
+    add("--num", "--num_meshes", type=_whole(1), required=True, metavar="N", help="how many meshes")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write to, new or of the same run")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="of mesh 0, mesh i has N + i (default 0)")
+    add("--min_faces", type=_whole(0), default=0, metavar="N", help="fewest faces of a mesh (default 0)")
+    add("--max_faces", type=_whole(1), metavar="N", help="most faces of a mesh (by default the model's)")
+    add("--rows", type=_whole(1), metavar="N", help="meshes that a process has in work (default: 64 on CUDA, else 8)")
+    add("--format", choices=FORMATS, default="glb", help="of the files (default glb)")
+    add("--temperature", type=_number(math.inf), metavar="T", help="below 1: more of the likely")
+    add("--top_k", type=_whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")
+    add("--top_p", type=_number(1), metavar="P", help="from the likeliest share P only")
+    add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on CUDA, else float32)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
+    add("--trust_remote_code", action="store_true", help="run the code in the model's folder, not this one's")
+    add("--use_cpu", action="store_true", help="compute on the CPU even if there is a GPU")
+    add("--overwrite", action="store_true", help="discard what an earlier run wrote to DIR, and begin anew")
+    options = parser.parse_args(arguments)
+    if options.max_faces is not None and options.min_faces > options.max_faces:
+        parser.error(f"--min_faces {options.min_faces} is more than --max_faces {options.max_faces}")
+    return options
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text}")
+        return value
+
+    return whole_number
+
+
+def _number(most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value: Any = float(text)
+        if not 0 < value <= most or math.isinf(value):
+            limit = "" if math.isinf(most) else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"must be above 0{limit}, got {text}")
+        return value
+
+    return number
