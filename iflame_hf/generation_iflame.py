@@ -95,14 +95,14 @@ class IFlameGenerationMixin(GenerationMixin):
                 "mesh_grammar=False"
             )
         layout = self._mesh_layout()
-        begins = (prompts == layout.bos_token_id).int().argmax(dim=1)
-        if not _goes_on(kwargs.get("model_kwargs") or {}):
-            mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
-            ids = (
-                prompts
-                if mask is None
-                else prompts.masked_fill(mask[:: len(mask) // len(prompts)] == 0, layout.pad_token_id)
-            )
+        model_kwargs = given.get("model_kwargs") or {}
+        mask = model_kwargs.get("attention_mask")
+        ids = prompts
+        if mask is not None and mask.shape[1] == ids.shape[1]:
+            # The rows of a prompt that is gone on from several times stand side by side.
+            ids = ids.masked_fill(mask[:: len(mask) // len(ids)] == 0, layout.pad_token_id)
+        begins = (ids == layout.bos_token_id).int().argmax(dim=1)
+        if not _goes_on(model_kwargs):
             check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy())
         grammar = MeshGrammarLogitsProcessor(
             layout,

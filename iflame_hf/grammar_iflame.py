@@ -8,6 +8,7 @@ from transformers import LogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from .format_iflame import MeshFormat
+from .layout_iflame import not_whole_faces
 
 # B rows, T tokens, V token ids
 
@@ -180,6 +181,8 @@ def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> No
     """
     face, levels = layout.tokens_per_face, layout.coordinate_resolution + 1
     for row, begin in enumerate(begins.tolist()):
+        if begin % face and (ids[row, :begin] == layout.pad_token_id).all():
+            raise ValueError(not_whole_faces(begin, row, face))
         sequence = ids[row, begin:]
         if (
             (ids[row, :begin] != layout.pad_token_id).any()

@@ -58,7 +58,15 @@ def test_generate_goes_on_from_a_state_of_either_name(model, name, options):
     def generated(**more):
         torch.manual_seed(0)
         return model.generate(
-            ids, **{"do_sample": False, "eos_token_id": None, "max_new_tokens": 12, **options, **more}
+            ids,
+            **{
+                "do_sample": False,
+                "eos_token_id": None,
+                "max_new_tokens": 12,
+                "mesh_grammar": False,
+                **options,
+                **more,
+            },
         )
 
     state = IFlameCache(model.config)
@@ -79,8 +87,9 @@ def test_nothing_deprecated_is_said_on_the_way_of_a_user(model, caplog, tmp_path
             with torch.no_grad():
                 output = model(ids[:, :20], use_cache=True)
                 model(ids[:, 20:], past_key_values=output.past_key_values)
-            model.generate(ids, max_new_tokens=9, do_sample=True)
-            model.generate(ids, max_new_tokens=9, num_beams=2, do_sample=False, prefill_chunk_size=7)
+            model.generate(ids, max_new_tokens=9, do_sample=True, mesh_grammar=False)
+            options = {"num_beams": 2, "do_sample": False, "prefill_chunk_size": 7, "mesh_grammar": False}
+            model.generate(ids, max_new_tokens=9, **options)
             model.generate(max_new_tokens=9, return_dict_in_generate=True)
             model.save_pretrained(tmp_path)
             type(model).from_pretrained(tmp_path)

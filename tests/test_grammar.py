@@ -326,7 +326,7 @@ def test_prompts_of_different_lengths_are_padded_by_whole_faces(model):
     ("spoil", "words"),
     [
         (lambda ids: ids[9:], "does not begin with a start face"),
-        (lambda ids: [PAD] * 4 + ids, "does not begin with a start face"),
+        (lambda ids: [PAD] * 4 + [5] + ids, "does not begin with a start face"),
         (lambda ids: ids[:13] + [PAD] + ids[14:], "has the id 129 in face 1"),
         (lambda ids: ids + [EOS] * 9, "has ended in face 4"),
         (lambda ids: ids[:9] + ids[18:27] + ids[9:18], "face 2 is not in order"),
