@@ -245,7 +245,9 @@ class _Tries:
 
         with torch.no_grad():
             logits = model(self.ids).logits
-        greedy = model.generate(self.ids[:, :27], do_sample=False, max_new_tokens=45, eos_token_id=None)
+        # The ids are those of no mesh.
+        options = {"do_sample": False, "max_new_tokens": 45, "eos_token_id": None, "mesh_grammar": False}
+        greedy = model.generate(self.ids[:, :27], **options)
         return {"logits": logits, "greedy": greedy}
 
     def compare(self, logits) -> None:
@@ -264,9 +266,10 @@ class _Tries:
         assert torch.equal(self.answers(self.model)["greedy"], self.expected["greedy"]), "greedy tokens differ"
         ids = self.model.generate(do_sample=True, num_return_sequences=4, max_new_tokens=45, eos_token_id=None)
         assert ids.shape == (4, 54) and len(self.tokenizer.batch_decode_mesh(ids)) == 4
-        beams = self.model.generate(self.ids[:1, :27], num_beams=3, do_sample=False, max_new_tokens=18)
+        options = {"max_new_tokens": 18, "mesh_grammar": False}
+        beams = self.model.generate(self.ids[:1, :27], num_beams=3, do_sample=False, **options)
         assert torch.equal(beams[:, :27], self.ids[:1, :27])
-        streamed = stream_faces(self.model, self.tokenizer, self.ids[0], do_sample=True, max_new_tokens=18)
+        streamed = stream_faces(self.model, self.tokenizer, self.ids[0], do_sample=True, **options)
         assert len(list(streamed)) > 0, "no face was streamed"
 
     def train(self) -> None:
