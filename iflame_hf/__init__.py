@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .configuration_iflame import IFlameConfig
     from .export_iflame import export_mesh
     from .faces_iflame import FaceStreamer, stream_faces
+    from .grammar_iflame import MeshGrammarLogitsProcessor
     from .layout_iflame import RowLayout
     from .many_iflame import GeneratedMesh, generate_meshes
     from .mesh_errors_iflame import MeshError
@@ -35,6 +36,7 @@ _MODULES = {
     "IFlameTokenizer": "tokenization_iflame",
     "MeshError": "mesh_errors_iflame",
     "MeshGenerationPipeline": "pipeline_iflame",
+    "MeshGrammarLogitsProcessor": "grammar_iflame",
     "RowLayout": "layout_iflame",
     "StaticIFlameCache": "cache_iflame",
     "export_mesh": "export_iflame",
@@ -54,6 +56,7 @@ __all__ = [
     "IFlameTokenizer",
     "MeshError",
     "MeshGenerationPipeline",
+    "MeshGrammarLogitsProcessor",
     "RowLayout",
     "StaticIFlameCache",
     "export_mesh",

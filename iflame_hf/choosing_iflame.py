@@ -1,6 +1,6 @@
 """
 How a decode engine chooses tokens on the device: penalty, grammar, temperature, top-k, top-p, min-p, and a random
-number of the row's own. One kernel, and the same in plain torch.
+number of the row's own. One kernel, and the same in numpy.
 
 They compute what transformers' processors and `MeshGrammarLogitsProcessor` compute, in transformers' order, from what
 they carry of each row instead of its ids.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .grammar_iflame import row_interval
 from .kernels_iflame import _jit, _wait
 
 try:
@@ -275,8 +276,8 @@ class KernelChooser:
         ]
         self.settings.copy_(torch.tensor(values, dtype=torch.float32))
 
-    def begin(self, rows: torch.Tensor, begin: RowsBegin) -> None:
-        """`rows` (R,) begin, indices on the device."""
+    def begin(self, rows: torch.Tensor, begin: RowsBegin, chosen: int = 0) -> None:
+        """`rows` (R,) begin, indices on the device, of which so many tokens have been chosen."""
         # The nearest float32 of a number below 1 may be 1.
         uniforms = np.minimum(begin.uniforms, 1 - 2.0**-24)
         for table, values in (
@@ -289,7 +290,7 @@ class KernelChooser:
             if self.device.type == "cuda":
                 values = values.pin_memory()
             table[rows, : values.shape[1]] = values.to(self.device, non_blocking=True)
-        self.counts[rows] = 0
+        self.counts[rows] = chosen
         self.face[rows] = 0
 
     def choose(self, choice: Choice, logits: torch.Tensor, tokens: torch.Tensor, place: int, advance: bool) -> None:
@@ -304,24 +305,6 @@ class KernelChooser:
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
             GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=8, **launched,
         )  # fmt: skip
-
-
-def _interval(state: list[int], fewest: int, last: int, place: int) -> tuple[int, int, int]:
-    """`grammar_iflame.vertex_interval` for the vertex at a place of one row."""
-    lowest, middle, highest, first, second, _, faces, _ = state
-    if place < 3:
-        another = highest < last or middle <= last - 2
-        low = max(lowest if another else lowest + 1, 0)
-        return low, min(max(last - 2 - max(fewest - faces - 1, 0), low), last - 2), -1
-    if first != lowest:
-        low = first + 1
-    elif place < 6:
-        low = middle if highest < last else middle + 1
-    elif second == middle:
-        low = highest + 1
-    else:
-        low = middle if second > highest else middle + 1
-    return low, last, -1 if place < 6 else second
 
 
 class HostChooser:
@@ -341,12 +324,12 @@ class HostChooser:
     def set(self, settings: Settings) -> None:
         self.settings = settings
 
-    def begin(self, rows: torch.Tensor, begin: RowsBegin) -> None:
+    def begin(self, rows: torch.Tensor, begin: RowsBegin, chosen: int = 0) -> None:
         rows = rows.numpy()
         self.state[rows], self.limits[rows] = begin.state, begin.limits
         self.uniforms[rows, : begin.uniforms.shape[1]] = begin.uniforms
         self.seen[rows] = begin.seen
-        self.counts[rows] = 0
+        self.counts[rows] = chosen
         self.face[rows] = 0
 
     def choose(self, choice: Choice, logits: torch.Tensor, tokens: torch.Tensor, place: int, advance: bool) -> None:
@@ -386,7 +369,10 @@ class HostChooser:
         allowed = np.zeros(scores.shape, dtype=bool)
         allowed[:, :levels] = True
         for row, (state, (fewest, most)) in enumerate(zip(self.state.tolist(), self.limits.tolist(), strict=True)):
-            low, high, excluded = _interval(state, fewest, levels**3 - 1, place)
+            previous, needed = state[LOWEST : HIGHEST + 1], max(fewest - state[FACES] - 1, 0)
+            low, high, excluded = row_interval(
+                previous, state[FIRST], state[SECOND], place // 3, levels**3 - 1, needed
+            )
             digits, coordinates = state[DIGITS], allowed[row, :levels]
             if digit == 2:
                 # Each last digit makes one rank: those within the interval lie side by side.

@@ -5,7 +5,7 @@ import re
 
 from transformers import PreTrainedConfig
 
-from .format_iflame import DEFAULT_MESH_FORMAT, MESH_FORMATS, known_format
+from .format_iflame import DEFAULT_MESH_FORMAT, MESH_FORMATS, MeshFormat, known_format
 
 # The level of each of the five stages of the hourglass.
 STAGE_LEVELS = (0, 1, 2, 1, 0)
@@ -136,6 +136,15 @@ class IFlameConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def mesh_layout(self) -> MeshFormat:
+        """How sequences of meshes are laid out, with the model's own ids."""
+        return known_format(
+            self.mesh_format,
+            coordinate_resolution=self.coordinate_resolution,
+            special_ids=(self.pad_token_id, self.bos_token_id, self.eos_token_id),
+        )
 
     @property
     def tokens_per_face(self) -> int:

@@ -30,6 +30,7 @@ from .sampling_iflame import row_numbers
 # B rows, T tokens, V token ids
 
 NO_LIMIT = 2**31 - 1
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class DecodeRequest(NamedTuple):
@@ -67,6 +68,9 @@ def request_of(
     """
     if reason := why_no_engine(model) or what_cannot_be_packed(model):
         raise Unsupported(reason)
+    # The kinds of attention that transformers knows compute the same; what a user has registered may not.
+    if model.config._attn_implementation not in ATTENTION:
+        raise Unsupported(f"attn_implementation={model.config._attn_implementation!r}")
     for name in ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions"):
         if getattr(config, name, None):
             raise Unsupported(name)
@@ -79,7 +83,7 @@ def request_of(
     if inputs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
         raise Unsupported("inputs_embeds")
     layout = model.config
-    settings, grammar = _settings(processors, config.do_sample)
+    settings, grammar = _settings(processors)
     limits = _limits(criteria)
     end = limits["end"]
     if grammar is not None and end not in (-1, grammar.eos_token_id):
@@ -105,7 +109,7 @@ def request_of(
     )
 
 
-def _settings(processors: Any, sample: bool) -> tuple[Settings, Any]:
+def _settings(processors: Any) -> tuple[Settings, Any]:
     """Of the processors, which must stand in transformers' order."""
     known = [
         logits_process.RepetitionPenaltyLogitsProcessor,
@@ -145,7 +149,7 @@ def _limits(criteria: Any) -> dict[str, Any]:
             limits["max_length"] = criterion.max_length
         elif kind is stopping_criteria.MaxTimeCriteria:
             limits["stops_at"] = criterion.initial_timestamp + criterion.max_time
-        elif isinstance(criterion, stopping_criteria.EosTokenCriteria):
+        elif kind in (stopping_criteria.EosTokenCriteria, EndFaceCriteria):
             ids = torch.as_tensor(criterion.eos_token_id).flatten().tolist()
             if len(ids) != 1:
                 raise Unsupported("several eos_token_id")
@@ -175,42 +179,35 @@ def decode(
         seeds: one for each row.
     """
     face, (rows, length) = model.config.tokens_per_face, input_ids.shape
-    prompt = input_ids.to(model.lm_head.weight.device)
-    left = request.max_length - length
-    if left <= 0:
-        return input_ids
+    choice, prompt = request.choice, input_ids.cpu()
+    reader = _Reader(request, prompt.numpy(), face, streamer)
     engine = take_engine(model, rows, -(-request.max_length // face) + 1, decoding_dtype(model))
-    reader = _Reader(request, rows, length % face, left, streamer)
     try:
-        with torch.inference_mode():
-            engine.prepare(request.choice)
-            _begin(engine, model, request, prompt, inputs, seeds, left)
-            waiting = [engine.first(request.choice, length % face)]
-            asked = len(waiting[0].places)
-            # While the host reads a face, a GPU makes the next one.
-            ahead = 2 if engine.is_gpu else 1
-            while waiting:
-                while len(waiting) < ahead and asked < left and not reader.done:
-                    waiting.append(engine.next_face(request.choice))
-                    asked += face
-                reader.take(engine.read(waiting.pop(0)))
-                if request.stops_at is not None and time.time() > request.stops_at:
-                    reader.done = True
-                for criterion in request.after_faces:
-                    reader.done |= bool(torch.as_tensor(criterion(prompt, None)).all())
-                if reader.done:
+        with engine.at_work():
+            engine.prepare(choice)
+            _begin(engine, model, request, prompt, inputs, seeds)
+            tokens = engine.first(choice, length % face)
+            while True:
+                # While the host reads a face, a GPU makes the next one.
+                following = None
+                if engine.is_gpu and reader.length + len(tokens.places) < request.max_length:
+                    following = engine.next_face(choice)
+                reader.take(engine.read(tokens))
+                if reader.is_done or _is_stopped(request, reader.whole_faces()):
                     break
-                if not waiting and asked < left:
-                    waiting.append(engine.next_face(request.choice))
-                    asked += face
-            if engine.is_gpu:
-                torch.cuda.current_stream(engine.device).synchronize()
+                tokens = engine.next_face(choice) if following is None else following
     finally:
         give_engine(model, engine)
     if streamer is not None:
         streamer.end()
-    new = torch.from_numpy(reader.tokens()).to(input_ids)
-    return torch.cat([input_ids, new], dim=1)
+    return torch.from_numpy(reader.ids[:, : reader.length].copy()).to(input_ids)
+
+
+def _is_stopped(request: DecodeRequest, ids: torch.Tensor) -> bool:
+    """Whether time is up, or a criterion that looks once a face says so of all rows."""
+    if request.stops_at is not None and time.time() > request.stops_at:
+        return True
+    return any([bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in request.after_faces])
 
 
 def decoding_dtype(model: Any) -> torch.dtype:
@@ -222,17 +219,27 @@ def decoding_dtype(model: Any) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
 
 
-def _begin(engine: DecodeEngine, model: Any, request: DecodeRequest, input_ids, inputs, seeds, left: int) -> None:
+def _begin(
+    engine: DecodeEngine,
+    model: Any,
+    request: DecodeRequest,
+    prompt: torch.Tensor,
+    inputs: dict[str, Any],
+    seeds: list[int],
+) -> None:
+    """Reads the prompt (B, T), which is on the host."""
     cache = engine.cache
     cache.reset()
     inputs = {name: inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None}
-    inputs = {name: value.to(input_ids.device) for name, value in inputs.items()}
-    output = model(input_ids, **inputs, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True)
+    inputs = {name: value.to(engine.device) for name, value in {"input_ids": prompt, **inputs}.items()}
+    output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True)
     if cache.is_padding_so_far or cache.ends_in_padding:
         raise ValueError("a row of the prompt is padding to its end: a mesh begins with the start face")
     padding = 0 if cache.padding is None else cache.padding.cpu().numpy()
-    begin = rows_begin(request, model.config, input_ids.cpu().numpy(), padding, row_numbers(seeds, left))
-    engine.begin(output.logits[:, -1], request.settings, begin)
+    numbers = row_numbers(seeds, request.max_length - prompt.shape[1])
+    engine.begin(
+        output.logits[:, -1], request.settings, rows_begin(request, model.config, prompt.numpy(), padding, numbers)
+    )
 
 
 def rows_begin(
@@ -252,7 +259,7 @@ def rows_begin(
     if request.choice.grammar:
         last = ids[:, whole - face : whole].reshape(rows, -1, 3) @ ranks
         is_face = (ids[:, whole - face : whole] < levels).all(axis=1)
-        state[:, LOWEST : HIGHEST + 1] = np.where(is_face[:, None], np.sort(last, axis=1), [-1, 0, 0])
+        state[:, LOWEST : HIGHEST + 1] = np.where(is_face[:, None], np.sort(last, axis=1), -1)
         for vertex, column in enumerate((FIRST, SECOND)):
             if open_tokens >= 3 * (vertex + 1):
                 first = whole + 3 * vertex
@@ -267,27 +274,36 @@ def rows_begin(
 
 
 class _Reader:
-    """Puts together what comes of the engine, as transformers' loop would have."""
+    """Puts together what comes of the engine, as transformers' loop would have.
 
-    def __init__(self, request: DecodeRequest, rows: int, place: int, left: int, streamer: Any):
-        self.request, self.place, self.left, self.streamer = request, place, left, streamer
+    Args:
+        prompt: (B, T) ids.
+        face: tokens of a face.
+    """
+
+    def __init__(self, request: DecodeRequest, prompt: np.ndarray, face: int, streamer: Any):
+        rows, self.length = prompt.shape
+        self.request, self.face, self.streamer = request, face, streamer
+        self.ids = np.empty((rows, request.max_length), dtype=np.int64)
+        self.ids[:, : self.length] = prompt
         self.going = np.ones(rows, dtype=bool)
-        self.columns: list[np.ndarray] = []
-        self.done = False
+        self.is_done = False
 
     def take(self, columns: np.ndarray) -> None:
+        """Adds tokens (places, B), until all rows have ended or are as long as they may be."""
         request = self.request
         for column in columns:
-            if self.done:
-                return
             column = np.where(self.going, column, request.pad)
-            self.columns.append(column)
+            self.ids[:, self.length] = column
+            self.length += 1
             if self.streamer is not None:
                 self.streamer.put(torch.from_numpy(column))
-            self.place = (self.place + 1) % 9
-            if request.end >= 0 and (self.place == 0 or not request.whole_end):
+            if request.end >= 0 and (self.length % self.face == 0 or not request.whole_end):
                 self.going &= column != request.end
-            self.done = len(self.columns) == self.left or not self.going.any()
+            self.is_done = self.length == request.max_length or not self.going.any()
+            if self.is_done:
+                return
 
-    def tokens(self) -> np.ndarray:
-        return np.stack(self.columns, axis=1)
+    def whole_faces(self) -> torch.Tensor:
+        """The rows up to their last whole face, (B, T)."""
+        return torch.from_numpy(self.ids[:, : self.length // self.face * self.face])

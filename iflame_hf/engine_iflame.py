@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from .choosing_iflame import Choice, HostChooser, KernelChooser, RowsBegin, Sett
 from .host_steps_iflame import HostSteps
 from .kernels_iflame import triton
 from .packing_iflame import copy_weights, pack_weights
+from .sampling_iflame import NOT_FINITE
 from .steps_iflame import KernelSteps
 
 # B rows, T tokens, V token ids
@@ -28,7 +31,7 @@ from .steps_iflame import KernelSteps
 class Tokens(NamedTuple):
     """Some places of all rows, on their way to the host."""
 
-    places: range | list[int]
+    places: list[int]
     table: torch.Tensor | np.ndarray
     ready: Any  # an event, or None
 
@@ -78,15 +81,15 @@ class DecodeEngine:
         self.device = model.lm_head.weight.device
         self.is_gpu = self.device.type == "cuda"
         self.face = self.config.tokens_per_face
-        self.weights = pack_weights(model, dtype)
+        weights = pack_weights(model, dtype)
         self.cache = StaticIFlameCache(self.config, max_faces, rows, self.device, dtype)
         sizes = (rows, max_faces * self.face, self.config.vocab_size, self.face)
         if self.is_gpu:
             pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
-            self.steps = KernelSteps(self.config, self.weights, self.cache, pdl, tiles)
+            self.steps = KernelSteps(self.config, weights, self.cache, pdl, tiles)
             self.chooser = KernelChooser(*sizes, self.steps.places, self.cache.positions, pdl)
         else:
-            self.steps = HostSteps(self.config, self.weights, self.cache)
+            self.steps = HostSteps(self.config, weights, self.cache)
             self.chooser = HostChooser(*sizes, self.cache.positions)
         self._graphs: dict[tuple[Choice, int], torch.cuda.CUDAGraph] = {}
         self._copies: deque[torch.Tensor] = deque()
@@ -94,9 +97,17 @@ class DecodeEngine:
 
     def load(self, model: Any) -> None:
         """Takes the model's weights as they are now."""
-        copy_weights(self.weights, pack_weights(model, self.dtype))
-        if not self.is_gpu:
-            self.steps.load(self.weights)
+        weights = pack_weights(model, self.dtype)
+        if self.is_gpu:  # graphs read them where they are
+            copy_weights(self.steps.weights, weights)
+        else:
+            self.steps.load(weights)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within it the engine may be asked for something: kernels run on the device that is the current one."""
+        with torch.inference_mode(), torch.cuda.device(self.device) if self.is_gpu else nullcontext():
+            yield
 
     def prepare(self, choice: Choice) -> None:
         """Compiles and captures what a face of such choices takes; what the cache holds is lost."""
@@ -127,25 +138,21 @@ class DecodeEngine:
         self.chooser.set(settings)
         self.chooser.begin(self._all_rows, begin)
 
-    def begin_rows(
-        self, rows: list[int], prompt: Prompt, begin: RowsBegin, tokens: np.ndarray, state: np.ndarray
-    ) -> None:
+    def begin_rows(self, rows: list[int], prompt: Prompt, begin: RowsBegin, tokens: np.ndarray) -> None:
         """
         Other meshes begin in some rows, between faces.
 
         Args:
             prompt: what they begin with.
-            begin: of each; `tokens` (R,) were chosen as the first ones, after which the choosers' state is `state`.
+            begin: of each, after `tokens` (R,) were chosen as the first ones.
         """
-        index = torch.tensor(rows)
+        index, chosen = torch.tensor(rows), torch.from_numpy(tokens)
         if self.is_gpu:
-            index = index.pin_memory().to(self.device, non_blocking=True)
+            index, chosen = (each.pin_memory().to(self.device, non_blocking=True) for each in (index, chosen))
         self.steps.begin_rows(index, prompt)
-        self.chooser.begin(index, begin._replace(state=state))
-        self.chooser.counts[index if self.is_gpu else rows] = 1
+        self.chooser.begin(index, begin, chosen=1)
         self.cache.positions[index] = prompt.length
-        chosen = torch.from_numpy(tokens)
-        self.steps.tokens[index] = chosen.pin_memory().to(self.device, non_blocking=True) if self.is_gpu else chosen
+        self.steps.tokens[index] = chosen
         if self.is_gpu:
             self.steps.places.put(self.cache.positions, self.config.level_strides)
 
@@ -198,10 +205,6 @@ class DecodeEngine:
         return Tokens(places, copy, ready)
 
 
-NOT_FINITE = (
-    "the scores of the next token are not finite: load the model in float32 or bfloat16, and check its weights"
-)
-
 # Engines that no generation is using, the last used first.
 _idle: weakref.WeakKeyDictionary[Any, list[DecodeEngine]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -229,8 +232,11 @@ def take_engine(model: Any, rows: int, max_faces: int, dtype: torch.dtype) -> De
 
 
 def give_engine(model: Any, engine: DecodeEngine) -> None:
-    """The engine is idle again."""
-    engine.cache.reset()
+    """The engine is idle again, once what it was asked for last is done: who takes it may ask from another stream."""
+    with engine.at_work():
+        engine.cache.reset()
+        if engine.is_gpu:
+            torch.cuda.current_stream().synchronize()
     with _lock:
         engines = _idle.setdefault(model, [])
         engines.insert(0, engine)
@@ -253,4 +259,6 @@ def why_no_engine(model: Any) -> str | None:
             return "a GPU of a compute capability below 8.0"
         if model.config.head_dim & (model.config.head_dim - 1) or model.config.head_dim < 16:
             return f"heads of {model.config.head_dim} channels"
+        if 2 * (model.config.coordinate_resolution + 1) ** 3 >= 2**31:  # ranks of vertices are int32
+            return f"a grid of {model.config.coordinate_resolution} steps"
     return None

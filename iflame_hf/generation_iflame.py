@@ -14,7 +14,6 @@ from transformers.utils import logging
 from .cache_iflame import IFlameCache, StaticIFlameCache
 from .configuration_iflame import DEFAULT_MAX_FACES
 from .decoding_iflame import Unsupported, decode, request_of
-from .format_iflame import known_format
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor, check_prompts
 from .sampling_iflame import SeededSampling, row_seeds
 from .threads_iflame import spare_a_core
@@ -94,7 +93,7 @@ class IFlameGenerationMixin(GenerationMixin):
                 "the mesh grammar reads the ids of the prompt, and inputs_embeds have none: give input_ids, or "
                 "mesh_grammar=False"
             )
-        layout = self._mesh_layout()
+        layout = self.config.mesh_layout
         model_kwargs = given.get("model_kwargs") or {}
         mask = model_kwargs.get("attention_mask")
         ids = prompts
@@ -116,20 +115,12 @@ class IFlameGenerationMixin(GenerationMixin):
         given["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or []), grammar])
         return method(**given)
 
-    def _mesh_layout(self) -> Any:
-        config = self.config
-        return known_format(
-            config.mesh_format,
-            coordinate_resolution=config.coordinate_resolution,
-            special_ids=(config.pad_token_id, config.bos_token_id, config.eos_token_id),
-        )
-
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         if getattr(generation_config, "mesh_grammar", False):
             for index, criterion in enumerate(criteria):
                 if type(criterion) is EosTokenCriteria:
-                    criteria[index] = EndFaceCriteria(self._mesh_layout(), criterion.eos_token_id)
+                    criteria[index] = EndFaceCriteria(self.config.mesh_layout, criterion.eos_token_id)
         return criteria
 
     def _sample(
@@ -153,10 +144,11 @@ class IFlameGenerationMixin(GenerationMixin):
                 request = request_of(
                     self, logits_processor, stopping_criteria, generation_config, model_kwargs, input_ids
                 )
-                return decode(self, request, input_ids, model_kwargs, seeds, streamer)
             except Unsupported as reason:
                 tell = logger.warning_once if self.device.type == "cuda" else logger.info
                 tell(f"the decode engine does not do {reason}: transformers' own, slower loop generates")
+            else:
+                return decode(self, request, input_ids, model_kwargs, seeds, streamer)
         kwargs = {**model_kwargs, "synced_gpus": synced_gpus, "streamer": streamer}
         if not generation_config.do_sample:
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)

@@ -1,5 +1,6 @@
 """Which ids may follow in the sequence of a mesh, so that whatever is generated is a mesh in canonical order."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,26 @@ def vertex_interval(
         low = torch.where(first == lowest, above, first + 1)
         excluded = second
     return low, high, excluded
+
+
+def row_interval(
+    previous: Sequence[int], first: int, second: int, vertex: int, last: int, needed: int
+) -> tuple[int, int, int]:
+    """`vertex_interval` of one row, in whole numbers on the host."""
+    lowest, middle, highest = previous
+    if vertex == 0:
+        another = highest < last or middle <= last - 2
+        low = max(lowest if another else lowest + 1, 0)
+        return low, min(max(last - 2 - needed, low), last - 2), -1
+    if first != lowest:
+        low = first + 1
+    elif vertex == 1:
+        low = middle if highest < last else middle + 1
+    elif second == middle:
+        low = highest + 1
+    else:
+        low = middle if second > highest else middle + 1
+    return low, last, second if vertex == 2 else -1
 
 
 def allowed_digits(
@@ -127,9 +148,9 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         digits_of = levels ** torch.arange(3, device=input_ids.device)
         previous = input_ids[:, whole - face : whole]
         is_face = (previous < levels).all(dim=1)
-        nothing = torch.tensor([-1, 0, 0], device=input_ids.device)
         ranks = (previous.view(rows, 3, 3) * digits_of).sum(dim=2).sort(dim=1).values
-        ranks = torch.where(is_face[:, None], ranks, nothing)
+        # Before the first face there is none: no rank is as low as its.
+        ranks = ranks.masked_fill(~is_face[:, None], -1)
         made = input_ids[:, whole:]
         first, second = (
             (made[:, 3 * each : 3 * each + 3] * digits_of).sum(dim=1) if vertex > each else ranks[:, 0]
@@ -212,20 +233,21 @@ def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> No
 
 
 def _may_go_on(layout: MeshFormat, previous: tuple[int, ...], part: np.ndarray) -> bool:
-    """Whether the tokens of an open face are ones that the grammar allows, one after the other."""
-    levels = layout.coordinate_resolution + 1
-    ranks = torch.tensor([previous])
-    made = torch.tensor(part.tolist())
-    vertices = [sum(int(digit) * levels**place for place, digit in enumerate(part[at : at + 3])) for at in (0, 3)]
-    first, second = (torch.tensor([rank]) for rank in vertices)
-    for index, token in enumerate(part.tolist()):
+    """Whether a face that begins with these tokens may come after the one before."""
+    levels, tokens = layout.coordinate_resolution + 1, part.tolist()
+    ranks = [_number(tokens[at : at + 3], levels) for at in (0, 3)]
+    for index, token in enumerate(tokens):
         vertex, digit = divmod(index, 3)
-        begun = made[index - digit : index]
-        digits = sum(int(each) * levels**place for place, each in enumerate(begun))
-        interval = vertex_interval(ranks, first, second, vertex, levels**3 - 1, torch.tensor([0]))
-        if not allowed_digits(*interval, torch.tensor([digits]), digit, levels)[0, token]:
+        low, high, excluded = row_interval(previous, *ranks, vertex, levels**3 - 1, 0)
+        period = levels ** (digit + 1)
+        rank = low + (_number([*tokens[index - digit : index], token], levels) - low) % period
+        if rank + (rank == excluded) * period > high:
             return False
     return True
+
+
+def _number(digits: Sequence[int], levels: int) -> int:
+    return sum(digit * levels**place for place, digit in enumerate(digits))
 
 
 def _no_prompt(row: int, reason: str) -> ValueError:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from .cache_iflame import StaticIFlameCache
 from .ops_iflame import rotary_tables
-from .packing_iflame import BlockWeights, PackedWeights, begin_groups
+from .packing_iflame import BlockWeights, PackedWeights
+from .step_memory_iflame import StepMemory
 
 # B rows, C channels, H heads, D head size, I hidden units, V token ids
 
@@ -43,7 +44,7 @@ class _Block:
         self.decay = decay
 
 
-class HostSteps:
+class HostSteps(StepMemory):
     """
     A network that takes a token of every row at a time, all at the same place of their faces.
 
@@ -54,7 +55,7 @@ class HostSteps:
     """
 
     def __init__(self, config: Any, weights: PackedWeights, cache: StaticIFlameCache):
-        self.config, self.cache, self.rows = config, cache, cache.batch_size
+        super().__init__(config, cache, weights.head.device, weights.head.dtype)
         rows, channels, size, heads = self.rows, config.hidden_size, config.head_dim, config.num_attention_heads
         units = weights.blocks[0].down.shape[1]
         dtype = weights.head.dtype
@@ -63,13 +64,6 @@ class HostSteps:
             return torch.zeros(*shape, dtype=dtype)
 
         self.load(weights)
-        self.tokens = torch.zeros(rows, dtype=torch.long)
-        self.logits = buffer(rows, config.vocab_size)
-        levels = range(len(config.level_strides))
-        self.x = [buffer(rows, channels) for _ in levels]
-        self.middle = buffer(rows, channels)
-        self.members = [buffer(group, rows, channels) for group in config.group_sizes]
-        self.handed = [buffer(rows, channels) for _ in config.group_sizes]
         self.qkv = buffer(3, rows, heads, size)
         self.flat_qkv = buffer(rows, 3 * channels) if rows > 1 else self.qkv.view(1, -1)
         self.by_row = self.flat_qkv.view(rows, 3, heads, size).transpose(0, 1)
@@ -90,10 +84,9 @@ class HostSteps:
             else:
                 self.memories.append(buffer(rows * heads, size, size))
         self.rotations = []
-        for level in levels:
+        for level in range(len(config.level_strides)):
             cos, sin = rotary_tables(torch.arange(cache.room(level))[None], size, config.rope_base)
             self.rotations.append(torch.complex(cos[0, :, 0].to(dtype), -sin[0, :, 0].to(dtype)))
-        self.all_rows = torch.arange(rows)
 
     def load(self, weights: PackedWeights) -> None:
         """Takes other weights of the same sizes."""
@@ -103,23 +96,20 @@ class HostSteps:
         self.scales = [float(scale) for scale in weights.scales]
 
     def begin(self) -> None:
-        """The cache holds what the rows begin with, whole faces or not."""
+        super().begin()
         order = self._order()
         for block, layer, memory in zip(self.blocks, self.cache.layers, self.memories, strict=True):
             if block.is_full:
                 layer.keys.copy_(layer.keys[..., order])
             else:
                 memory.copy_(layer.state[:, :, order].view(memory.shape))
-        begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
 
     def settle(self) -> None:
         """All levels are where they were before a face, after one that was not run as a whole: always."""
 
-    def clear(self) -> None:
-        """All rows are to begin by `begin_rows`."""
-
     def begin_rows(self, rows: torch.Tensor, prompt: Any) -> None:
-        """`rows` (R,) hold what comes after a prompt of whole faces."""
+        """`rows` (R,) hold what comes after a `Prompt` of whole faces."""
+        super().begin_rows(rows, prompt.handed)
         order, config = self._order(), self.config
         by_row = (self.rows, config.num_attention_heads)
         for block, memory, given in zip(self.blocks, self.memories, prompt.memories, strict=True):
@@ -129,8 +119,6 @@ class HostSteps:
                 keys[rows, :, :items], values[rows, :, :items] = given[0][..., order].to(keys), given[1].to(values)
             else:
                 memory.view(*by_row, *memory.shape[1:])[rows] = given[0][:, :, order].to(memory)
-        for handed, value in zip(self.handed, prompt.handed, strict=True):
-            handed[rows] = value.to(handed)
 
     def _order(self) -> torch.Tensor:
         """The channels of query and key in the order in which they lie here."""

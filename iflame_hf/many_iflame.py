@@ -13,7 +13,8 @@ import torch
 from .choosing_iflame import HostChooser, RowsBegin
 from .decoding_iflame import DecodeRequest, Unsupported, decoding_dtype, request_of, rows_begin
 from .engine_iflame import give_engine, read_prompt, take_engine
-from .format_iflame import MeshFormat, known_format
+from .format_iflame import MeshFormat
+from .grammar_iflame import check_prompts
 from .sampling_iflame import row_numbers, row_seeds
 
 # B rows, R of them, T tokens
@@ -105,7 +106,7 @@ def generate_meshes(
         raise ValueError("with a seed each, meshes are sampled one by one: leave out do_sample and num_beams")
     if max_faces is not None:
         options["max_faces"] = max_faces
-    layout = _layout_of(model)
+    layout = model.config.mesh_layout
     prompts = _prompts(prompt, len(seeds), layout, max_faces)
     jobs = [_Job(*job) for job in zip(range(len(seeds)), seeds, prompts, strict=True)]
     if not jobs:
@@ -121,6 +122,9 @@ def _batches(model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]) -
     request = _request(model, max((job.prompt for job in jobs), key=len), options)
     if request is None:
         return _in_batches(model, jobs, rows, options)
+    if request.choice.grammar:  # generate() has looked at the longest prompt alone
+        for prompt in {id(job.prompt): job.prompt for job in jobs}.values():
+            check_prompts(model.config.mesh_layout, prompt[None].numpy(), np.zeros(1, dtype=np.int64))
     return _refilled(model, jobs, rows, request)
 
 
@@ -176,10 +180,10 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
     waiting = iter(jobs)
     engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, dtype)
     try:
-        with torch.inference_mode():
+        with engine.at_work():
             engine.prepare(request.choice)
             engine.cache.reset()
-            engine.steps.clear()
+            engine.steps.begin()
             engine.chooser.set(request.settings)
         work: list[_Row | None] = [None] * rows
         prompt = begun = None
@@ -193,7 +197,7 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
             while len(begin) < len(free) and (job := next(waiting, None)):
                 if job.prompt is not prompt:
                     prompt = job.prompt
-                    with torch.inference_mode():
+                    with engine.at_work():
                         begun = read_prompt(model, prompt[None].to(model.device), dtype)
                 left = request.max_length - len(prompt)
                 start = rows_begin(request, config, prompt[None].numpy(), 0, row_numbers([job.seed], left))
@@ -208,14 +212,14 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
             for _, group in groupby(begin, key=lambda each: id(each[0])):
                 begins, places, starts, tokens = zip(*group, strict=True)
                 together = RowsBegin(*(np.concatenate(parts) for parts in zip(*starts, strict=True)))
-                with torch.inference_mode():
-                    engine.begin_rows(list(places), begins[0], together, np.array(tokens), together.state)
+                with engine.at_work():
+                    engine.begin_rows(list(places), begins[0], together, np.array(tokens))
             yield from (_finished(config, request, row) for row in done)
             active = any(row is not None for row in work)
             if not active and not pending:
                 return
             if active:
-                with torch.inference_mode():
+                with engine.at_work():
                     pending.append((launched, engine.next_face(request.choice)))
                 launched += 1
             # While the host reads a face, a GPU makes the next one.
@@ -266,15 +270,6 @@ def _finished(config: Any, request: DecodeRequest, row: _Row) -> tuple[_Job, tor
         face = config.tokens_per_face
         ids = [*ids, *[ids[-1]] * min(face - 1, request.max_length - len(ids))]
     return row.job, torch.tensor(ids)
-
-
-def _layout_of(model: Any) -> MeshFormat:
-    config = model.config
-    return known_format(
-        config.mesh_format,
-        coordinate_resolution=config.coordinate_resolution,
-        special_ids=(config.pad_token_id, config.bos_token_id, config.eos_token_id),
-    )
 
 
 def _prompts(prompt: Any, meshes: int, layout: MeshFormat, max_faces: int | None) -> list[torch.Tensor]:

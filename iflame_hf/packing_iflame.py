@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -94,25 +94,6 @@ def copy_weights(to: PackedWeights, new: PackedWeights) -> None:
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def begin_groups(
-    cache: Any, strides: tuple[int, ...], members: list[torch.Tensor], handed: list[torch.Tensor]
-) -> None:
-    """
-    Takes the open ends of the hourglass over from a cache.
-
-    Args:
-        strides: tokens of an item of each level.
-        members: (GROUP, B, C) of coordinates and of vertices: the open group.
-        handed: (B, C) of both: what the level below has handed up; nothing before the mesh has a whole item of it.
-    """
-    for level, group in enumerate(cache.open_groups):
-        waiting = group.waiting
-        for index in range(waiting.shape[1]):
-            members[level][index].copy_(waiting[:, index])
-        has_begun = cache.positions >= strides[level + 1]
-        handed[level].copy_(group.handed_up[:, 0].masked_fill(~has_begun[:, None], 0.0))
 
 
 def _by_halves(attention: nn.Module) -> torch.Tensor:

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
+NOT_FINITE = (
+    "the scores of the next token are not finite: load the model in float32 or bfloat16, and check its weights"
+)
 NUMBERS_AT_ONCE = 1024  # for so many tokens random numbers are drawn, and moved to the device, in one go
 
 
@@ -31,7 +34,11 @@ def row_seeds(seed: Any, rows: int) -> list[int]:
 
 def row_numbers(seeds: list[int], numbers: int) -> np.ndarray:
     """The first numbers of each seed's mesh, (B, numbers) float64 within [0, 1)."""
-    raw = np.stack([np.random.Philox(seed).random_raw(numbers) for seed in seeds])
+    return _within_one(np.stack([np.random.Philox(seed).random_raw(numbers) for seed in seeds]))
+
+
+def _within_one(raw: np.ndarray) -> np.ndarray:
+    """uint64 -> float64 within [0, 1)."""
     return (raw >> 11) * 2.0**-53
 
 
@@ -72,7 +79,7 @@ class SeededSampling(LogitsProcessor):
     def _draw(self, device: torch.device) -> torch.Tensor:
         """Numbers (B, NUMBERS_AT_ONCE) within [0, 1), float64 where the device has it."""
         raw = np.stack([numbers.random_raw(NUMBERS_AT_ONCE) for numbers in self._numbers])
-        uniforms = torch.from_numpy((raw >> 11) * 2.0**-53)
+        uniforms = torch.from_numpy(_within_one(raw))
         if device.type == "mps":
             uniforms = uniforms.float().clamp(max=1 - 2.0**-24)
         return uniforms.to(device)
@@ -83,6 +90,4 @@ def _check_finite(total: torch.Tensor) -> None:
     if total.device.type == "cuda":
         torch._assert_async(finite)  # does not wait for the device
     elif not finite:
-        raise ValueError(
-            "the scores of the next token are not finite: load the model in float32 or bfloat16, and check its weights"
-        )
+        raise ValueError(NOT_FINITE)

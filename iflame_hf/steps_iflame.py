@@ -7,23 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .attention_kernels_iflame import attend_keys, attend_linear, attend_linear_project, combine_project
 from .cache_iflame import StaticIFlameCache
 from .choosing_iflame import Places
-from .kernels_iflame import (
-    EMBED,
-    PLAIN,
-    POOL,
-    UPSAMPLE,
-    attend_keys,
-    attend_linear,
-    attend_linear_project,
-    combine_project,
-    gate_up,
-    project,
-    project_heads,
-)
+from .kernels_iflame import EMBED, PLAIN, POOL, UPSAMPLE, gate_up, project, project_heads
 from .ops_iflame import rotary_tables
-from .packing_iflame import BlockWeights, PackedWeights, begin_groups
+from .packing_iflame import BlockWeights, PackedWeights
+from .step_memory_iflame import StepMemory
 
 # B rows, C channels, H heads, D head size, I hidden units, V token ids, G groups of heads, S splits of the keys
 
@@ -67,7 +57,7 @@ def choose_tiles(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> 
     return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=4)
 
 
-class KernelSteps:
+class KernelSteps(StepMemory):
     """
     A network that takes a token of every row at a time, all at the same place of their faces.
 
@@ -81,9 +71,9 @@ class KernelSteps:
     def __init__(
         self, config: Any, weights: PackedWeights, cache: StaticIFlameCache, pdl: bool, tiles: Tiles | None = None
     ):
-        self.config, self.weights, self.cache, self.pdl = config, weights, cache, pdl
-        self.rows = cache.batch_size
         device, dtype = weights.head.device, weights.head.dtype
+        super().__init__(config, cache, device, torch.float32)
+        self.weights, self.pdl = weights, pdl
         self.tiles = choose_tiles(self.rows, config.num_attention_heads, dtype) if tiles is None else tiles
         rows, channels, size = self.rows, config.hidden_size, config.head_dim
         heads = config.num_attention_heads
@@ -91,13 +81,7 @@ class KernelSteps:
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        self.tokens = buffer(rows, dtype=torch.long)
-        self.logits = buffer(rows, config.vocab_size)
         levels = range(len(config.level_strides))
-        self.x = [buffer(rows, channels) for _ in levels]
-        self.middle = buffer(rows, channels)
-        self.members = [buffer(group, rows, channels) for group in config.group_sizes]
-        self.handed = [buffer(rows, channels) for _ in config.group_sizes]
         self.qkv = buffer(rows, 3 * channels)
         self.attended = buffer(rows, channels)
         self.hidden = buffer(rows, weights.blocks[0].down.shape[1], dtype=dtype)
@@ -119,9 +103,8 @@ class KernelSteps:
         self.phases = 0  # kernels launched so far
 
     def begin(self) -> None:
-        """The cache holds what the rows begin with, whole faces or not."""
+        super().begin()
         self.turns = [0] * len(self.turns)
-        begin_groups(self.cache, self.config.level_strides, self.members, self.handed)
 
     def settle(self) -> None:
         """All levels take the same turn again, after a face that was not run as a whole."""
@@ -130,12 +113,9 @@ class KernelSteps:
                 layer.state.copy_(other)
         self.turns = [0] * len(self.turns)
 
-    def clear(self) -> None:
-        """All rows are to begin by `begin_rows`."""
-        self.turns = [0] * len(self.turns)
-
     def begin_rows(self, rows: torch.Tensor, prompt: Any) -> None:
-        """`rows` (R,) hold what comes after a prompt of whole faces."""
+        """`rows` (R,) hold what comes after a `Prompt` of whole faces."""
+        super().begin_rows(rows, prompt.handed)
         for block, layer, other, memory in zip(
             self.weights.blocks, self.cache.layers, self.others, prompt.memories, strict=True
         ):
@@ -145,8 +125,6 @@ class KernelSteps:
             else:
                 in_other = other is not None and self.turns[block.level]
                 (other if in_other else layer.state)[rows] = memory[0]
-        for handed, value in zip(self.handed, prompt.handed, strict=True):
-            handed[rows] = value.float()
 
     def step(self, place: int) -> None:
         """`tokens` at that place in their faces -> `logits` of the next ones. Positions are those of the cache."""
@@ -162,7 +140,7 @@ class KernelSteps:
         self._stage(4, 0, UPSAMPLE, self.x[0], self.x[0], read=members[0][corner])
         self._project(self.x[0], None, self.weights.head, self.weights.head_bias, None, self.logits, 4, 4)
 
-    def _stage(self, stage: int, level: int, source: int, made: torch.Tensor, out: torch.Tensor, read=None) -> None:
+    def _stage(self, stage: int, level: int, source: str, made: torch.Tensor, out: torch.Tensor, read=None) -> None:
         part = self.config.stage_slices()[stage]
         for index in range(part.start, part.stop):
             is_first, is_last = index == part.start, index == part.stop - 1
@@ -170,7 +148,7 @@ class KernelSteps:
             self._block(index, x, made, source if is_first else PLAIN, out if is_last else self.x[level])
         self.turns[level] ^= stage in (2, 3, 4)
 
-    def _block(self, index: int, x: torch.Tensor, made: torch.Tensor, source: int, out: torch.Tensor) -> None:
+    def _block(self, index: int, x: torch.Tensor, made: torch.Tensor, source: str, out: torch.Tensor) -> None:
         block, tiles, layer = self.weights.blocks[index], self.tiles, self.cache.layers[index]
         self._heads(block, layer, x, made, source)
         residual = x if source == PLAIN else made
@@ -205,7 +183,7 @@ class KernelSteps:
     def _row_tiles(self) -> int:
         return -(-self.rows // self.tiles.rows)
 
-    def _heads(self, block: BlockWeights, layer: Any, x: torch.Tensor, made: torch.Tensor, source: int) -> None:
+    def _heads(self, block: BlockWeights, layer: Any, x: torch.Tensor, made: torch.Tensor, source: str) -> None:
         config, weights, tiles = self.config, self.weights, self.tiles
         channels, level = config.hidden_size, block.level
         places = self.places

@@ -38,6 +38,16 @@ def small_model(seed=0, **options):
     return model.eval()
 
 
+def ending_model(more, **options):
+    """A small model whose rows end now and then, the more often the more, and write neither padding nor start tokens;
+    in float64, so that no token hangs on how a sum is ordered."""
+    model = small_model(**options).double()
+    with torch.no_grad():
+        model.lm_head.bias[[PAD, BOS]] -= 20
+        model.lm_head.bias[EOS] += more
+    return model
+
+
 def mesh_rows(batch, faces, seed=0, end=False):
     """(B, 9 + 9 faces (+ 9)) ids: the start face, faces of random coordinates, and the end face if asked for."""
     random = torch.Generator().manual_seed(seed)

@@ -7,21 +7,24 @@ import threading
 import pytest
 import torch
 from scipy.stats import chisquare
-from small_models import BOS, EOS, PAD, mesh_rows, small_model
+from small_models import BOS, EOS, PAD, ending_model, mesh_rows, small_model
 from torch.nn.utils import parametrize
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AttentionInterface,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from iflame_hf import decoding_iflame, engine_iflame
 
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64, so that no token hangs on how a sum is ordered; it ends now and then."""
-    model = small_model().double()
-    with torch.no_grad():
-        model.lm_head.bias[[PAD, BOS]] -= 20
-        model.lm_head.bias[EOS] += 1
-    return model
+    return ending_model(1)
 
 
 @pytest.fixture
@@ -128,6 +131,23 @@ def test_time_that_is_up_ends_it_after_a_whole_face(model):
     assert 18 <= ids.shape[1] < 9 * 700
 
 
+def test_a_criterion_that_looks_once_a_face_is_shown_the_ids_so_far(model):
+    class UpTo(StoppingCriteria):
+        looks_once_a_face = True
+        shown = []
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.shown.append(input_ids.clone())
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 9 * 5)
+
+    options = {"do_sample": True, "seed": 0, "num_return_sequences": 2, "min_faces": 9, "max_faces": 9}
+    ids = model.generate(stopping_criteria=[UpTo()], **options)
+    whole = model.generate(**options)
+    assert [shown.shape for shown in UpTo.shown] == [(2, 9 * faces) for faces in range(1, 6)]
+    assert all(torch.equal(shown, whole[:, : shown.shape[1]]) for shown in UpTo.shown)
+    assert torch.equal(ids, whole[:, : ids.shape[1]]) and ids.shape[1] == 9 * 5 + 1
+
+
 def test_weights_are_those_of_the_call(engines):
     model = small_model()
     options = {"do_sample": True, "seed": 0, "max_faces": 4, "min_faces": 4}
@@ -168,6 +188,16 @@ class Same(LogitsProcessor):
         return scores
 
 
+class EndsElsewhere(EosTokenCriteria):
+    """A user's own, of which nobody knows what it does."""
+
+
+def with_own_attention(model):
+    AttentionInterface.register("of_a_user", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation = "of_a_user"
+    return model
+
+
 def with_adapter(model):
     parametrize.register_parametrization(model.lm_head, "weight", torch.nn.Identity())
     return model
@@ -181,6 +211,8 @@ def with_adapter(model):
         (None, {"return_dict_in_generate": True}, "return_dict_in_generate"),
         (None, {"no_repeat_ngram_size": 4}, "NoRepeatNGramLogitsProcessor"),
         (None, {"prefill_chunk_size": 4}, "prefill_chunk_size"),
+        (None, {"stopping_criteria": StoppingCriteriaList([EndsElsewhere(EOS)])}, "criterion EndsElsewhere"),
+        (with_own_attention, {}, "attn_implementation='of_a_user'"),
         (with_adapter, {}, "parametrisation of lm_head"),
         (lambda model: model.register_forward_hook(lambda *a: None) and model, {}, "hook of the model"),
     ],

@@ -1,13 +1,17 @@
 """On a CUDA device the decode engine makes what the plain loop makes, alone, together and refilled."""
 
+import copy
+
 import pytest
 import torch
 from scipy.stats import chisquare
-from small_models import BOS, EOS, PAD, mesh_rows, relative_error, small_model
+from small_models import BOS, PAD, ending_model, mesh_rows, relative_error, small_model
 
 from iflame_hf import StaticIFlameCache
 from iflame_hf.choosing_iflame import Choice
 from iflame_hf.engine_iflame import DecodeEngine
+from iflame_hf.format_iflame import known_format
+from iflame_hf.grammar_iflame import MeshGrammarLogitsProcessor
 from iflame_hf.many_iflame import generate_meshes
 
 pytestmark = pytest.mark.gpu
@@ -18,11 +22,7 @@ CHOICES = [Choice(True, filters, penalty, True, 129, 131) for filters, penalty i
 
 @pytest.fixture(scope="module")
 def model():
-    model = small_model(**SIZES).to("cuda")
-    with torch.no_grad():
-        model.lm_head.bias[[PAD, BOS]] -= 20
-        model.lm_head.bias[EOS] += 2
-    return model
+    return ending_model(2, **SIZES).to("cuda", torch.float32)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 20, 64])
@@ -97,6 +97,41 @@ def test_tokens_come_as_often_as_the_plain_loops_scores_say(model, options):
     if wanted[-1] == 0:
         observed.pop(), wanted.pop()
     assert chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
+
+
+def test_the_grammar_waits_for_nothing_and_may_be_captured():
+    """transformers' loop asks the processor before every token."""
+    layout = known_format()
+    ids = torch.tensor([[BOS] * 9 + [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4]] * 3, device="cuda")
+    scores = torch.randn(3, 132, device="cuda")
+    grammar = MeshGrammarLogitsProcessor(layout, 132, torch.zeros(3, dtype=torch.long, device="cuda"), 2, 9, 900)
+    for length in range(9, ids.shape[1] + 1):
+        expected = grammar(ids[:, :length], scores)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = grammar(ids[:, :length], scores)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(found, expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = grammar(ids[:, :length], scores)
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_model_on_a_gpu_that_is_not_the_current_one_decodes_there(model):
+    options = {"do_sample": True, "seed": 3, "max_faces": 9}
+    expected = model.generate(num_return_sequences=2, **options)
+    other = copy.deepcopy(model).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    found = other.generate(num_return_sequences=2, **options)
+    assert found.device == torch.device("cuda:1") and torch.equal(found.cpu(), expected.cpu())
+    for mesh in generate_meshes(other, [3, 4], rows=2, max_faces=9):
+        row = expected[mesh.number].cpu()
+        assert torch.equal(mesh.ids, row[row != PAD])
 
 
 @pytest.mark.parametrize("choice", CHOICES)

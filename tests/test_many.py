@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import BOS, EOS, PAD, small_model
+from small_models import BOS, EOS, PAD, ending_model, small_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from iflame_hf import engine_iflame, many_iflame
@@ -11,11 +11,7 @@ from iflame_hf.many_iflame import generate_meshes
 
 @pytest.fixture(scope="module")
 def model():
-    model = small_model().double()
-    with torch.no_grad():
-        model.lm_head.bias[[PAD, BOS]] -= 20
-        model.lm_head.bias[EOS] += 6
-    return model
+    return ending_model(6)
 
 
 def alone(model, seed, **options):
@@ -74,6 +70,14 @@ def test_what_an_engine_does_not_do_is_made_in_batches(model, monkeypatch):
     meshes = list(generate_meshes(model, range(7), rows=3, **options))
     assert [mesh.number for mesh in meshes] == list(range(7))
     assert all(mesh.ids.tolist() == alone(model, mesh.seed, max_faces=6) for mesh in meshes)
+
+
+def test_every_prompt_is_looked_at_not_the_longest_alone(model):
+    good = next(mesh for mesh in generate_meshes(model, range(9), max_faces=9) if len(mesh.ids) > 9 * 6).ids[: 9 * 5]
+    bad = torch.cat([good[:9], good[18:27], good[9:18]])
+    with pytest.raises(ValueError, match="not the beginning of a mesh: face 2 is not in order"):
+        generate_meshes(model, [1, 2], prompt=[good, bad])
+    assert len(list(generate_meshes(model, [1, 2], prompt=[good, bad], mesh_grammar=False, max_faces=6))) == 2
 
 
 def test_leaving_early_gives_the_engine_back(model):

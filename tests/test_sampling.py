@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from small_models import BOS, EOS, PAD, mesh_rows, small_model
+from small_models import PAD, ending_model, mesh_rows
 from transformers import pipeline
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
@@ -16,12 +16,7 @@ from iflame_hf.sampling_iflame import NUMBERS_AT_ONCE, SeededSampling
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64, so that no token hangs on how the rows of a batch are summed; it ends now and then."""
-    model = small_model().double()
-    with torch.no_grad():
-        model.lm_head.bias[[PAD, BOS]] -= 20
-        model.lm_head.bias[EOS] -= 1
-    return model
+    return ending_model(-1)
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,8 @@ def provoke(message, folder, part, monkeypatch):
         ops_iflame.choose_linear_attention("lightning_attn", call)
     elif message.startswith("The repository"):
         resolve_trust_remote_code(False, "user/name", has_local_code=False, has_remote_code=True)
+    elif message.startswith("the prompt of row 0 is not"):
+        model().generate(torch.cat([ids, torch.full((len(ids), 9), 5)], dim=1), max_new_tokens=9)
     elif message.startswith("a mesh must be padded"):
         mask[0, :3] = 0
         model().generate(ids, attention_mask=mask)

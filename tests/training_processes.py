@@ -3,10 +3,11 @@
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from pathlib import Path
+
+from program_processes import Processes, environments_of_ranks, speak_into
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 # What `accelerate launch --config_file training/configs/fsdp2.yaml` sets.
@@ -56,9 +57,7 @@ def run_training(arguments: list[str], environment: dict[str, str], output: str,
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    speak_into(output)
     import torch
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -74,52 +73,28 @@ def run_training(arguments: list[str], environment: dict[str, str], output: str,
     sys.exit(main(arguments))
 
 
-class Trainer:
-    """Starts training processes; each has its messages in `messages`."""
+class Trainer(Processes):
+    """Starts training processes."""
 
     def __init__(self, folder: Path):
-        self.messages = folder / "messages.txt"
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["training.train"])
+        super().__init__(folder, "training.train")
 
     def start(
         self, output_dir: Path, environment: dict[str, str] | None = None, file_size: int | None = None, **options
     ):
-        process = self.context.Process(
-            target=run_training,
-            args=(
-                command_line(output_dir, **options),
-                {**ENVIRONMENT, **(environment or {})},
-                str(self.messages),
-                file_size,
-            ),
-        )
-        process.start()
-        return process
+        environment = {**ENVIRONMENT, **(environment or {})}
+        arguments = command_line(output_dir, **options)
+        return self.start_process(run_training, arguments, environment, str(self.messages), file_size)
 
     def run(self, output_dir: Path, **options) -> None:
         """A run that must come to its end."""
         self.finish(self.start(output_dir, **options))
 
-    def finish(self, *processes, seconds: float = 120) -> None:
-        for process in processes:
-            process.join(seconds)
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-        assert codes == [0] * len(processes), f"exit codes {codes}:\n{self.messages.read_text()}"
-
     def start_ranks(self, output_dir: Path, count: int, environment: dict[str, str] | None = None, **options) -> list:
         """The processes that `accelerate launch --cpu --num_processes COUNT` would start."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        shared |= environment or {}
         return [
-            self.start(output_dir, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
-            for rank in range(count)
+            self.start(output_dir, {**of_rank, **(environment or {})}, **options)
+            for of_rank in environments_of_ranks(count)
         ]
 
 

@@ -1,0 +1,199 @@
+"""
+Kernels of a decoding step, in Triton: linear and full attention of one item a row. As kernels_iflame.py has them.
+"""
+
+from __future__ import annotations
+
+from .kernels_iflame import _jit, _wait
+
+try:
+    import triton.language as tl
+except ImportError:  # optional
+    tl = None
+
+# B rows, C channels, H heads, D head size, N outputs, S splits of the keys, G groups of heads
+
+
+@_jit
+def _linear_state(slopes_ptr, state_ptr, row, heads, C: tl.constexpr, D: tl.constexpr):
+    """The state (heads, D, D) before an item, decayed, and where it lies. It was written for the token before, and so
+    before the choice of this one: there is nothing to wait for."""
+    dims = tl.arange(0, D)
+    live = heads < C // D
+    decay = tl.exp(-tl.load(slopes_ptr + heads, mask=live, other=0.0))
+    places = (heads[:, None, None] * D + dims[None, :, None]) * D + dims[None, None, :]
+    here = live[:, None, None] & (dims[None, :, None] < D) & (dims[None, None, :] < D)
+    places += row.to(tl.int64) * (C * D)
+    state = tl.load(state_ptr + places, mask=here, other=0.0)
+    return state * decay[:, None, None], places, here
+
+
+@_jit
+def _linear_step(qkv_ptr, state, row, heads, C: tl.constexpr, D: tl.constexpr):
+    """The state (heads, D, D) after an item, and what it reads from it (heads, D)."""
+    dims = tl.arange(0, D)
+    live = heads < C // D
+    at = qkv_ptr + row * (3 * C) + heads[:, None] * D + dims[None, :]
+    q = tl.load(at, mask=live[:, None], other=0.0)
+    k = tl.load(at + C, mask=live[:, None], other=0.0)
+    v = tl.load(at + 2 * C, mask=live[:, None], other=0.0)
+    state = state + k[:, :, None] * v[:, None, :]
+    return state, tl.sum(q[:, :, None] * state, axis=1)
+
+
+@_jit
+def attend_linear_project(
+    qkv_ptr,  # (B, 3C) float32
+    slopes_ptr,  # (H,) float32
+    state_ptr,  # (B, H, D, D) float32
+    next_state_ptr,  # the same, which is written
+    norm_ptr,  # (C,)
+    w_ptr,  # (C, C)
+    partial_ptr,  # (B, G, C) float32: products of the heads of each group, without the norm's factor
+    square_ptr,  # (B, G) float32: sums of the squares of their outputs
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,  # of a group
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Linear attention and its output projection, of few rows: each program takes some heads and some outputs."""
+    row, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    outs = block * BN + tl.arange(0, BN)
+    inner = group * HEADS * D + tl.arange(0, HEADS * D)
+    valid = inner < C
+    w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=(outs < C)[:, None] & valid[None, :], other=0.0)
+    norm = tl.load(norm_ptr + inner, mask=valid, other=0.0).to(tl.float32)
+    heads = group * HEADS + tl.arange(0, HEADS)
+    state, places, here = _linear_state(slopes_ptr, state_ptr, row, heads, C, D)
+    _wait(PDL)
+    state, read = _linear_step(qkv_ptr, state, row, heads, C, D)
+    groups = tl.num_programs(1)
+    if block == 0:
+        tl.store(next_state_ptr + places, state, mask=here)
+        tl.store(square_ptr + row * groups + group, tl.sum(tl.sum(read * read, axis=1), axis=0))
+    read = tl.reshape(read, (HEADS * D,)) * norm
+    partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
+    tl.store(partial_ptr + (row * groups + group) * C + outs, partial, mask=outs < C)
+
+
+@_jit
+def attend_linear(
+    qkv_ptr,  # (B, 3C) float32
+    slopes_ptr,
+    state_ptr,  # (B, H, D, D) float32, becomes that after the item
+    out_ptr,  # (B, C) float32
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A step of linear attention."""
+    row = tl.program_id(0)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    state, places, here = _linear_state(slopes_ptr, state_ptr, row, heads, C, D)
+    _wait(PDL)
+    state, read = _linear_step(qkv_ptr, state, row, heads, C, D)
+    tl.store(state_ptr + places, state, mask=here)
+    to = row * C + heads[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(out_ptr + to, read, mask=(heads < C // D)[:, None])
+
+
+@_jit
+def attend_keys(
+    qkv_ptr,  # (B, 3C) float32
+    key_ptr,  # (B, H, room, D)
+    value_ptr,
+    slot_ptr,  # (B,) int32: of the newest key
+    most_ptr,  # (B, H, S) float32: the largest score of each split, in units of log 2
+    sum_ptr,  # (B, H, S) float32: of exponentials
+    read_ptr,  # (B, H, S, D) float32: their sums of values; of one split (B, C), divided by the sum
+    room,
+    scale,  # D ** -0.5 / log(2)
+    C: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BT: tl.constexpr,  # keys at a time
+    PDL: tl.constexpr,
+):
+    """Softmax attention of one query a row over the keys so far, in splits that run side by side."""
+    H: tl.constexpr = C // D
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dims = tl.arange(0, D)
+    places = tl.arange(0, BT)
+    start_of_keys = (row.to(tl.int64) * H + head) * room * D
+    _wait(PDL)
+    keys = tl.load(slot_ptr + row) + 1
+    query = tl.load(qkv_ptr + row * (3 * C) + head * D + dims) * scale
+    share = tl.cdiv(tl.cdiv(keys, SPLITS), BT) * BT
+    start = split * share
+    stop = tl.minimum(start + share, keys)
+    # Each lane of BT has a softmax of its own, so that nothing is reduced within the loop.
+    most = tl.full((BT,), float("-inf"), tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    read = tl.zeros((BT, D), tl.float32)
+    for first in range(start, stop, BT):
+        at = first + places
+        live = at < stop
+        offset = start_of_keys + at[:, None] * D + dims[None, :]
+        # Read once a token: they are not to take the place of weights in the cache.
+        key = tl.load(key_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+        value = tl.load(value_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(
+            tl.float32
+        )
+        score = tl.where(live, tl.sum(key * query[None, :], axis=1), float("-inf"))
+        now = tl.maximum(most, score)
+        finite = tl.where(now == float("-inf"), 0.0, now)
+        before = tl.exp2(most - finite)
+        weight = tl.exp2(score - finite)
+        total = total * before + weight
+        read = read * before[:, None] + weight[:, None] * value
+        most = now
+    highest = tl.max(most, axis=0)
+    factor = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(total * factor, axis=0)
+    read = tl.sum(read * factor[:, None], axis=0)
+    if SPLITS == 1:
+        tl.store(read_ptr + row * C + head * D + dims, read / total)
+    else:
+        at = (row * H + head) * SPLITS + split
+        tl.store(most_ptr + at, highest)
+        tl.store(sum_ptr + at, total)
+        tl.store(read_ptr + at * D + dims, read)
+
+
+@_jit
+def combine_project(
+    most_ptr,  # of attend_keys
+    sum_ptr,
+    read_ptr,
+    w_ptr,  # (C, C)
+    partial_ptr,  # (B, G, C) float32
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The splits of softmax attention together, and the output projection, as `attend_linear_project`."""
+    H: tl.constexpr = C // D
+    row, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    outs = block * BN + tl.arange(0, BN)
+    inner = group * HEADS * D + tl.arange(0, HEADS * D)
+    valid = inner < C
+    w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=(outs < C)[:, None] & valid[None, :], other=0.0)
+    _wait(PDL)
+    heads = group * HEADS + tl.arange(0, HEADS)
+    splits = tl.arange(0, SPLITS)
+    dims = tl.arange(0, D)
+    at = (row * H + heads)[:, None] * SPLITS + splits[None, :]
+    live = (heads < H)[:, None] & (splits < SPLITS)[None, :]
+    most = tl.load(most_ptr + at, mask=live, other=0.0)
+    factor = tl.exp2(most - tl.max(most, axis=1)[:, None])
+    total = tl.sum(factor * tl.load(sum_ptr + at, mask=live, other=1.0), axis=1)
+    read = tl.load(read_ptr + at[:, :, None] * D + dims[None, None, :], mask=live[:, :, None], other=0.0)
+    read = tl.sum(read * factor[:, :, None], axis=1) / total[:, None]
+    read = tl.reshape(read, (HEADS * D,))
+    partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
+    tl.store(partial_ptr + (row * tl.num_programs(1) + group) * C + outs, partial, mask=outs < C)
