@@ -1,6 +1,6 @@
 """
 How a decode engine chooses tokens on the device: penalty, grammar, temperature, top-k, top-p, min-p, and a random
-number of the row's own. One kernel, and the same in numpy.
+number of the row's own. One kernel; host_choosing_iflame.py has the same in numpy.
 
 They compute what transformers' processors and `MeshGrammarLogitsProcessor` compute, in transformers' order, from what
 they carry of each row instead of its ids.
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .grammar_iflame import row_interval
 from .kernels_iflame import _jit, _wait
 
 try:
@@ -97,7 +96,9 @@ def choose(
     count = tl.load(count_ptr + row)
     uniform = tl.load(uniform_ptr + row.to(tl.int64) * numbers + tl.minimum(count, numbers - 1))
     scores = tl.load(logits_ptr + row * V + lane, mask=valid, other=float("-inf"))
-    wrong = tl.sum(tl.where(valid & (scores != scores), 1, 0), axis=0)
+    wrong = tl.sum(tl.where(valid & ((scores != scores) | (scores == float("inf"))), 1, 0), axis=0)
+    if not GRAMMAR:
+        wrong = tl.where(tl.max(scores, axis=0) == float("-inf"), 1, wrong)
     if PENALISE:
         penalty = tl.load(settings_ptr + 4)
         seen = tl.load(seen_ptr + row * VB + lane) != 0
@@ -305,134 +306,3 @@ class KernelChooser:
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
             GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=8, **launched,
         )  # fmt: skip
-
-
-class HostChooser:
-    """The same on a CPU, in numpy; its random numbers are float64, as those of `SeededSampling`."""
-
-    def __init__(self, rows: int, numbers: int, vocabulary: int, face: int, positions: torch.Tensor):
-        self.positions = positions
-        self.uniforms = np.zeros((rows, numbers))
-        self.state = np.zeros((rows, COLUMNS), dtype=np.int64)
-        self.limits = np.zeros((rows, 2), dtype=np.int64)
-        self.seen = np.zeros((rows, vocabulary), dtype=bool)
-        self.counts = np.zeros(rows, dtype=np.int64)
-        self.face = np.zeros((rows, face + 1), dtype=np.int64)
-        self.rows = np.arange(rows)
-        self.lanes = np.arange(vocabulary)
-
-    def set(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def begin(self, rows: torch.Tensor, begin: RowsBegin, chosen: int = 0) -> None:
-        rows = rows.numpy()
-        self.state[rows], self.limits[rows] = begin.state, begin.limits
-        self.uniforms[rows, : begin.uniforms.shape[1]] = begin.uniforms
-        self.seen[rows] = begin.seen
-        self.counts[rows] = chosen
-        self.face[rows] = 0
-
-    def choose(self, choice: Choice, logits: torch.Tensor, tokens: torch.Tensor, place: int, advance: bool) -> None:
-        scores, settings = logits.numpy().copy(), self.settings
-        if np.isnan(scores).any():
-            self.face[np.isnan(scores).any(axis=1), -1] = 1
-        with np.errstate(all="ignore"):
-            if choice.penalty:
-                worse = np.where(
-                    scores < 0, scores * settings.repetition_penalty, scores / settings.repetition_penalty
-                )
-                scores = np.where(self.seen, worse, scores)
-            if choice.grammar:
-                scores = self._allowed(choice, scores, place)
-            chosen = self._sampled(choice, scores) if choice.sample else scores.argmax(axis=1)
-        ended = self.state[:, ENDED] != 0
-        if choice.end >= 0:
-            chosen = np.where(ended, choice.end, chosen)
-            self.state[:, ENDED] |= chosen == choice.end
-        self.face[:, place] = chosen
-        self.counts += 1
-        if advance:
-            self.positions.add_(1)
-        if choice.penalty:
-            self.seen[self.rows, chosen] = True
-        if choice.grammar:
-            self._follow(choice, chosen, place)
-        tokens.copy_(torch.from_numpy(chosen))
-
-    def _allowed(self, choice: Choice, scores: np.ndarray, place: int) -> np.ndarray:
-        """`scores` with -inf for what must not follow: what `grammar_iflame` does, in whole numbers row by row, of
-        which there are few."""
-        levels, digit = choice.coordinates, place % 3
-        step, period = levels**digit, levels ** (digit + 1)
-        if digit == 0:
-            self.state[:, DIGITS] = 0
-        allowed = np.zeros(scores.shape, dtype=bool)
-        allowed[:, :levels] = True
-        for row, (state, (fewest, most)) in enumerate(zip(self.state.tolist(), self.limits.tolist(), strict=True)):
-            previous, needed = state[LOWEST : HIGHEST + 1], max(fewest - state[FACES] - 1, 0)
-            low, high, excluded = row_interval(
-                previous, state[FIRST], state[SECOND], place // 3, levels**3 - 1, needed
-            )
-            digits, coordinates = state[DIGITS], allowed[row, :levels]
-            if digit == 2:
-                # Each last digit makes one rank: those within the interval lie side by side.
-                coordinates[: max(0, -((digits - low) // step))] = False
-                coordinates[max(0, (high - digits) // step + 1) :] = False
-                place_of, rest = divmod(excluded - digits, step)
-                if rest == 0 and 0 <= place_of < levels:
-                    coordinates[place_of] = False
-            elif high - low < 2 * period:  # else every digit is that of some rank in the interval
-                candidate = low + (digits + self.lanes[:levels] * step - low) % period
-                candidate += np.where(candidate == excluded, period, 0)
-                coordinates[candidate > high] = False
-            if place == 0:
-                if state[FACES] >= most:
-                    coordinates[:] = False
-                allowed[row, choice.end] = state[FACES] >= min(fewest, most) or not coordinates.any()
-        left = np.where(allowed, scores, -np.inf)
-        nothing = left.max(axis=1) == -np.inf
-        if nothing.any():
-            left = np.where(allowed & nothing[:, None], 0.0, left)
-        return left
-
-    def _sampled(self, choice: Choice, scores: np.ndarray) -> np.ndarray:
-        settings = self.settings
-        scores = scores.astype(np.float64) / settings.temperature
-        if choice.filters:
-            ordered = -np.sort(-scores, axis=1)
-            if 0 < settings.top_k < scores.shape[1]:
-                least = ordered[:, settings.top_k - 1, None]
-                scores = np.where(scores >= least, scores, -np.inf)
-                ordered = np.where(ordered >= least, ordered, -np.inf)
-            if settings.top_p < 1:
-                weight = np.exp(ordered - ordered[:, :1])
-                before = weight.cumsum(axis=1) - weight
-                kept = (weight > 0) & (before < settings.top_p * weight.sum(axis=1, keepdims=True))
-                kept[:, 0] = True
-                scores = np.where(
-                    scores >= np.where(kept, ordered, np.inf).min(axis=1, keepdims=True), scores, -np.inf
-                )
-            if settings.min_p > 0:
-                weight = np.exp(scores - scores.max(axis=1, keepdims=True))
-                scores = np.where(weight < settings.min_p, -np.inf, scores)
-        weight = np.exp(scores - scores.max(axis=1, keepdims=True))
-        reached = weight.cumsum(axis=1)
-        numbers = self.uniforms[self.rows, np.minimum(self.counts, self.uniforms.shape[1] - 1), None]
-        token = (reached <= numbers * reached[:, -1:]).sum(axis=1)
-        # Rounding must not choose what has no share.
-        return np.minimum(token, np.where(weight > 0, self.lanes, 0).max(axis=1))
-
-    def _follow(self, choice: Choice, chosen: np.ndarray, place: int) -> None:
-        state = self.state
-        going = state[:, ENDED] == 0
-        state[:, DIGITS] += np.where(going, chosen * choice.coordinates ** (place % 3), 0)
-        if place == 2:
-            state[:, FIRST] = state[:, DIGITS]
-        elif place == 5:
-            state[:, SECOND] = state[:, DIGITS]
-        elif place == 8:
-            pair = np.sort(state[:, [SECOND, DIGITS]], axis=1)
-            state[:, LOWEST] = np.where(going, state[:, FIRST], state[:, LOWEST])
-            state[:, MIDDLE] = np.where(going, pair[:, 0], state[:, MIDDLE])
-            state[:, HIGHEST] = np.where(going, pair[:, 1], state[:, HIGHEST])
-            state[:, FACES] += going

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from .cache_iflame import StaticIFlameCache
-from .choosing_iflame import Choice, HostChooser, KernelChooser, RowsBegin, Settings
+from .choosing_iflame import Choice, KernelChooser, RowsBegin, Settings
+from .host_choosing_iflame import HostChooser
 from .host_steps_iflame import HostSteps
 from .kernels_iflame import triton
 from .packing_iflame import copy_weights, pack_weights

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .choosing_iflame import HostChooser, RowsBegin
+from .choosing_iflame import RowsBegin
 from .decoding_iflame import DecodeRequest, Unsupported, decoding_dtype, request_of, rows_begin
 from .engine_iflame import give_engine, read_prompt, take_engine
 from .format_iflame import MeshFormat
 from .grammar_iflame import check_prompts
+from .host_choosing_iflame import HostChooser
 from .sampling_iflame import row_numbers, row_seeds
 
 # B rows, R of them, T tokens

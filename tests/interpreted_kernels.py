@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from iflame_hf import StaticIFlameCache
-from iflame_hf.choosing_iflame import Choice, HostChooser, KernelChooser, Places, RowsBegin, Settings
+from iflame_hf.choosing_iflame import Choice, KernelChooser, Places, RowsBegin, Settings
+from iflame_hf.host_choosing_iflame import HostChooser
 from iflame_hf.packing_iflame import pack_weights
 from iflame_hf.steps_iflame import KernelSteps, Tiles
 
