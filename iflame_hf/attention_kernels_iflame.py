@@ -100,11 +100,35 @@ def attend_linear(
 
 
 @_jit
+def _quantized(x):
+    """Of one head's values (D,): whole numbers within -127 and 127, and what they are to be multiplied by; as
+    `states_iflame.quantize`."""
+    scale = (tl.max(tl.abs(x), axis=0) / 127).to(tl.bfloat16)
+    wide = scale.to(tl.float32)
+    whole = tl.floor(x / tl.where(wide > 0, wide, 1.0) + 0.5)
+    return tl.minimum(tl.maximum(whole, -127.0), 127.0), scale
+
+
+@_jit
+def _keys(key_ptr, scale_ptr, at, start, live, D: tl.constexpr, QUANTIZED: tl.constexpr):
+    """Keys or values (BT, D) at some places of a row's head, as they are stored, and their scales (BT,)."""
+    # Read once a token: they are not to take the place of weights in the cache.
+    offset = (start + at[:, None]) * D + tl.arange(0, D)[None, :]
+    key = tl.load(key_ptr + offset, mask=live[:, None], other=0, eviction_policy="evict_first")
+    scale = key_ptr
+    if QUANTIZED:
+        scale = tl.load(scale_ptr + start + at, mask=live, other=0.0, eviction_policy="evict_first")
+    return key, scale
+
+
+@_jit
 def attend_keys(
     qkv_ptr,  # (B, 3C) float32
-    key_ptr,  # (B, H, room, D)
+    key_ptr,  # (B, H, room, D), or int8 of that shape, if QUANTIZED
     value_ptr,
-    slot_ptr,  # (B,) int32: of the newest key
+    key_scale_ptr,  # (B, H, room) bfloat16, if QUANTIZED
+    value_scale_ptr,
+    slot_ptr,  # (B,) int32: where the newest item goes, and how many there are before
     most_ptr,  # (B, H, S) float32: the largest score of each split, in units of log 2
     sum_ptr,  # (B, H, S) float32: of exponentials
     read_ptr,  # (B, H, S, D) float32: their sums of values; of one split (B, C), divided by the sum
@@ -114,41 +138,71 @@ def attend_keys(
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BT: tl.constexpr,  # keys at a time
+    QUANTIZED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Softmax attention of one query a row over the keys so far, in splits that run side by side."""
+    """Softmax attention of one query a row over the keys so far, in splits that run side by side. The newest key and
+    value are added to the others by the first split."""
     H: tl.constexpr = C // D
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dims = tl.arange(0, D)
     places = tl.arange(0, BT)
-    start_of_keys = (row.to(tl.int64) * H + head) * room * D
-    _wait(PDL)
-    keys = tl.load(slot_ptr + row) + 1
-    query = tl.load(qkv_ptr + row * (3 * C) + head * D + dims) * scale
-    share = tl.cdiv(tl.cdiv(keys, SPLITS), BT) * BT
+    start_of_keys = (row.to(tl.int64) * H + head) * room
+    # Where the item goes was written before the phase before; the keys before it, when these were new.
+    slot = tl.load(slot_ptr + row)
+    share = tl.cdiv(tl.cdiv(slot, SPLITS), BT) * BT
     start = split * share
-    stop = tl.minimum(start + share, keys)
-    # Each lane of BT has a softmax of its own, so that nothing is reduced within the loop.
-    most = tl.full((BT,), float("-inf"), tl.float32)
-    total = tl.zeros((BT,), tl.float32)
-    read = tl.zeros((BT, D), tl.float32)
+    stop = tl.minimum(start + share, slot)
+    live = start + places < stop
+    key, key_scale = _keys(key_ptr, key_scale_ptr, start + places, start_of_keys, live, D, QUANTIZED)
+    value, value_scale = _keys(value_ptr, value_scale_ptr, start + places, start_of_keys, live, D, QUANTIZED)
+    _wait(PDL)
+    at = qkv_ptr + row * (3 * C) + head * D + dims
+    query, new_key, new_value = tl.load(at) * scale, tl.load(at + C), tl.load(at + 2 * C)
+    kind = key_ptr.dtype.element_ty
+    if QUANTIZED:
+        new_key, new_key_scale = _quantized(new_key)
+        new_value, new_value_scale = _quantized(new_value)
+    to = start_of_keys + slot
+    if split == 0:
+        tl.store(key_ptr + to * D + dims, new_key.to(kind))
+        tl.store(value_ptr + to * D + dims, new_value.to(kind))
+        if QUANTIZED:
+            tl.store(key_scale_ptr + to, new_key_scale)
+            tl.store(value_scale_ptr + to, new_value_scale)
+    if QUANTIZED:
+        new_key, new_value = new_key * new_key_scale.to(tl.float32), new_value * new_value_scale.to(tl.float32)
+    else:
+        new_key, new_value = new_key.to(kind).to(tl.float32), new_value.to(kind).to(tl.float32)
+    # Each lane of BT has a softmax of its own, so that nothing is reduced within the loop; one begins with the newest.
+    newest = (places == 0) & (split == 0)
+    most = tl.where(newest, tl.sum(new_key * query, axis=0), float("-inf"))
+    total = tl.where(newest, 1.0, 0.0)
+    read = tl.where(newest[:, None], new_value[None, :], 0.0)
     for first in range(start, stop, BT):
-        at = first + places
-        live = at < stop
-        offset = start_of_keys + at[:, None] * D + dims[None, :]
-        # Read once a token: they are not to take the place of weights in the cache.
-        key = tl.load(key_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
-        value = tl.load(value_ptr + offset, mask=live[:, None], other=0.0, eviction_policy="evict_first").to(
-            tl.float32
+        # The next ones are on their way while these are at work.
+        following = first + BT + places
+        next_live = following < stop
+        next_key, next_key_scale = _keys(key_ptr, key_scale_ptr, following, start_of_keys, next_live, D, QUANTIZED)
+        next_value, next_value_scale = _keys(
+            value_ptr, value_scale_ptr, following, start_of_keys, next_live, D, QUANTIZED
         )
-        score = tl.where(live, tl.sum(key * query[None, :], axis=1), float("-inf"))
+        score = tl.sum(key.to(tl.float32) * query[None, :], axis=1)
+        if QUANTIZED:
+            score *= key_scale.to(tl.float32)
+        score = tl.where(live, score, float("-inf"))
         now = tl.maximum(most, score)
         finite = tl.where(now == float("-inf"), 0.0, now)
         before = tl.exp2(most - finite)
         weight = tl.exp2(score - finite)
         total = total * before + weight
-        read = read * before[:, None] + weight[:, None] * value
+        if QUANTIZED:
+            weight *= value_scale.to(tl.float32)
+        read = read * before[:, None] + weight[:, None] * value.to(tl.float32)
         most = now
+        live, key, value = next_live, next_key, next_value
+        if QUANTIZED:
+            key_scale, value_scale = next_key_scale, next_value_scale
     highest = tl.max(most, axis=0)
     factor = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(total * factor, axis=0)

@@ -14,6 +14,7 @@ from .states_iflame import (
     KeyValueState,
     LayerState,
     OpenGroup,
+    QuantizedKeyValueState,
     RecurrentState,
     Slots,
     StaticKeyValueState,
@@ -23,6 +24,12 @@ from .states_iflame import (
     is_writable,
     refuse_to_crop,
 )
+
+
+def check_kv_cache_dtype(name: str | None) -> None:
+    """Raises ValueError for what keys and values cannot be kept in."""
+    if name not in (None, "int8"):
+        raise ValueError(f'kv_cache_dtype must be "int8", or None for the type of the model, got {name!r}')
 
 
 class IFlameCache(Cache):
@@ -204,9 +211,11 @@ class StaticIFlameCache(IFlameCache):
         max_faces (`int`): faces of the longest sequence, start face included.
         batch_size (`int`): rows.
         device, dtype: of the model.
+        kv_cache_dtype (`str`, *optional*): "int8" keeps keys and values in half the memory of bfloat16, each head of
+            an item with a scale of its own; otherwise they are of `dtype`.
 
     Raises:
-        ValueError: for sizes below 1. The model raises it for a mesh that has no room.
+        ValueError: for sizes below 1, and other types of keys and values. The model raises it for a mesh that has no room.
     """
 
     is_static = True
@@ -218,11 +227,13 @@ class StaticIFlameCache(IFlameCache):
         batch_size: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        kv_cache_dtype: str | None = None,
     ):
         for name, value in (("max_faces", max_faces), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        self.max_faces = max_faces
+        check_kv_cache_dtype(kv_cache_dtype)
+        self.max_faces, self.kv_cache_dtype = max_faces, kv_cache_dtype
         self._batch_size = batch_size
         self._options = {"device": device, "dtype": dtype}
         self._positions = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -233,7 +244,10 @@ class StaticIFlameCache(IFlameCache):
         if config.layer_types[index] == "linear_attention":
             return StaticRecurrentState((self._batch_size, heads, size, size), self._options["device"])
         room = self.room(config.layer_levels()[index])
-        return StaticKeyValueState((self._batch_size, heads, room, size), **self._options)
+        shape = (self._batch_size, heads, room, size)
+        if self.kv_cache_dtype is not None:
+            return QuantizedKeyValueState(shape, self._options["device"])
+        return StaticKeyValueState(shape, **self._options)
 
     def _open_group(self, config, size: int) -> OpenGroup:
         return StaticOpenGroup(size, self._batch_size, config.hidden_size, **self._options)

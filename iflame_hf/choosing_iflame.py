@@ -79,7 +79,7 @@ def choose(
     row = tl.program_id(0)
     lane = tl.arange(0, VB)
     valid = lane < V
-    _wait(PDL)
+    # Of all that is read here the phase before writes the logits alone; and nothing reads the places any more.
     position = tl.load(position_ptr + row)
     if ADVANCE:
         position += 1
@@ -95,26 +95,28 @@ def choose(
         tl.store(to + D // 2, tl.load(sin_ptr + item * (D // 2) + half))
     count = tl.load(count_ptr + row)
     uniform = tl.load(uniform_ptr + row.to(tl.int64) * numbers + tl.minimum(count, numbers - 1))
-    scores = tl.load(logits_ptr + row * V + lane, mask=valid, other=float("-inf"))
-    wrong = tl.sum(tl.where(valid & ((scores != scores) | (scores == float("inf"))), 1, 0), axis=0)
-    if not GRAMMAR:
-        wrong = tl.where(tl.max(scores, axis=0) == float("-inf"), 1, wrong)
-    if PENALISE:
-        penalty = tl.load(settings_ptr + 4)
-        seen = tl.load(seen_ptr + row * VB + lane) != 0
-        scores = tl.where(seen, tl.where(scores < 0, scores * penalty, scores / penalty), scores)
-
     table = state_ptr + row * 8
     ended = tl.load(table + 7)
     lowest, middle, highest = tl.load(table), tl.load(table + 1), tl.load(table + 2)
     first, second, digits = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
     faces = tl.load(table + 6)
+    temperature, top_k = tl.load(settings_ptr), tl.load(settings_ptr + 1).to(tl.int32)
+    top_p, min_p, penalty = tl.load(settings_ptr + 2), tl.load(settings_ptr + 3), tl.load(settings_ptr + 4)
+    fewest, most = tl.load(limits_ptr + row * 2), tl.load(limits_ptr + row * 2 + 1)
+    _wait(PDL)
+    scores = tl.load(logits_ptr + row * V + lane, mask=valid, other=float("-inf"))
+    wrong = tl.sum(tl.where(valid & ((scores != scores) | (scores == float("inf"))), 1, 0), axis=0)
+    if not GRAMMAR:
+        wrong = tl.where(tl.max(scores, axis=0) == float("-inf"), 1, wrong)
+    if PENALISE:
+        seen = tl.load(seen_ptr + row * VB + lane) != 0
+        scores = tl.where(seen, tl.where(scores < 0, scores * penalty, scores / penalty), scores)
+
     digit = place % 3
     step = tl.where(digit == 0, 1, tl.where(digit == 1, L, L * L))
     last: tl.constexpr = L * L * L - 1
     digits = tl.where(digit == 0, 0, digits)
     if GRAMMAR:
-        fewest, most = tl.load(limits_ptr + row * 2), tl.load(limits_ptr + row * 2 + 1)
         # The ranks that the vertex may have lie between low and high.
         another = (highest < last) | (middle <= last - 2)
         low_first = tl.maximum(tl.where(another, lowest, lowest + 1), 0)
@@ -136,20 +138,18 @@ def choose(
         nothing = tl.max(left, axis=0) == float("-inf")
         scores = tl.where(allowed, tl.where(nothing, 0.0, scores), float("-inf"))
     if SAMPLE:
-        scores = scores / tl.load(settings_ptr)
+        scores = scores / temperature
         if FILTERS:
             ordered = tl.sort(scores, descending=True)
-            least = tl.max(
-                tl.where(lane == tl.load(settings_ptr + 1).to(tl.int32) - 1, ordered, float("-inf")), axis=0
-            )
+            least = tl.max(tl.where(lane == top_k - 1, ordered, float("-inf")), axis=0)
             weight = tl.where(ordered >= least, tl.exp(ordered - tl.max(ordered, axis=0)), 0.0)
             # What stands before each, of all; the likeliest is kept in any case.
             before = tl.cumsum(weight, axis=0) - weight
-            kept = (weight > 0) & ((before < tl.load(settings_ptr + 2) * tl.sum(weight, axis=0)) | (lane == 0))
+            kept = (weight > 0) & ((before < top_p * tl.sum(weight, axis=0)) | (lane == 0))
             least = tl.min(tl.where(kept, ordered, float("inf")), axis=0)
             scores = tl.where(scores >= least, scores, float("-inf"))
             weight = tl.exp(scores - tl.max(scores, axis=0))
-            scores = tl.where(weight < tl.load(settings_ptr + 3), float("-inf"), scores)
+            scores = tl.where(weight < min_p, float("-inf"), scores)
         weight = tl.exp(scores - tl.max(scores, axis=0))
         reached = tl.cumsum(weight, axis=0)
         total = tl.max(reached, axis=0)
@@ -262,6 +262,7 @@ class KernelChooser:
         self.state = table(rows, COLUMNS)
         self.limits = table(rows, 2)
         self.lanes = 1 << (vocabulary - 1).bit_length()
+        self.warps = 8
         self.seen = table(rows, self.lanes, dtype=torch.int8)
         self.counts = table(rows)
         # The choices of a face by their place in it, and whether logits were no numbers.
@@ -304,5 +305,5 @@ class KernelChooser:
             place, self.face.shape[1], D=places.rotary.shape[2],
             V=logits.shape[1], VB=self.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
-            GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=8, **launched,
+            GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=self.warps, **launched,
         )  # fmt: skip

@@ -55,7 +55,7 @@ def read_prompt(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> Prompt:
     for layer, level in zip(cache.layers, config.layer_levels(), strict=True):
         items = ids.shape[1] // config.level_strides[level]
         if hasattr(layer, "keys"):
-            memories.append((layer.keys[:, :, :items], layer.values[:, :, :items]))
+            memories.append(tuple(each[:, :, :items] for each in layer.tensors()))
         else:
             memories.append((layer.state,))
     handed = [group.handed_up[:, 0] for group in cache.open_groups]

@@ -93,25 +93,20 @@ def project_heads(
     norm_ptr,  # (C,)
     w_ptr,  # (2, 3C / 2, C): the first halves of all heads of query, key and value, then the second ones
     rotary_ptr,  # (B, D) float32: cosines, then sines
-    slot_ptr,  # (B,) int32: where in the cache the item goes
     out_ptr,  # (B, 3C) float32: query, key, value
-    key_ptr,  # (B, H, room, D), of full attention
-    value_ptr,
     rows,
-    room,
     eps,
     C: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
     SOURCE: tl.constexpr,
-    FULL: tl.constexpr,
     WIDE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Norm, query, key and value, rotary embedding; of full attention also the cache's new entry."""
+    """Norm, query, key and value, rotary embedding."""
     half: tl.constexpr = D // 2
     apart: tl.constexpr = 3 * C // 2 * C
     outs = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -165,23 +160,8 @@ def project_heads(
     head, dim = within // half, within % half
     kept = live[:, None] & owned[None, :]
     to = batch[:, None] * (3 * C) + (section * C + head * D + dim)[None, :]
-    if FULL:
-        own = kept & (section == 0)[None, :]
-        tl.store(out_ptr + to, low, mask=own)
-        tl.store(out_ptr + to + half, high, mask=own)
-        slot = tl.load(slot_ptr + batch, mask=live, other=0)
-        to = (batch[:, None].to(tl.int64) * (C // D) + head[None, :]) * room + slot[:, None]
-        to = to * D + dim[None, :]
-        kind = key_ptr.dtype.element_ty
-        own = kept & (section == 1)[None, :]
-        tl.store(key_ptr + to, low.to(kind), mask=own)
-        tl.store(key_ptr + to + half, high.to(kind), mask=own)
-        own = kept & (section == 2)[None, :]
-        tl.store(value_ptr + to, low.to(kind), mask=own)
-        tl.store(value_ptr + to + half, high.to(kind), mask=own)
-    else:
-        tl.store(out_ptr + to, low, mask=kept)
-        tl.store(out_ptr + to + half, high, mask=kept)
+    tl.store(out_ptr + to, low, mask=kept)
+    tl.store(out_ptr + to + half, high, mask=kept)
 
 
 @_jit

@@ -157,10 +157,64 @@ class StaticKeyValueState(LayerState):
         self._items += keys.shape[2]
         return (self.keys.to(keys.dtype), self.values.to(values.dtype)) if slots.are_read else (keys, values)
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that it keeps: rows first, then heads, then slots."""
+        return self.keys, self.values
+
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.keys, self.values = (
-            in_place_of(self.keys, function(self.keys)),
-            in_place_of(self.values, function(self.values)),
+        self.keys, self.values = (in_place_of(each, function(each)) for each in (self.keys, self.values))
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Whole numbers of eight bits that stand for x (..., D), and what they are to be multiplied by: the largest of the D
+    becomes 127.
+
+    Returns:
+        int8 (..., D), and bfloat16 (...).
+    """
+    x = x.float()
+    scales = (x.abs().amax(dim=-1) / 127).to(torch.bfloat16)
+    wide = scales.float()[..., None]
+    return (x / wide.where(wide > 0, 1.0) + 0.5).floor().clamp(-127, 127).to(torch.int8), scales
+
+
+def dequantize(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (x.float() * scales.float()[..., None]).to(dtype)
+
+
+class QuantizedKeyValueState(StaticKeyValueState):
+    """The same in int8, half the memory of bfloat16: each item has a scale for each head's key and value."""
+
+    def __init__(self, shape: tuple[int, ...], device):
+        super().__init__(shape, device=device, dtype=torch.int8)
+        options = {"device": device, "dtype": torch.bfloat16}
+        self.key_scales, self.value_scales = torch.zeros(shape[:3], **options), torch.zeros(shape[:3], **options)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        places = slots.places[:, None].expand(keys.shape[:3])
+        for new, kept, kept_scales in (
+            (keys, self.keys, self.key_scales),
+            (values, self.values, self.value_scales),
+        ):
+            whole, scales = quantize(new)
+            kept.scatter_(2, places[..., None].expand(new.shape), whole)
+            kept_scales.scatter_(2, places, scales)
+        self._items += keys.shape[2]
+        if not slots.are_read:
+            return keys, values
+        return (
+            dequantize(self.keys, self.key_scales, keys.dtype),
+            dequantize(self.values, self.value_scales, values.dtype),
+        )
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().map_rows(function)
+        self.key_scales, self.value_scales = (
+            in_place_of(each, function(each)) for each in (self.key_scales, self.value_scales)
         )
 
 

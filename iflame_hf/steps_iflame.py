@@ -120,8 +120,8 @@ class KernelSteps(StepMemory):
             self.weights.blocks, self.cache.layers, self.others, prompt.memories, strict=True
         ):
             if block.is_full:
-                items = memory[0].shape[2]
-                layer.keys[rows, :, :items], layer.values[rows, :, :items] = memory
+                for tensor, given in zip(layer.tensors(), memory, strict=True):
+                    tensor[rows, :, : given.shape[2]] = given
             else:
                 in_other = other is not None and self.turns[block.level]
                 (other if in_other else layer.state)[rows] = memory[0]
@@ -150,7 +150,7 @@ class KernelSteps(StepMemory):
 
     def _block(self, index: int, x: torch.Tensor, made: torch.Tensor, source: str, out: torch.Tensor) -> None:
         block, tiles, layer = self.weights.blocks[index], self.tiles, self.cache.layers[index]
-        self._heads(block, layer, x, made, source)
+        self._heads(block, x, made, source)
         residual = x if source == PLAIN else made
         parts, middle = 0, self.middle
         if not tiles.wide:
@@ -183,20 +183,16 @@ class KernelSteps(StepMemory):
     def _row_tiles(self) -> int:
         return -(-self.rows // self.tiles.rows)
 
-    def _heads(self, block: BlockWeights, layer: Any, x: torch.Tensor, made: torch.Tensor, source: str) -> None:
+    def _heads(self, block: BlockWeights, x: torch.Tensor, made: torch.Tensor, source: str) -> None:
         config, weights, tiles = self.config, self.weights, self.tiles
         channels, level = config.hidden_size, block.level
-        places = self.places
         handed, scale = (self.handed[level], weights.scales[level]) if source == UPSAMPLE else (x, weights.slopes)
-        keys, values = (layer.keys, layer.values) if block.is_full else (self.qkv, self.qkv)
         self._launch(
             project_heads,
             (-(-3 * channels // 2 // tiles.heads), self._row_tiles()),
             x, handed, scale, self.tokens, made,
-            block.attention_norm, block.heads, places.rotary[level], places.slots[level], self.qkv, keys, values,
-            self.rows, keys.shape[2] if block.is_full else 1, config.rms_norm_eps,
-            C=channels, D=config.head_dim,
-            GROUP=config.group_sizes[0], SOURCE=source, FULL=block.is_full,
+            block.attention_norm, block.heads, self.places.rotary[level], self.qkv, self.rows, config.rms_norm_eps,
+            C=channels, D=config.head_dim, GROUP=config.group_sizes[0], SOURCE=source,
             WIDE=tiles.wide, BM=tiles.rows, BN=tiles.heads, BK=tiles.inner or _power(channels),
             warps=tiles.heads_warps,
         )  # fmt: skip
@@ -222,14 +218,14 @@ class KernelSteps(StepMemory):
     def _keys(self, block: BlockWeights, layer: Any) -> None:
         config, tiles = self.config, self.tiles
         splits = tiles.splits[block.level]
+        keys, values, *scales = layer.tensors()
         self._launch(
             attend_keys,
             (self.rows, config.num_attention_heads, splits),
-            self.qkv, layer.keys, layer.values, self.places.slots[block.level], self.most, self.sums,
-            self.attended if splits == 1 else self.read, layer.keys.shape[2],
-            config.head_dim**-0.5 / math.log(2),
+            self.qkv, keys, values, *(scales or (keys, values)), self.places.slots[block.level], self.most, self.sums,
+            self.attended if splits == 1 else self.read, keys.shape[2], config.head_dim**-0.5 / math.log(2),
             C=config.hidden_size, D=config.head_dim,
-            SPLITS=splits, BT=tiles.keys, warps=tiles.keys_warps,
+            SPLITS=splits, BT=tiles.keys, QUANTIZED=bool(scales), warps=tiles.keys_warps,
         )  # fmt: skip
 
     def _combine(self, block: BlockWeights) -> None:
