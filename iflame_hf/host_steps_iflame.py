@@ -95,6 +95,11 @@ class HostSteps(StepMemory):
         self.embedding, self.head, self.head_bias = weights.embedding, weights.head, weights.head_bias
         self.scales = [float(scale) for scale in weights.scales]
 
+    @property
+    def weights(self) -> tuple[Any, ...]:
+        """All that steps read of the model."""
+        return self.blocks, self.embedding, self.head, self.head_bias
+
     def begin(self) -> None:
         super().begin()
         order = self._order()
