@@ -35,7 +35,7 @@ FORMAT = known_format()
 
 # F faces, T tokens
 
-PRESETS = {"published": {"meshes": 10_000, "batch_size": [64, 512]}, "demo": {"meshes": 40, "batch_size": [8]}}
+PRESETS = {"published": {"meshes": 10_000, "batch_size": [64, 512]}, "demo": {"meshes": 24, "batch_size": [8]}}
 SCHEDULES = ("fixed", "refilled")
 # Percentiles 0 to 100 of the faces of 8,815 low-poly objects by artists (Kenney, Quaternius, Kay Lousberg, The Base
 # Mesh and others, openly licensed), as training/prepare_data.py counts them: triangles after quantisation to 128
@@ -67,7 +67,8 @@ COLUMNS = {
 NOTES = """\
 Sampled meshes, each to the number of faces that is drawn for it; tokens/s counts the coordinates of these faces alone.
 Fixed: the next rows begin when all have ended; refilled: each row at once. Memory is the GPU's peak.
-Occupancy: of the faces that the engine made, in all rows, the share that belongs to a mesh. Same meshes: the share that fixed batches made, too.
+Occupancy: of the faces that the engine made, in all rows, the share that belongs to a mesh.
+Same meshes: the share that is, token by token, what fixed batches made.
 """
 
 Made = list[tuple[many_iflame._Job, torch.Tensor]]  # each with its ids (T,)
@@ -86,12 +87,12 @@ def draw_faces(counts: np.ndarray, meshes: int, seed: int) -> np.ndarray:
 def read_counts(path: str) -> np.ndarray:
     """The numbers of faces in a file, one a line. Raises ValueError for what is none."""
     try:
-        counts = np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except ValueError as error:
-        raise ValueError(f"{path} must hold a number of faces on each line: {error}") from None
-    if counts.ndim != 1 or counts.size == 0 or counts.min() < 1:
-        raise ValueError(f"{path} must hold a number of faces from 1 on on each line")
-    return counts
+        counts = [int(word) for word in Path(path).read_text().split()]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ValueError(f"{path} must hold numbers of faces from 1 on, one a line")
+    return np.array(counts)
 
 
 def request_for(model: IFlameForCausalLM, most_faces: int) -> DecodeRequest:

@@ -83,8 +83,10 @@ def build_model(
 def build_twin(
     config: IFlameConfig, length: int, seed: int, device: torch.device, dtype: torch.dtype
 ) -> LlamaForCausalLM:
-    """What else would be taken for the same ids: transformers' Llama of the same width, depth and vocabulary, so of about
-    as many parameters, with random weights and room for `length` tokens; in evaluation mode."""
+    """
+    What else would be taken for the same ids: transformers' Llama of the same width, depth and vocabulary, and so of
+    about as many parameters, with random weights and room for `length` tokens; in evaluation mode.
+    """
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
