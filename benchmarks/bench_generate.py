@@ -1,10 +1,11 @@
 """
 Speed of generate() and of prefill, of this model and, given a folder of its code, of the original.
 
-    python benchmarks/bench_generate.py [--preset published] [--batch_size 1 64] [--reference DIR]
+    python benchmarks/bench_generate.py [--preset published] [--batch_size 1 64] [--reference DIR] [--twin]
 
 Every variant is tested against the recurrence and spelled-out attention in float32 first, and has no figures if it
-fails.
+fails. --twin adds transformers' own Llama of the same width, depth and vocabulary, whose tokens are tested against one
+pass over them without a cache.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from torch import nn
 
 from benchmarks import common
 from benchmarks.common import Row, gibibytes, measure
-from benchmarks.models import build_model, draw_models, mesh_tokens
-from benchmarks.oracle import Oracle, WrongResult, computes_in, require_close
+from benchmarks.models import build_model, build_twin, draw_models, mesh_tokens
+from benchmarks.oracle import Oracle, WrongResult, computes_in, require_close, require_likely
 from benchmarks.reference import original_generate, original_logits, original_prefill
 from iflame_hf import IFlameConfig, IFlameForCausalLM, engine_iflame
 from iflame_hf.format_iflame import known_format
@@ -38,10 +39,12 @@ PRESETS = {
 }
 # How our own rows are generated: the decode engine, and transformers' own loop.
 LOOPS = {"engine": {}, "plain loop": {"cache_implementation": "dynamic"}}
+TWIN_CACHES = ("dynamic", "static")
 # Bytes a second of the memory of a GPU, by a part of its name: what its maker says.
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.04e12}
 COLUMNS = {
     "model": "model",
+    "parameters": "parameters",
     "dtype": "dtype",
     "batch_size": "rows",
     "new_tokens": "new tokens",
@@ -57,11 +60,14 @@ COLUMNS = {
     "prefill_tokens": "prompt",
     "seconds_prefill": "prefill s",
     "memory_gib": "GiB",
+    "state_gib": "state GiB",
+    "weights_gib": "weights GiB",
 }
 NOTES = """\
 generate() from the start face to a number of faces, so that all take as many steps; tokens/s counts all rows.
 GB/s: weights and states that a step must read and write, by formula; of floor: that over the memory's bandwidth.
 Prefill is one pass over a prompt into an empty cache. Two figures are two measurements. Memory is the GPU's peak.
+State: what the engine keeps of its rows, cache included; weights: its packed copy.
 """
 # Tokens that are generated for the test, and single steps after a prefill that ends inside a face.
 TEST_NEW_TOKENS, TEST_STEPS = 4 * TOKENS_PER_FACE, 31
@@ -75,8 +81,7 @@ def generate(
     loop: str = "engine",
     grammar: bool = False,
 ) -> torch.Tensor:
-    choice = {"do_sample": True, "top_k": 50, "top_p": 0.95} if sample else {"do_sample": False}
-    choice |= LOOPS[loop]
+    choice = (common.SAMPLING if sample else {"do_sample": False}) | LOOPS[loop]
     if grammar:
         choice["min_faces"] = choice["max_faces"] = new_tokens // TOKENS_PER_FACE
     return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, mesh_grammar=grammar, **choice)
@@ -132,6 +137,7 @@ def add_figures(
     config: IFlameConfig,
     generate_tokens: Callable[[torch.Tensor, int], torch.Tensor],
     prefill: Callable[[torch.Tensor], torch.Tensor],
+    fixed_length: bool = False,
 ) -> None:
     """
     Measures, and writes the figures into the row.
@@ -139,11 +145,12 @@ def add_figures(
     Args:
         generate_tokens: of a prompt (B, T) and a number of new tokens, the (B, T + new tokens) tokens.
         prefill: of a prompt (B, T), anything.
+        fixed_length: memory is made, and code compiled, for sequences of one length: the first call is as long.
     """
     batch, new_tokens = row["batch_size"], options.new_tokens
     start = torch.full((batch, TOKENS_PER_FACE), config.bos_token_id, device=options.device)
     began = time.perf_counter()
-    generate_tokens(start, min(options.warmup_tokens, new_tokens))
+    generate_tokens(start, new_tokens if fixed_length else min(options.warmup_tokens, new_tokens))
     row["first_seconds"] = [time.perf_counter() - began]
     shapes = set()
     seconds, memory = measure(
@@ -169,6 +176,7 @@ def ours(
 ) -> None:
     dtype = common.DTYPES[options.dtype]
     model = build_model(oracle.config, oracle.weights, options.device, dtype, attention, linear_attention)
+    row["parameters"] = count_parameters(model)
     check_ours(model, oracle, oracle.logits_error(computes_in(dtype, options.device, linear_attention)), loop)
 
     @torch.no_grad()
@@ -178,7 +186,7 @@ def ours(
     def generate_tokens(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
         return generate(model, prompt, new_tokens, options.do_sample, loop, grammar=new_tokens % TOKENS_PER_FACE == 0)
 
-    add_figures(row, options, oracle.config, generate_tokens, prefill)
+    add_figures(row, options, oracle.config, generate_tokens, prefill, fixed_length=loop == "engine")
     steps = [each / 1000 for each in row["milliseconds_per_step"]]
     moved = step_bytes(model, row["batch_size"], row["new_tokens"])
     row["gigabytes_per_second"] = [moved / each / 1e9 for each in steps]
@@ -187,13 +195,16 @@ def ours(
         bandwidth = next((value for part, value in BANDWIDTHS.items() if part in name), None)
         if bandwidth is not None:
             row["share_of_floor"] = [moved / each / bandwidth for each in steps]
-        for engine in engine_iflame._idle.pop(model, [])[:1] if loop == "engine" else []:
+    for engine in engine_iflame._idle.pop(model, [])[:1] if loop == "engine" else []:
+        row["state_gib"], row["weights_gib"] = gibibytes(engine.state_bytes), gibibytes(engine.weight_bytes)
+        if engine.is_gpu:
             row["phases"] = [engine.phases]
             row["microseconds_a_phase"] = [1e6 * each / engine.phases for each in steps]
 
 
 def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, network: nn.Module) -> None:
     network.to(options.device)
+    row["parameters"] = count_parameters(network)
     check_original(network, oracle, options.device)
 
     def prefill(prompt: torch.Tensor) -> torch.Tensor:
@@ -203,6 +214,42 @@ def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, network: nn.Mo
         return original_generate(network, prompt, new_tokens, options.device, options.do_sample)
 
     add_figures(row, options, oracle.config, generate_tokens, prefill)
+
+
+@torch.no_grad()
+def twin(row: Row, options: argparse.Namespace, oracle: Oracle, cache: str) -> None:
+    dtype, config = common.DTYPES[options.dtype], oracle.config
+    room = TOKENS_PER_FACE * (1 + options.prompt_faces) + options.new_tokens
+    model = build_twin(config, room, options.seed, options.device, dtype)
+    row["parameters"] = count_parameters(model)
+    made = {}
+
+    def prefill(prompt: torch.Tensor) -> torch.Tensor:
+        return model(prompt, use_cache=True, logits_to_keep=1).logits
+
+    def generate_tokens(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        choice = common.SAMPLING if options.do_sample else {"do_sample": False}
+        made["tokens"] = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=config.pad_token_id,
+            cache_implementation=cache,
+            **choice,
+        )
+        return made["tokens"]
+
+    add_figures(row, options, config, generate_tokens, prefill, fixed_length=cache == "static")
+    row["compiled"] = getattr(model, "_compiled_call", None) is not None
+    tokens = made["tokens"][:2]
+    logits = model(tokens[:, :-1], use_cache=False).logits[:, TOKENS_PER_FACE - 1 :].float()
+    likeliest = common.SAMPLING["top_k"] if options.do_sample else 1
+    require_likely("its tokens", tokens[:, TOKENS_PER_FACE:], logits, oracle.logits_error(dtype), likeliest)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @ends_in_words("bench_generate")
@@ -218,6 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--do_sample", action="store_true", help="sample with top_k 50 and top_p 0.95, instead of greedy"
     )
     parser.add_argument("--loop", nargs="+", choices=LOOPS, default=list(LOOPS), help="how our rows are generated")
+    parser.add_argument(
+        "--twin", action="store_true", help="measure transformers' Llama of the same width, depth and vocabulary, too"
+    )
     options = common.parse_options(parser, PRESETS, arguments)
     if options.new_tokens is None:
         options.new_tokens = options.faces * TOKENS_PER_FACE
@@ -248,6 +298,12 @@ def main(arguments: list[str] | None = None) -> int:
                 }
                 with common.reported(row, rows, device):
                     theirs(row, options, oracle, models.original())
+            for cache in TWIN_CACHES if options.twin else ():
+                # transformers compiles a step on a static cache by itself, but not on a CPU.
+                name = f"Llama, {cache} cache" + ", not compiled" * (cache == "static" and device.type == "cpu")
+                row = {"model": name, "dtype": options.dtype, **sizes}
+                with common.reported(row, rows, device):
+                    twin(row, options, oracle, cache)
         return common.report("generate", options, rows, COLUMNS, NOTES + models.packages)
 
 

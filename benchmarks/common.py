@@ -26,6 +26,7 @@ SIZES = {
     "published": {"hidden_size": 512, "num_attention_heads": 16, "stage_layers": [4, 4, 8, 4, 4]},
     "demo": {"hidden_size": 128, "num_attention_heads": 4, "stage_layers": [4, 4, 8, 4, 4]},
 }
+SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 0.95}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Row = dict[str, Any]
@@ -33,13 +34,7 @@ Row = dict[str, Any]
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what is measured, where, and against what."""
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--preset", choices=sorted(SIZES), default="demo", help="sizes, where they are not given")
-    parser.add_argument("--hidden_size", type=int)
-    parser.add_argument("--num_attention_heads", type=int)
-    parser.add_argument("--stage_layers", type=int, nargs=5, metavar="BLOCKS", help="blocks of the five stages")
-    parser.add_argument("--device", type=find_device, default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
+    add_size_options(parser)
     parser.add_argument("--attn_implementation", nargs="+", default=["sdpa"], help="one or several, each measured")
     parser.add_argument(
         "--linear_attn_implementation",
@@ -51,8 +46,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, nargs="+", help="one or several, each measured")
     parser.add_argument("--faces", type=int, help="faces of a mesh")
     parser.add_argument("--repeats", type=int, help="measured calls, of which the median counts; done twice")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reference", metavar="DIR", help="a folder of the original code, measured in the same run")
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that every benchmark of a network has."""
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--preset", choices=sorted(SIZES), default="demo", help="sizes, where they are not given")
+    parser.add_argument("--hidden_size", type=int)
+    parser.add_argument("--num_attention_heads", type=int)
+    parser.add_argument("--stage_layers", type=int, nargs=5, metavar="BLOCKS", help="blocks of the five stages")
+    parser.add_argument("--device", type=find_device, default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if cuda else "float32")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def parse_options(
@@ -90,18 +96,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(function: Callable[[], Any], device: torch.device, repeats: int) -> tuple[list[float], float | None]:
+def measure(
+    function: Callable[[], Any], device: torch.device, repeats: int, measurements: int = 2
+) -> tuple[list[float], float | None]:
     """
     Times a function that has been warmed up.
 
     Returns:
-        seconds: the median of `repeats` calls, measured twice: their difference is the noise.
+        seconds: the median of `repeats` calls, by default measured twice: their difference is the noise.
         memory: the most bytes allocated on the GPU meanwhile; None on a CPU.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     medians = []
-    for _ in range(2):
+    for _ in range(measurements):
         seconds = []
         for _ in range(repeats):
             synchronize(device)
@@ -195,7 +203,9 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         return " / ".join(map(_cell, value))
-    return f"{value:,.{0 if abs(value) >= 100 else 2}f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.{0 if abs(value) >= 100 else 2 if abs(value) >= 0.1 else 4}f}"
 
 
 def report(
@@ -216,4 +226,4 @@ def report(
 
 
 def gibibytes(size: float | None) -> float | None:
-    return None if size is None else round(size / 2**30, 2)
+    return None if size is None else round(size / 2**30, 4)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.reference import load_original
 from iflame_hf import IFlameConfig, IFlameForCausalLM
@@ -77,6 +78,31 @@ def build_model(
     model.set_attn_implementation(attn_implementation)
     model.config.linear_attn_implementation = linear_attn_implementation
     return model
+
+
+def build_twin(
+    config: IFlameConfig, length: int, seed: int, device: torch.device, dtype: torch.dtype
+) -> LlamaForCausalLM:
+    """
+    What else would be taken for the same ids: transformers' Llama of the same width, depth and vocabulary, and so of
+    about as many parameters, with random weights and room for `length` tokens; in evaluation mode.
+    """
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=length,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=None,
+            pad_token_id=config.pad_token_id,
+            attn_implementation="sdpa",
+        )
+    )
+    draw_weights(model, seed)
+    return model.to(device, dtype).eval()
 
 
 def mesh_tokens(config: IFlameConfig, rows: int, faces: int, seed: int, end: bool = False) -> torch.Tensor:

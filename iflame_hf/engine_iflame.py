@@ -132,6 +132,16 @@ class DecodeEngine:
         """Kernels a token, on average, of what was captured last."""
         return self.steps.phases / (2 * self.face) + 1
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(_storages(self.steps.weights).values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the decoding state of all rows: the cache, and all that steps keep besides weights."""
+        return sum(_storages((self.cache, self.steps)).values()) - self.weight_bytes
+
     def begin(self, logits: torch.Tensor, settings: Settings, begin: RowsBegin) -> None:
         """The cache holds the rows' prompts, and these are the `logits` (B, V) of their next tokens."""
         self.steps.begin()
@@ -204,6 +214,26 @@ class DecodeEngine:
         ready = torch.cuda.Event()
         ready.record()
         return Tokens(places, copy, ready)
+
+
+def _storages(*holders: Any) -> dict[int, int]:
+    """Bytes of the memory of every tensor that objects of this package, and lists and tuples of them, hold: by its
+    address, so that what several tensors share counts once."""
+    found, seen, waiting = {}, set(), list(holders)
+    package = __name__.rpartition(".")[0]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            storage = each.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(each, (list, tuple)):
+            waiting += each
+        elif type(each).__module__.startswith(package):
+            waiting += getattr(each, "__dict__", {}).values()
+    return found
 
 
 # Engines that no generation is using, the last used first.

@@ -55,11 +55,13 @@ class GeneratedMesh(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A mesh to make: its place, its seed, and the ids that it begins with."""
+    """A mesh to make: its place, its seed, the ids that it begins with, and how many faces the grammar makes it have,
+    those of the prompt included; None: as the request says."""
 
     number: int
     seed: int
     prompt: torch.Tensor
+    faces: int | None = None
 
 
 def default_rows(model: Any) -> int:
@@ -176,7 +178,11 @@ class _Row:
         self.first_face = first_face  # of the engine: what it made before was of another mesh
 
 
-def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -> Iterator[tuple[_Job, torch.Tensor]]:
+def _refilled(
+    model: Any, jobs: list[_Job], rows: int, request: DecodeRequest, at_once: bool = True
+) -> Iterator[tuple[_Job, torch.Tensor]]:
+    """As `_batches`. `at_once`: a row goes on with the next mesh at once; else when the meshes of all rows have ended,
+    for comparison."""
     config, dtype = model.config, decoding_dtype(model)
     waiting = iter(jobs)
     engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, dtype)
@@ -193,6 +199,8 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
         while True:
             # Rows without a mesh get the next ones.
             free = [row for row in range(rows) if work[row] is None]
+            if not at_once and len(free) < rows:
+                free = []
             done: list[_Row] = []
             begin: list[tuple[Any, int, RowsBegin, int]] = []
             while len(begin) < len(free) and (job := next(waiting, None)):
@@ -202,6 +210,8 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
                         begun = read_prompt(model, prompt[None].to(model.device), dtype)
                 left = request.max_length - len(prompt)
                 start = rows_begin(request, config, prompt[None].numpy(), 0, row_numbers([job.seed], left))
+                if job.faces is not None:
+                    start = start._replace(limits=np.full_like(start.limits, job.faces))
                 token, state, seen = _first_token(request, config, begun.logits, start)
                 row = _Row(job, token, launched)
                 if token == request.choice.end or left == 1:

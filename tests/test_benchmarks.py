@@ -126,6 +126,34 @@ def test_the_loader_is_measured_from_both_sources_in_meshes_a_second(capsys):
             assert tokens == pytest.approx(meshes * row["row_tokens"] / meshes_in_row, rel=0.02)
 
 
+TWIN = [*GENERATE, "--twin", "--do_sample", "--new_tokens", "60"]
+
+
+def test_a_llama_of_the_same_size_is_measured_beside_ours_for_the_same_tokens(capsys):
+    status, printed, result = run(capsys, bench_generate.main, TWIN)
+    assert status == 0, printed
+    ours, *twins = result["rows"]
+    assert [row["model"] for row in twins] == ["Llama, dynamic cache", "Llama, static cache, not compiled"]
+    for row in twins:
+        assert row["parameters"] == pytest.approx(ours["parameters"], rel=0.05) and not row["compiled"]
+        assert (row["new_tokens"], row["prefill_tokens"]) == (60, 27) and min(row["tokens_per_second"]) > 0
+        assert "state_gib" not in row
+    assert ours["state_gib"] >= 0 and ours["weights_gib"] >= 0
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_a_llama_whose_tokens_are_not_its_own_has_no_figures(capsys, monkeypatch, sample):
+    def writes_anything(model, prompt, max_new_tokens, **options):
+        return torch.cat([prompt, torch.randint(129, (len(prompt), max_new_tokens))], dim=1)
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", writes_anything)
+    arguments = TWIN if sample else [argument for argument in TWIN if argument != "--do_sample"]
+    status, _, result = run(capsys, bench_generate.main, arguments)
+    assert status == 1 and result["rows"][0]["tokens_per_second"]
+    for row in result["rows"][1:]:
+        assert "its tokens: one is" in row["wrong"] and "tokens_per_second" not in row
+
+
 def loses_the_last_mesh(rows, length, tokenizer, attributes=None, dtype=None):
     return pack([sequences[:-1] for sequences in rows], length, tokenizer, None, dtype)
 

@@ -327,8 +327,8 @@ def known_options(monkeypatch):
 
 
 def _mains():
-    names = ("benchmarks/bench_generate.py", "benchmarks/bench_train.py", "benchmarks/bench_loader.py")
-    return [ROOT / name for name in (*names, "training/convert_checkpoint.py")]
+    benchmarks = [ROOT / "benchmarks" / f"bench_{name}.py" for name in ("generate", "many", "train", "loader")]
+    return [*benchmarks, ROOT / "training" / "convert_checkpoint.py"]
 
 
 def test_every_option_that_a_page_speaks_of_exists(monkeypatch, capsys):

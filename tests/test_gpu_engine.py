@@ -145,3 +145,17 @@ def test_a_face_waits_for_nothing(model, choice):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert engine.read(tokens).shape == (9, 2)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_the_memory_of_its_state_is_that_of_the_cache_and_of_states_that_take_turns(model, rows):
+    config, faces = model.config, 700
+    engine = DecodeEngine(model, rows, faces, torch.float32)
+    heads, size = config.num_attention_heads, config.head_dim
+    expected = 0
+    for kind, level in zip(config.layer_types, config.layer_levels(), strict=True):
+        linear = rows * heads * size * size * 4 * (2 if rows <= 16 else 1)
+        expected += 2 * rows * heads * engine.cache.room(level) * size * 4 if kind == "full_attention" else linear
+    tables = 2 * max(engine.cache.room(level) for level in range(3)) * size // 2 * 4
+    assert expected + tables < engine.state_bytes < expected + tables + rows * 4 * 100 * config.hidden_size
+    assert engine.weight_bytes > 0.9 * sum(4 * each.numel() for each in model.parameters())
