@@ -196,7 +196,7 @@ def ours(
         if bandwidth is not None:
             row["share_of_floor"] = [moved / each / bandwidth for each in steps]
     for engine in engine_iflame._idle.pop(model, [])[:1] if loop == "engine" else []:
-        row["state_gib"], row["weights_gib"] = gibibytes(engine.state_bytes), gibibytes(engine.weight_bytes)
+        row["state_gib"], row["weights_gib"] = map(gibibytes, common.engine_memory(engine))
         if engine.is_gpu:
             row["phases"] = [engine.phases]
             row["microseconds_a_phase"] = [1e6 * each / engine.phases for each in steps]

@@ -171,7 +171,7 @@ def add_figures(row: Row, options: argparse.Namespace, model: IFlameForCausalLM,
     row["occupancy"] = len(runs) * total / sum(rows_of_faces)
     row["memory_gib"] = gibibytes(memory)
     (engine,) = engine_iflame._idle.pop(model)
-    row["state_gib"], row["weights_gib"] = gibibytes(engine.state_bytes), gibibytes(engine.weight_bytes)
+    row["state_gib"], row["weights_gib"] = map(gibibytes, common.engine_memory(engine))
     return runs[-1]
 
 

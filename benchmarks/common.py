@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -70,6 +71,36 @@ def parse_options(
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
+
+
+def memory_of(*holders: Any) -> int:
+    """Bytes of all tensors and arrays that objects of this project, and lists and tuples of them, hold. What several
+    share counts once."""
+    found, seen, waiting = {}, set(), list(holders)
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, np.ndarray):
+            waiting.append(each.base)
+            if each.base is None:
+                found[each.ctypes.data] = each.nbytes
+        elif isinstance(each, torch.Tensor):
+            storage = each.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(each, (list, tuple)):
+            waiting += each
+        elif type(each).__module__.startswith("iflame_hf."):
+            waiting += vars(each).values()
+    return sum(found.values())
+
+
+def engine_memory(engine: Any) -> tuple[int, int]:
+    """Bytes of the decoding state of all rows, the cache and all that steps keep besides weights; and of weights."""
+    steps = engine.steps
+    weights = memory_of(getattr(steps, "weights", None) or [steps.blocks, steps.embedding, steps.head])
+    return memory_of(engine.cache, steps) - weights, weights
 
 
 def find_device(name: str) -> torch.device:

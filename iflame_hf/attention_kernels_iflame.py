@@ -103,7 +103,7 @@ def attend_linear(
 def _quantized(x):
     """Of one head's values (D,): whole numbers within -127 and 127, and what they are to be multiplied by; as
     `states_iflame.quantize`."""
-    scale = (tl.max(tl.abs(x), axis=0) / 127).to(tl.bfloat16)
+    scale = (tl.max(tl.abs(x), axis=0) / 127).to(tl.float16)
     wide = scale.to(tl.float32)
     whole = tl.floor(x / tl.where(wide > 0, wide, 1.0) + 0.5)
     return tl.minimum(tl.maximum(whole, -127.0), 127.0), scale
@@ -126,7 +126,7 @@ def attend_keys(
     qkv_ptr,  # (B, 3C) float32
     key_ptr,  # (B, H, room, D), or int8 of that shape, if QUANTIZED
     value_ptr,
-    key_scale_ptr,  # (B, H, room) bfloat16, if QUANTIZED
+    key_scale_ptr,  # (B, H, room) float16, if QUANTIZED
     value_scale_ptr,
     slot_ptr,  # (B,) int32: where the newest item goes, and how many there are before
     most_ptr,  # (B, H, S) float32: the largest score of each split, in units of log 2

@@ -215,7 +215,8 @@ class StaticIFlameCache(IFlameCache):
             an item with a scale of its own; otherwise they are of `dtype`.
 
     Raises:
-        ValueError: for sizes below 1, and other types of keys and values. The model raises it for a mesh that has no room.
+        ValueError: for sizes below 1 and other types of keys and values. The model raises it for a mesh that has no
+            room.
     """
 
     is_static = True

@@ -46,6 +46,7 @@ class DecodeRequest(NamedTuple):
     whole_end: bool  # a row ends with its whole end face
     stops_at: float | None  # time.time() after which no other face begins
     after_faces: list[Callable[..., Any]]  # stopping criteria that look once a face
+    kv_cache_dtype: str | None
 
 
 class Unsupported(Exception):
@@ -105,6 +106,8 @@ def request_of(
         fewest_faces=0 if grammar is None else grammar.min_faces,
         most_faces=NO_LIMIT if grammar is None or grammar.max_faces is None else grammar.max_faces,
         pad=end if pad is None else int(pad),
+        # On a CPU keys and values are float32, whatever was asked for.
+        kv_cache_dtype=config.kv_cache_dtype if model.lm_head.weight.device.type == "cuda" else None,
         **limits,
     )
 
@@ -181,7 +184,8 @@ def decode(
     face, (rows, length) = model.config.tokens_per_face, input_ids.shape
     choice, prompt = request.choice, input_ids.cpu()
     reader = _Reader(request, prompt.numpy(), face, streamer)
-    engine = take_engine(model, rows, -(-request.max_length // face) + 1, decoding_dtype(model))
+    faces = -(-request.max_length // face) + 1
+    engine = take_engine(model, rows, faces, decoding_dtype(model), request.kv_cache_dtype)
     try:
         with engine.at_work():
             engine.prepare(choice)

@@ -46,10 +46,11 @@ class Prompt(NamedTuple):
     logits: np.ndarray  # (1, V) float32
 
 
-def read_prompt(model: Any, ids: torch.Tensor, dtype: torch.dtype) -> Prompt:
+def read_prompt(model: Any, ids: torch.Tensor, dtype: torch.dtype, kv_cache_dtype: str | None = None) -> Prompt:
     """Of ids (1, T) of whole faces."""
     config = model.config
-    cache = StaticIFlameCache(config, ids.shape[1] // config.tokens_per_face + 1, 1, ids.device, dtype)
+    faces = ids.shape[1] // config.tokens_per_face + 1
+    cache = StaticIFlameCache(config, faces, 1, ids.device, dtype, kv_cache_dtype)
     logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True).logits[:, -1]
     memories = []
     for layer, level in zip(cache.layers, config.layer_levels(), strict=True):
@@ -71,19 +72,28 @@ class DecodeEngine:
         rows: meshes at a time.
         max_faces: faces of the longest sequence, start and end face included.
         dtype: of weights, keys and values.
+        kv_cache_dtype: of keys and values, as of `StaticIFlameCache`.
         tiles: how the kernels' work is cut, for measurements.
     """
 
     # Tensors that are made within inference_mode() could not be written outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, model: Any, rows: int, max_faces: int, dtype: torch.dtype, tiles: Any = None):
+    def __init__(
+        self,
+        model: Any,
+        rows: int,
+        max_faces: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: str | None = None,
+        tiles: Any = None,
+    ):
         self.config, self.rows, self.max_faces, self.dtype = model.config, rows, max_faces, dtype
         self.device = model.lm_head.weight.device
         self.is_gpu = self.device.type == "cuda"
         self.face = self.config.tokens_per_face
         weights = pack_weights(model, dtype)
-        self.cache = StaticIFlameCache(self.config, max_faces, rows, self.device, dtype)
+        self.cache = StaticIFlameCache(self.config, max_faces, rows, self.device, dtype, kv_cache_dtype)
         sizes = (rows, max_faces * self.face, self.config.vocab_size, self.face)
         if self.is_gpu:
             pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
@@ -131,16 +141,6 @@ class DecodeEngine:
     def phases(self) -> float:
         """Kernels a token, on average, of what was captured last."""
         return self.steps.phases / (2 * self.face) + 1
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the packed weights."""
-        return sum(_storages(self.steps.weights).values())
-
-    @property
-    def state_bytes(self) -> int:
-        """Memory of the decoding state of all rows: the cache, and all that steps keep besides weights."""
-        return sum(_storages((self.cache, self.steps)).values()) - self.weight_bytes
 
     def begin(self, logits: torch.Tensor, settings: Settings, begin: RowsBegin) -> None:
         """The cache holds the rows' prompts, and these are the `logits` (B, V) of their next tokens."""
@@ -216,40 +216,23 @@ class DecodeEngine:
         return Tokens(places, copy, ready)
 
 
-def _storages(*holders: Any) -> dict[int, int]:
-    """Bytes of the memory of every tensor that objects of this package, and lists and tuples of them, hold: by its
-    address, so that what several tensors share counts once."""
-    found, seen, waiting = {}, set(), list(holders)
-    package = __name__.rpartition(".")[0]
-    while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, torch.Tensor):
-            storage = each.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(each, (list, tuple)):
-            waiting += each
-        elif type(each).__module__.startswith(package):
-            waiting += getattr(each, "__dict__", {}).values()
-    return found
-
-
 # Engines that no generation is using, the last used first.
 _idle: weakref.WeakKeyDictionary[Any, list[DecodeEngine]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 IDLE_ENGINES = 2  # of a model
 
 
-def take_engine(model: Any, rows: int, max_faces: int, dtype: torch.dtype) -> DecodeEngine:
+def take_engine(
+    model: Any, rows: int, max_faces: int, dtype: torch.dtype, kv_cache_dtype: str | None = None
+) -> DecodeEngine:
     """An engine for the model with its weights of now: one that is idle, or a new one."""
     device = model.lm_head.weight.device
     with _lock:
         engines = _idle.get(model, [])
         for engine in engines:
             fits = max_faces <= engine.max_faces <= 4 * max(max_faces, 256)
-            if engine.rows == rows and engine.dtype == dtype and engine.device == device and fits:
+            kind = (engine.rows, engine.dtype, engine.cache.kv_cache_dtype, engine.device)
+            if kind == (rows, dtype, kv_cache_dtype, device) and fits:
                 engines.remove(engine)
                 break
         else:
@@ -259,7 +242,7 @@ def take_engine(model: Any, rows: int, max_faces: int, dtype: torch.dtype) -> De
     if engine is not None:
         engine.load(model)
         return engine
-    return DecodeEngine(model, rows, -(-max_faces // 64) * 64, dtype)
+    return DecodeEngine(model, rows, -(-max_faces // 64) * 64, dtype, kv_cache_dtype)
 
 
 def give_engine(model: Any, engine: DecodeEngine) -> None:

@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.utils import logging
 
-from .cache_iflame import IFlameCache, StaticIFlameCache
+from .cache_iflame import IFlameCache, StaticIFlameCache, check_kv_cache_dtype
 from .configuration_iflame import DEFAULT_MAX_FACES
 from .decoding_iflame import Unsupported, decode, request_of
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor, check_prompts
@@ -22,7 +22,7 @@ from .versions_iflame import CACHE_NAME, with_own_cache_name
 logger = logging.get_logger(__name__)
 
 # What a generation config says of meshes, and what counts where it does not.
-OWN_SETTINGS = {"mesh_grammar": True, "min_faces": 0, "max_faces": None}
+OWN_SETTINGS = {"mesh_grammar": True, "min_faces": 0, "max_faces": None, "kv_cache_dtype": None}
 
 
 class IFlameGenerationMixin(GenerationMixin):
@@ -33,6 +33,7 @@ class IFlameGenerationMixin(GenerationMixin):
 
     A decode engine serves greedy search and sampling on a CUDA device and on a CPU; what it does not do is computed by
     transformers' own loop, with a warning that names it. `cache_implementation="dynamic"` asks for that loop.
+    `kv_cache_dtype="int8"` keeps keys and values in half the memory on a CUDA device, and in a static cache.
 
     Without a prompt it begins with the start face of nine bos tokens. `generate(do_sample=True, seed=...)` gives each
     mesh random numbers of its own: a whole number, which counts up row by row, or a list of one for each row. The same
@@ -80,6 +81,7 @@ class IFlameGenerationMixin(GenerationMixin):
             )
             setattr(prepared, name, next((value for value in values if value is not None), None))
         _check_faces(prepared.min_faces, prepared.max_faces)
+        check_kv_cache_dtype(prepared.kv_cache_dtype)
         return prepared, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
@@ -239,7 +241,9 @@ class IFlameGenerationMixin(GenerationMixin):
         elif generation_config.use_cache and implementation == "static":
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             faces = -(-max_cache_length // self.config.tokens_per_face)
-            model_kwargs[CACHE_NAME] = StaticIFlameCache(self.config, faces, rows, self.device, self.dtype)
+            model_kwargs[CACHE_NAME] = StaticIFlameCache(
+                self.config, faces, rows, self.device, self.dtype, generation_config.kv_cache_dtype
+            )
         elif generation_config.use_cache:
             model_kwargs[CACHE_NAME] = IFlameCache(self.config)
         mask = model_kwargs.get("attention_mask")

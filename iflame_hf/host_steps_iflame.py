@@ -112,11 +112,6 @@ class HostSteps(StepMemory):
         )
         self.scales = [float(scale) for scale in weights.scales]
 
-    @property
-    def weights(self) -> tuple[Any, ...]:
-        """All that steps read of the model."""
-        return self.blocks, self.embedding, self.head, self.head_bias
-
     def begin(self) -> None:
         super().begin()
         order = self._order()

@@ -183,9 +183,9 @@ def _refilled(
 ) -> Iterator[tuple[_Job, torch.Tensor]]:
     """As `_batches`. `at_once`: a row goes on with the next mesh at once; else when the meshes of all rows have ended,
     for comparison."""
-    config, dtype = model.config, decoding_dtype(model)
+    config, types = model.config, (decoding_dtype(model), request.kv_cache_dtype)
     waiting = iter(jobs)
-    engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, dtype)
+    engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, *types)
     try:
         with engine.at_work():
             engine.prepare(request.choice)
@@ -207,7 +207,7 @@ def _refilled(
                 if job.prompt is not prompt:
                     prompt = job.prompt
                     with engine.at_work():
-                        begun = read_prompt(model, prompt[None].to(model.device), dtype)
+                        begun = read_prompt(model, prompt[None].to(model.device), *types)
                 left = request.max_length - len(prompt)
                 start = rows_begin(request, config, prompt[None].numpy(), 0, row_numbers([job.seed], left))
                 if job.faces is not None:

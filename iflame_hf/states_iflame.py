@@ -171,10 +171,10 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     becomes 127.
 
     Returns:
-        int8 (..., D), and bfloat16 (...).
+        int8 (..., D), and float16 (...).
     """
     x = x.float()
-    scales = (x.abs().amax(dim=-1) / 127).to(torch.bfloat16)
+    scales = (x.abs().amax(dim=-1) / 127).to(torch.float16)
     wide = scales.float()[..., None]
     return (x / wide.where(wide > 0, 1.0) + 0.5).floor().clamp(-127, 127).to(torch.int8), scales
 
@@ -188,7 +188,7 @@ class QuantizedKeyValueState(StaticKeyValueState):
 
     def __init__(self, shape: tuple[int, ...], device):
         super().__init__(shape, device=device, dtype=torch.int8)
-        options = {"device": device, "dtype": torch.bfloat16}
+        options = {"device": device, "dtype": torch.float16}
         self.key_scales, self.value_scales = torch.zeros(shape[:3], **options), torch.zeros(shape[:3], **options)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:

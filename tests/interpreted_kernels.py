@@ -24,11 +24,11 @@ MANY = Tiles(True, 16, 16, 16, 16, 16, 1, 4, (1, 1, 1), 16)
 
 
 @torch.inference_mode()
-def step(rows, tiles):
+def step(rows, tiles, kv_cache_dtype=None):
     """Tokens after a prompt that ends inside a face, through kernels and network, give the same logits."""
     model = small_model(hidden_size=16, heads=2)
     ids = mesh_rows(int(rows), faces=3)
-    caches = [StaticIFlameCache(model.config, 5, int(rows)) for _ in range(2)]
+    caches = [StaticIFlameCache(model.config, 5, int(rows), kv_cache_dtype=kv_cache_dtype) for _ in range(2)]
     for cache in caches:
         model(ids[:, :14], cache=cache, use_cache=True)
     steps = KernelSteps(

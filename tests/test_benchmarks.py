@@ -6,11 +6,13 @@ import time
 
 import pytest
 import torch
+from small_models import small_model
 
 from benchmarks import bench_generate, bench_loader, bench_train, common, reference
 from benchmarks.models import draw_models, mesh_labels
 from benchmarks.oracle import Oracle, WrongResult, require_close
 from iflame_hf import IFlameConfig
+from iflame_hf.engine_iflame import DecodeEngine
 from iflame_hf.ops_iflame import IMPLEMENTATIONS, recurrent_linear_attention, recurrent_linear_attention_step
 from training.convert_checkpoint import BLOCK_NAMES, OTHER_NAMES, SKIP_WEIGHTS, STAGES
 from training.rows.pack import pack
@@ -362,3 +364,26 @@ def test_the_original_cannot_be_built_with_other_stages(capsys, original):
 def test_data_that_are_not_there_are_named(capsys, tmp_path):
     assert bench_loader.main(["--data", str(tmp_path / "none.parquet")]) == 1
     assert "none.parquet" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_memory_of_an_engines_state_and_weights_is_counted_by_their_shapes():
+    model = small_model().float()
+    config, rows, faces = model.config, 3, 100
+    engine = DecodeEngine(model, rows, faces, torch.float32)
+    heads, size, channels = config.num_attention_heads, config.head_dim, config.hidden_size
+    linear = rows * heads * size * size * 4
+    cache = 2 * rows * 3 * channels * 4 + rows * 8  # open groups, and positions
+    for kind, level in zip(config.layer_types, config.layer_levels(), strict=True):
+        full = 2 * rows * heads * engine.cache.room(level) * size * 4
+        cache += full if kind == "full_attention" else linear
+    assert common.memory_of(engine.cache) == cache
+    # On a CPU steps keep states of their own, and tables of rotary embedding.
+    state, weights = common.engine_memory(engine)
+    steps = state - cache - linear * config.layer_types.count("linear_attention")
+    tables = sum(engine.cache.room(level) * size // 2 * 8 for level in range(3))
+    small = rows * 4 * (config.vocab_size + 40 * channels)  # what a step writes
+    assert tables < steps < tables + small
+    parameters = sum(4 * each.numel() for each in model.parameters())
+    assert 0.9 * parameters < weights < 1.5 * parameters
+    engine.load(small_model(1).float())
+    assert common.engine_memory(engine)[0] == cache + linear * config.layer_types.count("linear_attention") + steps

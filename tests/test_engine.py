@@ -20,7 +20,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from iflame_hf import decoding_iflame, engine_iflame
-from iflame_hf.engine_iflame import DecodeEngine
 
 
 @pytest.fixture(scope="module")
@@ -182,28 +181,6 @@ def test_a_model_with_an_engine_is_copied_and_saved_without_it(model, tmp_path):
         model.generate(do_sample=True, seed=0, max_faces=3),
     )
     model.save_pretrained(tmp_path)
-
-
-def test_an_engine_knows_the_memory_of_its_state_and_of_its_weights():
-    model = small_model().float()
-    config, rows, faces = model.config, 3, 100
-    engine = DecodeEngine(model, rows, faces, torch.float32)
-    heads, size, channels = config.num_attention_heads, config.head_dim, config.hidden_size
-    linear = rows * heads * size * size * 4
-    cache = 2 * rows * 3 * channels * 4 + rows * 8  # open groups, and positions
-    for kind, level in zip(config.layer_types, config.layer_levels(), strict=True):
-        full = 2 * rows * heads * engine.cache.room(level) * size * 4
-        cache += full if kind == "full_attention" else linear
-    assert sum(engine_iflame._storages(engine.cache).values()) == cache
-    # On a CPU steps keep states of their own, and tables of rotary embedding.
-    steps = engine.state_bytes - cache - linear * config.layer_types.count("linear_attention")
-    tables = sum(engine.cache.room(level) * size // 2 * 8 for level in range(3))
-    small = rows * 4 * (config.vocab_size + 40 * channels)  # what a step writes
-    assert tables < steps < tables + small
-    parameters = sum(4 * each.numel() for each in model.parameters())
-    assert 0.9 * parameters < engine.weight_bytes < 1.5 * parameters
-    engine.load(small_model(1).float())
-    assert engine.state_bytes == cache + linear * config.layer_types.count("linear_attention") + steps
 
 
 class Same(LogitsProcessor):

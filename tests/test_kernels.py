@@ -13,7 +13,10 @@ pytest.importorskip("triton")
 CHECKS = Path(__file__).with_name("interpreted_kernels.py")
 
 
-@pytest.mark.parametrize("check", ["step 1 few", "step 2 few", "step 5 many", "choice", "grammar"])
+CHOSEN = ["step 1 few", "step 2 few", "step 5 many", "step 2 few int8", "step 3 many int8", "choice", "grammar"]
+
+
+@pytest.mark.parametrize("check", CHOSEN)
 def test_kernels_compute_what_the_network_and_the_processors_do(check):
     run = subprocess.run(
         [sys.executable, CHECKS, *check.split()],
