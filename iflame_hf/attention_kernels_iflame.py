@@ -49,12 +49,14 @@ def attend_linear_project(
     next_state_ptr,  # the same, which is written
     norm_ptr,  # (C,)
     w_ptr,  # (C, C)
+    w_scale_ptr,  # (C,) float32, if SCALED
     partial_ptr,  # (B, G, C) float32: products of the heads of each group, without the norm's factor
     square_ptr,  # (B, G) float32: sums of the squares of their outputs
     C: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,  # of a group
     BN: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Linear attention and its output projection, of few rows: each program takes some heads and some outputs."""
@@ -74,6 +76,8 @@ def attend_linear_project(
         tl.store(square_ptr + row * groups + group, tl.sum(tl.sum(read * read, axis=1), axis=0))
     read = tl.reshape(read, (HEADS * D,)) * norm
     partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
+    if SCALED:
+        partial *= tl.load(w_scale_ptr + outs, mask=outs < C, other=0.0)
     tl.store(partial_ptr + (row * groups + group) * C + outs, partial, mask=outs < C)
 
 
@@ -111,10 +115,10 @@ def _quantized(x):
 
 @_jit
 def _keys(key_ptr, scale_ptr, at, start, live, D: tl.constexpr, QUANTIZED: tl.constexpr):
-    """Keys or values (BT, D) at some places of a row's head, as they are stored, and their scales (BT,)."""
+    """Keys or values (R, L, D) at some places (R, L) of a row's head, as they are stored, and their scales (R, L)."""
     # Read once a token: they are not to take the place of weights in the cache.
-    offset = (start + at[:, None]) * D + tl.arange(0, D)[None, :]
-    key = tl.load(key_ptr + offset, mask=live[:, None], other=0, eviction_policy="evict_first")
+    offset = (start + at[:, :, None]) * D + tl.arange(0, D)[None, None, :]
+    key = tl.load(key_ptr + offset, mask=live[:, :, None], other=0, eviction_policy="evict_first")
     scale = key_ptr
     if QUANTIZED:
         scale = tl.load(scale_ptr + start + at, mask=live, other=0.0, eviction_policy="evict_first")
@@ -137,7 +141,8 @@ def attend_keys(
     C: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
-    BT: tl.constexpr,  # keys at a time
+    LANES: tl.constexpr,  # L: each has a softmax of its own, so that nothing is reduced across threads within the loop
+    TURNS: tl.constexpr,  # R: keys of a lane at a time
     QUANTIZED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -146,11 +151,11 @@ def attend_keys(
     H: tl.constexpr = C // D
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dims = tl.arange(0, D)
-    places = tl.arange(0, BT)
+    places = tl.arange(0, TURNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     start_of_keys = (row.to(tl.int64) * H + head) * room
     # Where the item goes was written before the phase before; the keys before it, when these were new.
     slot = tl.load(slot_ptr + row)
-    share = tl.cdiv(tl.cdiv(slot, SPLITS), BT) * BT
+    share = tl.cdiv(tl.cdiv(slot, SPLITS), 16) * 16
     start = split * share
     stop = tl.minimum(start + share, slot)
     live = start + places < stop
@@ -174,31 +179,31 @@ def attend_keys(
         new_key, new_value = new_key * new_key_scale.to(tl.float32), new_value * new_value_scale.to(tl.float32)
     else:
         new_key, new_value = new_key.to(kind).to(tl.float32), new_value.to(kind).to(tl.float32)
-    # Each lane of BT has a softmax of its own, so that nothing is reduced within the loop; one begins with the newest.
-    newest = (places == 0) & (split == 0)
+    # One lane begins with the newest.
+    newest = (tl.arange(0, LANES) == 0) & (split == 0)
     most = tl.where(newest, tl.sum(new_key * query, axis=0), float("-inf"))
     total = tl.where(newest, 1.0, 0.0)
     read = tl.where(newest[:, None], new_value[None, :], 0.0)
-    for first in range(start, stop, BT):
+    for first in range(start, stop, TURNS * LANES):
         # The next ones are on their way while these are at work.
-        following = first + BT + places
+        following = first + TURNS * LANES + places
         next_live = following < stop
         next_key, next_key_scale = _keys(key_ptr, key_scale_ptr, following, start_of_keys, next_live, D, QUANTIZED)
         next_value, next_value_scale = _keys(
             value_ptr, value_scale_ptr, following, start_of_keys, next_live, D, QUANTIZED
         )
-        score = tl.sum(key.to(tl.float32) * query[None, :], axis=1)
+        score = tl.sum(key.to(tl.float32) * query[None, None, :], axis=2)
         if QUANTIZED:
             score *= key_scale.to(tl.float32)
         score = tl.where(live, score, float("-inf"))
-        now = tl.maximum(most, score)
+        now = tl.maximum(most, tl.max(score, axis=0))
         finite = tl.where(now == float("-inf"), 0.0, now)
         before = tl.exp2(most - finite)
-        weight = tl.exp2(score - finite)
-        total = total * before + weight
+        weight = tl.exp2(score - finite[None, :])
+        total = total * before + tl.sum(weight, axis=0)
         if QUANTIZED:
             weight *= value_scale.to(tl.float32)
-        read = read * before[:, None] + weight[:, None] * value.to(tl.float32)
+        read = read * before[:, None] + tl.sum(weight[:, :, None] * value.to(tl.float32), axis=0)
         most = now
         live, key, value = next_live, next_key, next_value
         if QUANTIZED:
@@ -222,12 +227,14 @@ def combine_project(
     sum_ptr,
     read_ptr,
     w_ptr,  # (C, C)
+    w_scale_ptr,  # (C,) float32, if SCALED
     partial_ptr,  # (B, G, C) float32
     C: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The splits of softmax attention together, and the output projection, as `attend_linear_project`."""
@@ -250,4 +257,6 @@ def combine_project(
     read = tl.sum(read * factor[:, :, None], axis=1) / total[:, None]
     read = tl.reshape(read, (HEADS * D,))
     partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
+    if SCALED:
+        partial *= tl.load(w_scale_ptr + outs, mask=outs < C, other=0.0)
     tl.store(partial_ptr + (row * tl.num_programs(1) + group) * C + outs, partial, mask=outs < C)

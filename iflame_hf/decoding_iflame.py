@@ -22,7 +22,7 @@ from .choosing_iflame import (
     RowsBegin,
     Settings,
 )
-from .engine_iflame import DecodeEngine, give_engine, take_engine, why_no_engine
+from .engine_iflame import DecodeEngine, Types, give_engine, take_engine, why_no_engine
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
 from .packing_iflame import what_cannot_be_packed
 from .sampling_iflame import row_numbers
@@ -46,7 +46,8 @@ class DecodeRequest(NamedTuple):
     whole_end: bool  # a row ends with its whole end face
     stops_at: float | None  # time.time() after which no other face begins
     after_faces: list[Callable[..., Any]]  # stopping criteria that look once a face
-    kv_cache_dtype: str | None
+    kv_cache_dtype: str | None = None
+    weight_dtype: str | None = None
 
 
 class Unsupported(Exception):
@@ -106,8 +107,8 @@ def request_of(
         fewest_faces=0 if grammar is None else grammar.min_faces,
         most_faces=NO_LIMIT if grammar is None or grammar.max_faces is None else grammar.max_faces,
         pad=end if pad is None else int(pad),
-        # On a CPU keys and values are float32, whatever was asked for.
-        kv_cache_dtype=config.kv_cache_dtype if model.lm_head.weight.device.type == "cuda" else None,
+        kv_cache_dtype=config.kv_cache_dtype,
+        weight_dtype=config.weight_dtype,
         **limits,
     )
 
@@ -185,7 +186,7 @@ def decode(
     choice, prompt = request.choice, input_ids.cpu()
     reader = _Reader(request, prompt.numpy(), face, streamer)
     faces = -(-request.max_length // face) + 1
-    engine = take_engine(model, rows, faces, decoding_dtype(model), request.kv_cache_dtype)
+    engine = take_engine(model, rows, faces, decoding_types(model, request))
     try:
         with engine.at_work():
             engine.prepare(choice)
@@ -214,13 +215,14 @@ def _is_stopped(request: DecodeRequest, ids: torch.Tensor) -> bool:
     return any([bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in request.after_faces])
 
 
-def decoding_dtype(model: Any) -> torch.dtype:
-    """Of weights, keys and values: on a GPU the model's, or that of the caller's autocast; on a CPU float32, which is
-    fast on all."""
+def decoding_types(model: Any, request: DecodeRequest) -> Types:
+    """Of weights, keys and values: on a GPU the model's, or that of the caller's autocast, if no other was asked for;
+    on a CPU float32, which is fast on all."""
     device, dtype = model.lm_head.weight.device.type, model.lm_head.weight.dtype
     if device == "cpu":
-        return dtype if dtype == torch.float64 else torch.float32
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        return Types(dtype if dtype == torch.float64 else torch.float32)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    return Types(dtype, request.kv_cache_dtype, request.weight_dtype)
 
 
 def _begin(

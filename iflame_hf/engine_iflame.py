@@ -37,6 +37,14 @@ class Tokens(NamedTuple):
     ready: Any  # an event, or None
 
 
+class Types(NamedTuple):
+    """What an engine keeps things in."""
+
+    dtype: torch.dtype  # of all but what follows
+    kv_cache_dtype: str | None = None  # "int8": keys and values, as of `StaticIFlameCache`
+    weight_dtype: str | None = None  # "int8": weights of the blocks, as of `pack_weights`
+
+
 class Prompt(NamedTuple):
     """What meshes begin with: the decoding state after it, and the logits of what follows."""
 
@@ -46,11 +54,11 @@ class Prompt(NamedTuple):
     logits: np.ndarray  # (1, V) float32
 
 
-def read_prompt(model: Any, ids: torch.Tensor, dtype: torch.dtype, kv_cache_dtype: str | None = None) -> Prompt:
+def read_prompt(model: Any, ids: torch.Tensor, types: Types) -> Prompt:
     """Of ids (1, T) of whole faces."""
     config = model.config
     faces = ids.shape[1] // config.tokens_per_face + 1
-    cache = StaticIFlameCache(config, faces, 1, ids.device, dtype, kv_cache_dtype)
+    cache = StaticIFlameCache(config, faces, 1, ids.device, types.dtype, types.kv_cache_dtype)
     logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True).logits[:, -1]
     memories = []
     for layer, level in zip(cache.layers, config.layer_levels(), strict=True):
@@ -71,8 +79,7 @@ class DecodeEngine:
         model: an `IFlameForCausalLM` whose weights can be packed.
         rows: meshes at a time.
         max_faces: faces of the longest sequence, start and end face included.
-        dtype: of weights, keys and values.
-        kv_cache_dtype: of keys and values, as of `StaticIFlameCache`.
+        types: of weights, keys and values.
         tiles: how the kernels' work is cut, for measurements.
     """
 
@@ -84,16 +91,15 @@ class DecodeEngine:
         model: Any,
         rows: int,
         max_faces: int,
-        dtype: torch.dtype,
-        kv_cache_dtype: str | None = None,
+        types: Types,
         tiles: Any = None,
     ):
-        self.config, self.rows, self.max_faces, self.dtype = model.config, rows, max_faces, dtype
+        self.config, self.rows, self.max_faces, self.types = model.config, rows, max_faces, types
         self.device = model.lm_head.weight.device
         self.is_gpu = self.device.type == "cuda"
         self.face = self.config.tokens_per_face
-        weights = pack_weights(model, dtype)
-        self.cache = StaticIFlameCache(self.config, max_faces, rows, self.device, dtype, kv_cache_dtype)
+        weights = pack_weights(model, types.dtype, types.weight_dtype)
+        self.cache = StaticIFlameCache(self.config, max_faces, rows, self.device, types.dtype, types.kv_cache_dtype)
         sizes = (rows, max_faces * self.face, self.config.vocab_size, self.face)
         if self.is_gpu:
             pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
@@ -108,7 +114,7 @@ class DecodeEngine:
 
     def load(self, model: Any) -> None:
         """Takes the model's weights as they are now."""
-        weights = pack_weights(model, self.dtype)
+        weights = pack_weights(model, self.types.dtype, self.types.weight_dtype)
         if self.is_gpu:  # graphs read them where they are
             copy_weights(self.steps.weights, weights)
         else:
@@ -222,17 +228,14 @@ _lock = threading.Lock()
 IDLE_ENGINES = 2  # of a model
 
 
-def take_engine(
-    model: Any, rows: int, max_faces: int, dtype: torch.dtype, kv_cache_dtype: str | None = None
-) -> DecodeEngine:
+def take_engine(model: Any, rows: int, max_faces: int, types: Types) -> DecodeEngine:
     """An engine for the model with its weights of now: one that is idle, or a new one."""
     device = model.lm_head.weight.device
     with _lock:
         engines = _idle.get(model, [])
         for engine in engines:
             fits = max_faces <= engine.max_faces <= 4 * max(max_faces, 256)
-            kind = (engine.rows, engine.dtype, engine.cache.kv_cache_dtype, engine.device)
-            if kind == (rows, dtype, kv_cache_dtype, device) and fits:
+            if (engine.rows, engine.types, engine.device) == (rows, types, device) and fits:
                 engines.remove(engine)
                 break
         else:
@@ -242,7 +245,7 @@ def take_engine(
     if engine is not None:
         engine.load(model)
         return engine
-    return DecodeEngine(model, rows, -(-max_faces // 64) * 64, dtype, kv_cache_dtype)
+    return DecodeEngine(model, rows, -(-max_faces // 64) * 64, types)
 
 
 def give_engine(model: Any, engine: DecodeEngine) -> None:

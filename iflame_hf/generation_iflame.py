@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.utils import logging
 
-from .cache_iflame import IFlameCache, StaticIFlameCache, check_kv_cache_dtype
+from .cache_iflame import IFlameCache, StaticIFlameCache, check_storage
 from .configuration_iflame import DEFAULT_MAX_FACES
 from .decoding_iflame import Unsupported, decode, request_of
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor, check_prompts
@@ -22,7 +22,13 @@ from .versions_iflame import CACHE_NAME, with_own_cache_name
 logger = logging.get_logger(__name__)
 
 # What a generation config says of meshes, and what counts where it does not.
-OWN_SETTINGS = {"mesh_grammar": True, "min_faces": 0, "max_faces": None, "kv_cache_dtype": None}
+OWN_SETTINGS = {
+    "mesh_grammar": True,
+    "min_faces": 0,
+    "max_faces": None,
+    "kv_cache_dtype": None,
+    "weight_dtype": None,
+}
 
 
 class IFlameGenerationMixin(GenerationMixin):
@@ -33,7 +39,8 @@ class IFlameGenerationMixin(GenerationMixin):
 
     A decode engine serves greedy search and sampling on a CUDA device and on a CPU; what it does not do is computed by
     transformers' own loop, with a warning that names it. `cache_implementation="dynamic"` asks for that loop.
-    `kv_cache_dtype="int8"` keeps keys and values in half the memory on a CUDA device, and in a static cache.
+    `kv_cache_dtype="int8"` keeps keys and values in half the memory on a CUDA device, and in a static cache;
+    `weight_dtype="int8"` does so with the engine's copy of the weights there.
 
     Without a prompt it begins with the start face of nine bos tokens. `generate(do_sample=True, seed=...)` gives each
     mesh random numbers of its own: a whole number, which counts up row by row, or a list of one for each row. The same
@@ -81,7 +88,8 @@ class IFlameGenerationMixin(GenerationMixin):
             )
             setattr(prepared, name, next((value for value in values if value is not None), None))
         _check_faces(prepared.min_faces, prepared.max_faces)
-        check_kv_cache_dtype(prepared.kv_cache_dtype)
+        check_storage("kv_cache_dtype", prepared.kv_cache_dtype)
+        check_storage("weight_dtype", prepared.weight_dtype)
         return prepared, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:

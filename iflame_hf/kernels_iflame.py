@@ -44,12 +44,20 @@ def _wait(PDL: tl.constexpr):
 
 
 @_jit
-def _product(x, w, WIDE: tl.constexpr):
+def _product(x, w, WIDE: tl.constexpr, KIND: tl.constexpr):
     """(BM, BK) rows times (BN, BK) weights: (BM, BN) float32."""
     if WIDE:
-        y = tl.dot(x.to(w.dtype), tl.trans(w), input_precision="ieee")
+        y = tl.dot(x.to(KIND), tl.trans(w.to(KIND)), input_precision="ieee")
     else:
         y = tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=1)[None, :]
+    return y
+
+
+@_jit
+def _scaled(y, scale_ptr, outs, owned, SCALED: tl.constexpr):
+    """Outputs (BM, BN) of whole numbers in the place of weights, as those of the weights."""
+    if SCALED:
+        y *= tl.load(scale_ptr + outs, mask=owned, other=0.0)[None, :]
     return y
 
 
@@ -92,6 +100,7 @@ def project_heads(
     made_ptr,  # (B, C) float32: receives the input, unless it is "plain"
     norm_ptr,  # (C,)
     w_ptr,  # (2, 3C / 2, C): the first halves of all heads of query, key and value, then the second ones
+    w_scale_ptr,  # (2, 3C / 2) float32, if SCALED
     rotary_ptr,  # (B, D) float32: cosines, then sines
     out_ptr,  # (B, 3C) float32: query, key, value
     rows,
@@ -101,6 +110,8 @@ def project_heads(
     GROUP: tl.constexpr,
     SOURCE: tl.constexpr,
     WIDE: tl.constexpr,
+    KIND: tl.constexpr,  # what is multiplied on the matrix units
+    SCALED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -135,8 +146,8 @@ def project_heads(
                     tl.store(made_ptr + batch[:, None] * C + k[None, :], x, mask=there)
             square += tl.sum(x * x, axis=1)
             x = x * norm
-            a += _product(x, first, WIDE)
-            b += _product(x, second, WIDE)
+            a += _product(x, first, WIDE, KIND)
+            b += _product(x, second, WIDE, KIND)
     else:
         mask = owned[:, None] & (inner < C)[None, :]
         there = live[:, None] & (inner < C)[None, :]
@@ -150,11 +161,12 @@ def project_heads(
                 tl.store(made_ptr + batch[:, None] * C + inner[None, :], x, mask=there)
         square = tl.sum(x * x, axis=1)
         x = x * norm
-        a, b = _product(x, first, WIDE), _product(x, second, WIDE)
+        a, b = _product(x, first, WIDE, KIND), _product(x, second, WIDE, KIND)
     cos = tl.load(rotary_ptr + angle, mask=turned, other=1.0)
     sin = tl.load(rotary_ptr + half + angle, mask=turned, other=0.0)
     factor = tl.rsqrt(square / C + eps)[:, None]
-    a, b = a * factor, b * factor
+    a = _scaled(a * factor, w_scale_ptr, outs, owned, SCALED)
+    b = _scaled(b * factor, w_scale_ptr + 3 * C // 2, outs, owned, SCALED)
     low, high = a * cos + b * sin, b * cos - a * sin
     within = outs % (C // 2)
     head, dim = within // half, within % half
@@ -202,6 +214,7 @@ def gate_up(
     middle_ptr,  # (B, C) float32: receives the sum, if PARTS
     norm_ptr,  # (C,)
     w_ptr,  # (2, I, C): gate and up
+    w_scale_ptr,  # (2, I) float32, if SCALED
     bias_ptr,  # (2, I)
     out_ptr,  # (B, I) in the weights' type
     rows,
@@ -211,6 +224,8 @@ def gate_up(
     PARTS: tl.constexpr,  # G, or 0
     NORMALISED: tl.constexpr,
     WIDE: tl.constexpr,
+    KIND: tl.constexpr,  # what is multiplied on the matrix units
+    SCALED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -240,8 +255,8 @@ def gate_up(
             x = _with_parts(x_ptr, partial_ptr, middle_ptr, share, batch, k, there, C, PARTS)
             square += tl.sum(x * x, axis=1)
             x = x * norm
-            gate += _product(x, gate_w, WIDE)
-            up += _product(x, up_w, WIDE)
+            gate += _product(x, gate_w, WIDE, KIND)
+            up += _product(x, up_w, WIDE, KIND)
     else:
         mask = owned[:, None] & (inner < C)[None, :]
         there = live[:, None] & (inner < C)[None, :]
@@ -253,10 +268,10 @@ def gate_up(
         x = _with_parts(x_ptr, partial_ptr, middle_ptr, share, batch, inner, there, C, PARTS)
         square = tl.sum(x * x, axis=1)
         x = x * norm
-        gate, up = _product(x, gate_w, WIDE), _product(x, up_w, WIDE)
+        gate, up = _product(x, gate_w, WIDE, KIND), _product(x, up_w, WIDE, KIND)
     factor = tl.rsqrt(square / C + eps)[:, None]
-    gate = gate * factor + gate_bias[None, :]
-    up = up * factor + up_bias[None, :]
+    gate = _scaled(gate * factor, w_scale_ptr, outs, owned, SCALED) + gate_bias[None, :]
+    up = _scaled(up * factor, w_scale_ptr + I, outs, owned, SCALED) + up_bias[None, :]
     hidden = gate * tl.sigmoid(gate) * up
     to = batch[:, None] * I + outs[None, :]
     tl.store(out_ptr + to, hidden.to(out_ptr.dtype.element_ty), mask=live[:, None] & owned[None, :])
@@ -267,6 +282,7 @@ def project(
     x_ptr,  # (B, K)
     norm_ptr,  # (K,), of a norm before, if NORM
     w_ptr,  # (N, K)
+    w_scale_ptr,  # (N,) float32, if SCALED
     bias_ptr,  # (N,), if BIAS
     residual_ptr,  # (B, N) float32, if RESIDUAL
     out_ptr,  # (B, N) float32
@@ -278,6 +294,8 @@ def project(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WIDE: tl.constexpr,
+    KIND: tl.constexpr,  # what is multiplied on the matrix units
+    SCALED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -305,7 +323,7 @@ def project(
                 x = x.to(tl.float32)
                 square += tl.sum(x * x, axis=1)
                 x = x * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-            y += _product(x, w, WIDE)
+            y += _product(x, w, WIDE, KIND)
     else:
         w = tl.load(w_ptr + outs[:, None] * K + inner[None, :], mask=owned[:, None] & (inner < K)[None, :], other=0.0)
         _wait(PDL)
@@ -314,9 +332,10 @@ def project(
             x = x.to(tl.float32)
             square = tl.sum(x * x, axis=1)
             x = x * tl.load(norm_ptr + inner, mask=inner < K, other=0.0).to(tl.float32)[None, :]
-        y = _product(x, w, WIDE)
+        y = _product(x, w, WIDE, KIND)
     if NORM:
         y *= tl.rsqrt(square / K + eps)[:, None]
+    y = _scaled(y, w_scale_ptr, outs, owned, SCALED)
     if BIAS:
         y += bias
     if RESIDUAL:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .choosing_iflame import RowsBegin
-from .decoding_iflame import DecodeRequest, Unsupported, decoding_dtype, request_of, rows_begin
+from .decoding_iflame import DecodeRequest, Unsupported, decoding_types, request_of, rows_begin
 from .engine_iflame import give_engine, read_prompt, take_engine
 from .format_iflame import MeshFormat
 from .grammar_iflame import check_prompts
@@ -183,9 +183,9 @@ def _refilled(
 ) -> Iterator[tuple[_Job, torch.Tensor]]:
     """As `_batches`. `at_once`: a row goes on with the next mesh at once; else when the meshes of all rows have ended,
     for comparison."""
-    config, types = model.config, (decoding_dtype(model), request.kv_cache_dtype)
+    config, types = model.config, decoding_types(model, request)
     waiting = iter(jobs)
-    engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, *types)
+    engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, types)
     try:
         with engine.at_work():
             engine.prepare(request.choice)
@@ -207,7 +207,7 @@ def _refilled(
                 if job.prompt is not prompt:
                     prompt = job.prompt
                     with engine.at_work():
-                        begun = read_prompt(model, prompt[None].to(model.device), *types)
+                        begun = read_prompt(model, prompt[None].to(model.device), types)
                 left = request.max_length - len(prompt)
                 start = rows_begin(request, config, prompt[None].numpy(), 0, row_numbers([job.seed], left))
                 if job.faces is not None:

@@ -10,33 +10,37 @@ import torch
 from .attention_kernels_iflame import attend_keys, attend_linear, attend_linear_project, combine_project
 from .cache_iflame import StaticIFlameCache
 from .choosing_iflame import Places
-from .kernels_iflame import EMBED, PLAIN, POOL, UPSAMPLE, gate_up, project, project_heads
+from .kernels_iflame import EMBED, PLAIN, POOL, UPSAMPLE, gate_up, project, project_heads, tl
 from .ops_iflame import rotary_tables
-from .packing_iflame import BlockWeights, PackedWeights
+from .packing_iflame import BlockWeights, Matrix, PackedWeights
 from .step_memory_iflame import StepMemory
 
 # B rows, C channels, H heads, D head size, I hidden units, V token ids, G groups of heads, S splits of the keys
 
 
+class Product(NamedTuple):
+    """How a product is cut into programs."""
+
+    width: int  # outputs: of query, key and value pairs of channels that turn together, of gate and up units
+    warps: int = 4
+    rows: int = 1  # at a time
+    inner: int = 0  # inputs at a time; 0: all
+    stages: int = 2  # of them on their way
+
+
 class Tiles(NamedTuple):
-    """How work is cut into programs, and with how many warps each runs."""
+    """How work is cut into programs."""
 
     wide: bool  # many rows are multiplied in tiles
-    rows: int  # of a tile
-    heads: int  # outputs of project_heads, in pairs
-    hidden: int  # hidden units of gate_up
-    down: int  # outputs of the projection down
-    out: int  # outputs of attention's projection
+    heads: Product  # query, key and value
+    hidden: Product  # gate and up
+    down: Product
+    out: Product  # attention's projection
     group: int  # heads of a program of linear attention
-    keys: int  # at a time
     splits: tuple[int, int, int]  # of the keys of each level: two or more if not wide, else one
-    inner: int  # inputs at a time; 0: all
-    heads_warps: int = 4
-    hidden_warps: int = 4
-    down_warps: int = 4
-    out_warps: int = 4
-    keys_warps: int = 4
-    stages: int = 2
+    lanes: int = 64  # keys side by side
+    turns: int = 1  # keys of a lane at a time
+    keys_warps: int = 2
 
 
 NARROW_ROWS = 16  # with up to so many, each is multiplied by itself
@@ -49,12 +53,16 @@ def _power(number: int) -> int:
 def choose_tiles(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Tiles:
     """Tiles for so many rows and heads, and weights of that type."""
     if rows <= NARROW_ROWS:
-        return Tiles(False, 1, 4, 8, 4, 32, min(8, _power(heads)), 256, (32, 16, 8), 0)
+        group = min(4, _power(heads))
+        return Tiles(
+            False, Product(4, 2), Product(8, 2), Product(4), Product(32, 2), group, (32, 16, 8), 64, 2, keys_warps=4
+        )
     if dtype == torch.float32:  # which takes twice the memory of a multiprocessor
-        return Tiles(True, 32, 32, 32, 16, 16, 1, 64, (1, 1, 1), 64, stages=2)
+        return Tiles(True, *[Product(width, 4, 32, 64, 2) for width in (32, 32, 16, 16)], 1, (1, 1, 1))
     if rows <= 128:
-        return Tiles(True, 32, 32, 32, 32, 32, 1, 64, (1, 1, 1), 128, stages=4)
-    return Tiles(True, 64, 32, 64, 64, 64, 1, 64, (1, 1, 1), 64, stages=4)
+        few = Product(32, 4, 16, 128, 4)
+        return Tiles(True, few, Product(32, 2, 32, 128, 4), Product(16, 4, 64, 128, 4), few, 1, (1, 1, 1))
+    return Tiles(True, *[Product(width, 4, 64, 64, 4) for width in (32, 64, 64, 64)], 1, (1, 1, 1))
 
 
 class KernelSteps(StepMemory):
@@ -75,6 +83,9 @@ class KernelSteps(StepMemory):
         super().__init__(config, cache, device, torch.float32)
         self.weights, self.pdl = weights, pdl
         self.tiles = choose_tiles(self.rows, config.num_attention_heads, dtype) if tiles is None else tiles
+        # Of the head, which has few outputs.
+        self.head = self.tiles.down._replace(width=16) if self.tiles.wide else Product(4)
+        self.kind = getattr(tl, str(dtype).removeprefix("torch."))
         rows, channels, size = self.rows, config.hidden_size, config.head_dim
         heads = config.num_attention_heads
 
@@ -84,7 +95,7 @@ class KernelSteps(StepMemory):
         levels = range(len(config.level_strides))
         self.qkv = buffer(rows, 3 * channels)
         self.attended = buffer(rows, channels)
-        self.hidden = buffer(rows, weights.blocks[0].down.shape[1], dtype=dtype)
+        self.hidden = buffer(rows, weights.blocks[0].down.values.shape[1], dtype=dtype)
         self.groups = -(-heads // self.tiles.group)
         self.partial = buffer(rows, self.groups, channels)
         self.square = buffer(rows, self.groups)
@@ -138,7 +149,8 @@ class KernelSteps(StepMemory):
                 self._stage(2, 2, POOL, self.x[2], self.handed[1], read=members[1])
             self._stage(3, 1, UPSAMPLE, self.x[1], self.handed[0], read=members[1][vertex])
         self._stage(4, 0, UPSAMPLE, self.x[0], self.x[0], read=members[0][corner])
-        self._project(self.x[0], None, self.weights.head, self.weights.head_bias, None, self.logits, 4, 4)
+        head = Matrix(self.weights.head, None)
+        self._project(self.x[0], None, head, self.weights.head_bias, None, self.logits, self.head)
 
     def _stage(self, stage: int, level: int, source: str, made: torch.Tensor, out: torch.Tensor, read=None) -> None:
         part = self.config.stage_slices()[stage]
@@ -167,43 +179,51 @@ class KernelSteps(StepMemory):
                 self._keys(block, layer)
             else:
                 self._linear(layer.state)
-            self._project(
-                self.attended, block.read_norm, block.out, None, residual, middle, tiles.out, tiles.out_warps
-            )
+            self._project(self.attended, block.read_norm, block.out, None, residual, middle, tiles.out)
         self._hidden(block, middle if not parts else residual, parts)
-        self._project(self.hidden, None, block.down, block.down_bias, middle, out, tiles.down, tiles.down_warps)
+        self._project(self.hidden, None, block.down, block.down_bias, middle, out, tiles.down)
 
     # One method a kernel: its grid, sizes and arguments.
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, **sizes: Any) -> None:
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 2, **sizes: Any
+    ) -> None:
         self.phases += 1
         launched = {"launch_pdl": True} if self.pdl else {}
-        kernel[grid](*arguments, **sizes, PDL=self.pdl, num_warps=warps, num_stages=self.tiles.stages, **launched)
+        kernel[grid](*arguments, **sizes, PDL=self.pdl, num_warps=warps, num_stages=stages, **launched)
 
-    def _row_tiles(self) -> int:
-        return -(-self.rows // self.tiles.rows)
+    def _launch_product(
+        self, kernel: Any, tile: Product, weight: Matrix, outputs: int, *arguments: Any, **sizes: Any
+    ) -> None:
+        inputs = weight.values.shape[-1]
+        self._launch(
+            kernel,
+            (-(-outputs // tile.width), -(-self.rows // tile.rows)),
+            *arguments,
+            WIDE=self.tiles.wide, KIND=self.kind, SCALED=weight.scales is not None,
+            BM=tile.rows, BN=tile.width, BK=tile.inner or _power(inputs), **sizes,
+            warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
 
     def _heads(self, block: BlockWeights, x: torch.Tensor, made: torch.Tensor, source: str) -> None:
-        config, weights, tiles = self.config, self.weights, self.tiles
+        config, weights = self.config, self.weights
         channels, level = config.hidden_size, block.level
         handed, scale = (self.handed[level], weights.scales[level]) if source == UPSAMPLE else (x, weights.slopes)
-        self._launch(
-            project_heads,
-            (-(-3 * channels // 2 // tiles.heads), self._row_tiles()),
+        self._launch_product(
+            project_heads, self.tiles.heads, block.heads, 3 * channels // 2,
             x, handed, scale, self.tokens, made,
-            block.attention_norm, block.heads, self.places.rotary[level], self.qkv, self.rows, config.rms_norm_eps,
-            C=channels, D=config.head_dim, GROUP=config.group_sizes[0], SOURCE=source,
-            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.heads, BK=tiles.inner or _power(channels),
-            warps=tiles.heads_warps,
+            block.attention_norm, *_pointers(block.heads), self.places.rotary[level], self.qkv,
+            self.rows, config.rms_norm_eps, C=channels, D=config.head_dim, GROUP=config.group_sizes[0], SOURCE=source,
         )  # fmt: skip
 
     def _linear_project(self, block: BlockWeights, state: torch.Tensor, following: torch.Tensor) -> None:
         channels, tiles = self.config.hidden_size, self.tiles
         self._launch(
             attend_linear_project,
-            (self.rows, self.groups, -(-channels // tiles.out)),
-            self.qkv, self.weights.slopes, state, following, block.read_norm, block.out, self.partial, self.square,
-            C=channels, D=self.config.head_dim, HEADS=tiles.group, BN=tiles.out, warps=tiles.out_warps,
+            (self.rows, self.groups, -(-channels // tiles.out.width)),
+            self.qkv, self.weights.slopes, state, following, block.read_norm, *_pointers(block.out), self.partial,
+            self.square, C=channels, D=self.config.head_dim, HEADS=tiles.group, BN=tiles.out.width,
+            SCALED=block.out.scales is not None, warps=tiles.out.warps,
         )  # fmt: skip
 
     def _linear(self, state: torch.Tensor) -> None:
@@ -225,40 +245,39 @@ class KernelSteps(StepMemory):
             self.qkv, keys, values, *(scales or (keys, values)), self.places.slots[block.level], self.most, self.sums,
             self.attended if splits == 1 else self.read, keys.shape[2], config.head_dim**-0.5 / math.log(2),
             C=config.hidden_size, D=config.head_dim,
-            SPLITS=splits, BT=tiles.keys, QUANTIZED=bool(scales), warps=tiles.keys_warps,
+            SPLITS=splits, LANES=tiles.lanes, TURNS=tiles.turns, QUANTIZED=bool(scales), warps=tiles.keys_warps,
         )  # fmt: skip
 
     def _combine(self, block: BlockWeights) -> None:
         channels, tiles = self.config.hidden_size, self.tiles
         self._launch(
             combine_project,
-            (self.rows, self.groups, -(-channels // tiles.out)),
-            self.most, self.sums, self.read, block.out, self.partial,
-            C=channels, D=self.config.head_dim, HEADS=tiles.group, SPLITS=tiles.splits[block.level], BN=tiles.out,
-            warps=tiles.out_warps,
+            (self.rows, self.groups, -(-channels // tiles.out.width)),
+            self.most, self.sums, self.read, *_pointers(block.out), self.partial,
+            C=channels, D=self.config.head_dim, HEADS=tiles.group, SPLITS=tiles.splits[block.level],
+            BN=tiles.out.width, SCALED=block.out.scales is not None, warps=tiles.out.warps,
         )  # fmt: skip
 
     def _hidden(self, block: BlockWeights, x: torch.Tensor, parts: int) -> None:
-        channels, tiles, units = self.config.hidden_size, self.tiles, block.down.shape[1]
-        self._launch(
-            gate_up,
-            (-(-units // tiles.hidden), self._row_tiles()),
-            x, self.partial, self.square, self.middle, block.mlp_norm, block.gate_up, block.gate_up_bias, self.hidden,
-            self.rows, self.config.rms_norm_eps,
+        channels, units = self.config.hidden_size, block.down.values.shape[1]
+        self._launch_product(
+            gate_up, self.tiles.hidden, block.gate_up, units,
+            x, self.partial, self.square, self.middle, block.mlp_norm, *_pointers(block.gate_up), block.gate_up_bias,
+            self.hidden, self.rows, self.config.rms_norm_eps,
             C=channels, I=units, PARTS=parts, NORMALISED=not block.is_full,
-            WIDE=tiles.wide, BM=tiles.rows, BN=tiles.hidden, BK=tiles.inner or _power(channels),
-            warps=tiles.hidden_warps,
         )  # fmt: skip
 
-    def _project(self, x, norm, w, bias, residual, out, width: int, warps: int) -> None:
-        outs, inner = w.shape
-        tiles = self.tiles
-        width = max(width, 16) if tiles.wide else width
-        self._launch(
-            project,
-            (-(-outs // width), self._row_tiles()),
-            x, w if norm is None else norm, w, w if bias is None else bias, out if residual is None else residual, out,
-            self.rows, self.config.rms_norm_eps,
+    def _project(self, x, norm, weight: Matrix, bias, residual, out, tile: Product) -> None:
+        outs, inner = weight.values.shape
+        w, scales = _pointers(weight)
+        self._launch_product(
+            project, tile, weight, outs,
+            x, w if norm is None else norm, w, scales, w if bias is None else bias,
+            out if residual is None else residual, out, self.rows, self.config.rms_norm_eps,
             N=outs, K=inner, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-            WIDE=tiles.wide, BM=tiles.rows, BN=width, BK=tiles.inner or _power(inner), warps=warps,
         )  # fmt: skip
+
+
+def _pointers(weight: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values, and the scales or anything in their place."""
+    return weight.values, weight.values if weight.scales is None else weight.scales

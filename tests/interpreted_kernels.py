@@ -17,23 +17,24 @@ from iflame_hf import StaticIFlameCache
 from iflame_hf.choosing_iflame import Choice, KernelChooser, Places, RowsBegin, Settings
 from iflame_hf.host_choosing_iflame import HostChooser
 from iflame_hf.packing_iflame import pack_weights
-from iflame_hf.steps_iflame import KernelSteps, Tiles
+from iflame_hf.steps_iflame import KernelSteps, Product, Tiles
 
-FEW = Tiles(False, 1, 8, 32, 8, 8, 2, 4, (2, 2, 2), 0)
-MANY = Tiles(True, 16, 16, 16, 16, 16, 1, 4, (1, 1, 1), 16)
+FEW = Tiles(False, Product(8), Product(32), Product(8), Product(8), 2, (2, 2, 2), 2, 2)
+MANY = Tiles(True, *[Product(16, rows=16, inner=16)] * 4, 1, (1, 1, 1), 4)
 
 
 @torch.inference_mode()
-def step(rows, tiles, kv_cache_dtype=None):
+def step(rows, tiles, kv_cache_dtype=None, weight_dtype=None):
     """Tokens after a prompt that ends inside a face, through kernels and network, give the same logits."""
     model = small_model(hidden_size=16, heads=2)
+    weights = pack_weights(model, torch.float32, weight_dtype)
+    if weight_dtype is not None:
+        round_weights(model)
     ids = mesh_rows(int(rows), faces=3)
     caches = [StaticIFlameCache(model.config, 5, int(rows), kv_cache_dtype=kv_cache_dtype) for _ in range(2)]
     for cache in caches:
         model(ids[:, :14], cache=cache, use_cache=True)
-    steps = KernelSteps(
-        model.config, pack_weights(model, torch.float32), caches[0], False, FEW if tiles == "few" else MANY
-    )
+    steps = KernelSteps(model.config, weights, caches[0], False, FEW if tiles == "few" else MANY)
     steps.logits.fill_(torch.nan)
     steps.begin()
     for place in range(14, ids.shape[1]):
@@ -43,6 +44,15 @@ def step(rows, tiles, kv_cache_dtype=None):
         caches[0].positions += 1
         expected = model(ids[:, place : place + 1], cache=caches[1], use_cache=True).logits[:, 0]
         torch.testing.assert_close(steps.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def round_weights(model):
+    """Those of the blocks' linear layers become multiples of a 127th of the largest one of their output."""
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                step = module.weight.abs().amax(dim=1, keepdim=True) / 127
+                module.weight.copy_((module.weight / step).round() * step)
 
 
 def choosers(rows, numbers, begin, settings):

@@ -12,7 +12,7 @@ from benchmarks import bench_generate, bench_loader, bench_train, common, refere
 from benchmarks.models import draw_models, mesh_labels
 from benchmarks.oracle import Oracle, WrongResult, require_close
 from iflame_hf import IFlameConfig
-from iflame_hf.engine_iflame import DecodeEngine
+from iflame_hf.engine_iflame import DecodeEngine, Types
 from iflame_hf.ops_iflame import IMPLEMENTATIONS, recurrent_linear_attention, recurrent_linear_attention_step
 from training.convert_checkpoint import BLOCK_NAMES, OTHER_NAMES, SKIP_WEIGHTS, STAGES
 from training.rows.pack import pack
@@ -369,7 +369,7 @@ def test_data_that_are_not_there_are_named(capsys, tmp_path):
 def test_the_memory_of_an_engines_state_and_weights_is_counted_by_their_shapes():
     model = small_model().float()
     config, rows, faces = model.config, 3, 100
-    engine = DecodeEngine(model, rows, faces, torch.float32)
+    engine = DecodeEngine(model, rows, faces, Types(torch.float32))
     heads, size, channels = config.num_attention_heads, config.head_dim, config.hidden_size
     linear = rows * heads * size * size * 4
     cache = 2 * rows * 3 * channels * 4 + rows * 8  # open groups, and positions

@@ -10,7 +10,7 @@ from small_models import BOS, PAD, ending_model, mesh_rows, relative_error, smal
 from benchmarks.common import engine_memory
 from iflame_hf import StaticIFlameCache
 from iflame_hf.choosing_iflame import Choice
-from iflame_hf.engine_iflame import DecodeEngine
+from iflame_hf.engine_iflame import DecodeEngine, Types
 from iflame_hf.format_iflame import known_format
 from iflame_hf.grammar_iflame import MeshGrammarLogitsProcessor
 from iflame_hf.many_iflame import generate_meshes
@@ -56,7 +56,7 @@ def test_logits_in_short_types_are_as_near_to_float32_as_the_networks(rows, dtyp
     exact = small_model(**SIZES).to("cuda")
     short = small_model(**SIZES).to("cuda", dtype)
     ids = mesh_rows(rows, faces=6).to("cuda")
-    engine = DecodeEngine(short, rows, 8, dtype)
+    engine = DecodeEngine(short, rows, 8, Types(dtype))
     caches = [StaticIFlameCache(exact.config, 8, rows, "cuda", each) for each in (torch.float32, dtype)]
     for network, cache in ((short, engine.cache), (exact, caches[0]), (short, caches[1])):
         network(ids[:, :20], cache=cache, use_cache=True)
@@ -138,7 +138,7 @@ def test_a_model_on_a_gpu_that_is_not_the_current_one_decodes_there(model):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_face_waits_for_nothing(model, choice):
     with torch.inference_mode():
-        engine = DecodeEngine(model, 2, 8, torch.float32)
+        engine = DecodeEngine(model, 2, 8, Types(torch.float32))
         engine.prepare(choice)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -151,7 +151,7 @@ def test_a_face_waits_for_nothing(model, choice):
 @pytest.mark.parametrize("rows", [2, 40])
 def test_the_memory_of_its_state_is_that_of_the_cache_and_of_states_that_take_turns(model, rows):
     config, faces = model.config, 700
-    engine = DecodeEngine(model, rows, faces, torch.float32)
+    engine = DecodeEngine(model, rows, faces, Types(torch.float32))
     heads, size = config.num_attention_heads, config.head_dim
     expected = 0
     for kind, level in zip(config.layer_types, config.layer_levels(), strict=True):

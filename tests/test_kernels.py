@@ -10,16 +10,26 @@ import pytest
 pytest.importorskip("triton")
 
 # Triton looks at the variable when a kernel is defined: the interpreter has a process of its own.
-CHECKS = Path(__file__).with_name("interpreted_kernels.py")
+SCRIPT = Path(__file__).with_name("interpreted_kernels.py")
 
 
-CHOSEN = ["step 1 few", "step 2 few", "step 5 many", "step 2 few int8", "step 3 many int8", "choice", "grammar"]
+CHECKS = [
+    "step 1 few",
+    "step 2 few",
+    "step 5 many",
+    "step 2 few int8",
+    "step 3 many int8",
+    "step 2 few int8 int8",
+    "step 2 many int8 int8",
+    "choice",
+    "grammar",
+]
 
 
-@pytest.mark.parametrize("check", CHOSEN)
+@pytest.mark.parametrize("check", CHECKS)
 def test_kernels_compute_what_the_network_and_the_processors_do(check):
     run = subprocess.run(
-        [sys.executable, CHECKS, *check.split()],
+        [sys.executable, SCRIPT, *check.split()],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
