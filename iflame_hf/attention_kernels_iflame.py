@@ -4,7 +4,7 @@ Kernels of a decoding step, in Triton: linear and full attention of one item a r
 
 from __future__ import annotations
 
-from .kernels_iflame import _jit, _wait
+from .kernels_iflame import _floats, _jit, _wait, _words
 
 try:
     import triton.language as tl
@@ -12,6 +12,14 @@ except ImportError:  # optional
     tl = None
 
 # B rows, C channels, H heads, D head size, N outputs, S splits of the keys, G groups of heads
+
+
+@_jit
+def _out_weights(w_ptr, outs, group, C: tl.constexpr, SIZE: tl.constexpr):
+    """Of some outputs and the inputs of a group of heads, (BN, SIZE)."""
+    inner = group * SIZE + tl.arange(0, SIZE)
+    mask = (outs < C)[:, None] & (inner < C)[None, :]
+    return tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=mask, other=0.0)
 
 
 @_jit
@@ -49,14 +57,12 @@ def attend_linear_project(
     next_state_ptr,  # the same, which is written
     norm_ptr,  # (C,)
     w_ptr,  # (C, C)
-    w_scale_ptr,  # (C,) float32, if SCALED
     partial_ptr,  # (B, G, C) float32: products of the heads of each group, without the norm's factor
     square_ptr,  # (B, G) float32: sums of the squares of their outputs
     C: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,  # of a group
     BN: tl.constexpr,
-    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Linear attention and its output projection, of few rows: each program takes some heads and some outputs."""
@@ -64,7 +70,7 @@ def attend_linear_project(
     outs = block * BN + tl.arange(0, BN)
     inner = group * HEADS * D + tl.arange(0, HEADS * D)
     valid = inner < C
-    w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=(outs < C)[:, None] & valid[None, :], other=0.0)
+    w = _out_weights(w_ptr, outs, group, C, HEADS * D)
     norm = tl.load(norm_ptr + inner, mask=valid, other=0.0).to(tl.float32)
     heads = group * HEADS + tl.arange(0, HEADS)
     state, places, here = _linear_state(slopes_ptr, state_ptr, row, heads, C, D)
@@ -76,8 +82,6 @@ def attend_linear_project(
         tl.store(square_ptr + row * groups + group, tl.sum(tl.sum(read * read, axis=1), axis=0))
     read = tl.reshape(read, (HEADS * D,)) * norm
     partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
-    if SCALED:
-        partial *= tl.load(w_scale_ptr + outs, mask=outs < C, other=0.0)
     tl.store(partial_ptr + (row * groups + group) * C + outs, partial, mask=outs < C)
 
 
@@ -114,15 +118,40 @@ def _quantized(x):
 
 
 @_jit
-def _keys(key_ptr, scale_ptr, at, start, live, D: tl.constexpr, QUANTIZED: tl.constexpr):
-    """Keys or values (R, L, D) at some places (R, L) of a row's head, as they are stored, and their scales (R, L)."""
+def _keys(key_ptr, at, start, live, D: tl.constexpr, QUANTIZED: tl.constexpr):
+    """Keys or values at some places (R, L) of a row's head: (R, L, D), or words (R, L, D / 4)."""
     # Read once a token: they are not to take the place of weights in the cache.
-    offset = (start + at[:, :, None]) * D + tl.arange(0, D)[None, None, :]
-    key = tl.load(key_ptr + offset, mask=live[:, :, None], other=0, eviction_policy="evict_first")
-    scale = key_ptr
     if QUANTIZED:
-        scale = tl.load(scale_ptr + start + at, mask=live, other=0.0, eviction_policy="evict_first")
-    return key, scale
+        offset = (start + at[:, :, None]) * (D // 4) + tl.arange(0, D // 4)[None, None, :]
+        key = tl.load(_words(key_ptr) + offset, mask=live[:, :, None], other=0, eviction_policy="evict_first")
+    else:
+        offset = (start + at[:, :, None]) * D + tl.arange(0, D)[None, None, :]
+        key = tl.load(key_ptr + offset, mask=live[:, :, None], other=0.0, eviction_policy="evict_first")
+    return key
+
+
+@_jit
+def _scales(scale_ptr, at, start, live, QUANTIZED: tl.constexpr):
+    """Words (R, L), each the scales of a key and of its value."""
+    if QUANTIZED:
+        scale = tl.load(_words(scale_ptr) + start + at, mask=live, other=0, eviction_policy="evict_first")
+    else:
+        scale = at
+    return scale
+
+
+@_jit
+def _half(word, last: tl.constexpr):
+    """The first or last float16 of words, in float32."""
+    return ((word >> 16) if last else word).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@_jit
+def _wide(read, QUANTIZED: tl.constexpr):
+    """What `_keys` has read, in float32."""
+    if QUANTIZED:
+        read = _floats(read)
+    return read.to(tl.float32)
 
 
 @_jit
@@ -130,14 +159,13 @@ def attend_keys(
     qkv_ptr,  # (B, 3C) float32
     key_ptr,  # (B, H, room, D), or int8 of that shape, if QUANTIZED
     value_ptr,
-    key_scale_ptr,  # (B, H, room) float16, if QUANTIZED
-    value_scale_ptr,
+    scale_ptr,  # (B, H, room, 2) float16, of key and value, if QUANTIZED
     slot_ptr,  # (B,) int32: where the newest item goes, and how many there are before
     most_ptr,  # (B, H, S) float32: the largest score of each split, in units of log 2
     sum_ptr,  # (B, H, S) float32: of exponentials
     read_ptr,  # (B, H, S, D) float32: their sums of values; of one split (B, C), divided by the sum
     room,
-    scale,  # D ** -0.5 / log(2)
+    factor,  # D ** -0.5 / log(2)
     C: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -155,15 +183,16 @@ def attend_keys(
     start_of_keys = (row.to(tl.int64) * H + head) * room
     # Where the item goes was written before the phase before; the keys before it, when these were new.
     slot = tl.load(slot_ptr + row)
-    share = tl.cdiv(tl.cdiv(slot, SPLITS), 16) * 16
-    start = split * share
-    stop = tl.minimum(start + share, slot)
+    part = tl.cdiv(tl.cdiv(slot, SPLITS), 16) * 16
+    start = split * part
+    stop = tl.minimum(start + part, slot)
     live = start + places < stop
-    key, key_scale = _keys(key_ptr, key_scale_ptr, start + places, start_of_keys, live, D, QUANTIZED)
-    value, value_scale = _keys(value_ptr, value_scale_ptr, start + places, start_of_keys, live, D, QUANTIZED)
+    key = _keys(key_ptr, start + places, start_of_keys, live, D, QUANTIZED)
+    value = _keys(value_ptr, start + places, start_of_keys, live, D, QUANTIZED)
+    scale = _scales(scale_ptr, start + places, start_of_keys, live, QUANTIZED)
     _wait(PDL)
     at = qkv_ptr + row * (3 * C) + head * D + dims
-    query, new_key, new_value = tl.load(at) * scale, tl.load(at + C), tl.load(at + 2 * C)
+    query, new_key, new_value = tl.load(at) * factor, tl.load(at + C), tl.load(at + 2 * C)
     kind = key_ptr.dtype.element_ty
     if QUANTIZED:
         new_key, new_key_scale = _quantized(new_key)
@@ -173,8 +202,8 @@ def attend_keys(
         tl.store(key_ptr + to * D + dims, new_key.to(kind))
         tl.store(value_ptr + to * D + dims, new_value.to(kind))
         if QUANTIZED:
-            tl.store(key_scale_ptr + to, new_key_scale)
-            tl.store(value_scale_ptr + to, new_value_scale)
+            tl.store(scale_ptr + 2 * to, new_key_scale)
+            tl.store(scale_ptr + 2 * to + 1, new_value_scale)
     if QUANTIZED:
         new_key, new_value = new_key * new_key_scale.to(tl.float32), new_value * new_value_scale.to(tl.float32)
     else:
@@ -188,13 +217,12 @@ def attend_keys(
         # The next ones are on their way while these are at work.
         following = first + TURNS * LANES + places
         next_live = following < stop
-        next_key, next_key_scale = _keys(key_ptr, key_scale_ptr, following, start_of_keys, next_live, D, QUANTIZED)
-        next_value, next_value_scale = _keys(
-            value_ptr, value_scale_ptr, following, start_of_keys, next_live, D, QUANTIZED
-        )
-        score = tl.sum(key.to(tl.float32) * query[None, None, :], axis=2)
+        next_key = _keys(key_ptr, following, start_of_keys, next_live, D, QUANTIZED)
+        next_value = _keys(value_ptr, following, start_of_keys, next_live, D, QUANTIZED)
+        next_scale = _scales(scale_ptr, following, start_of_keys, next_live, QUANTIZED)
+        score = tl.sum(_wide(key, QUANTIZED) * query[None, None, :], axis=2)
         if QUANTIZED:
-            score *= key_scale.to(tl.float32)
+            score *= _half(scale, False)
         score = tl.where(live, score, float("-inf"))
         now = tl.maximum(most, tl.max(score, axis=0))
         finite = tl.where(now == float("-inf"), 0.0, now)
@@ -202,16 +230,14 @@ def attend_keys(
         weight = tl.exp2(score - finite[None, :])
         total = total * before + tl.sum(weight, axis=0)
         if QUANTIZED:
-            weight *= value_scale.to(tl.float32)
-        read = read * before[:, None] + tl.sum(weight[:, :, None] * value.to(tl.float32), axis=0)
+            weight *= _half(scale, True)
+        read = read * before[:, None] + tl.sum(weight[:, :, None] * _wide(value, QUANTIZED), axis=0)
         most = now
-        live, key, value = next_live, next_key, next_value
-        if QUANTIZED:
-            key_scale, value_scale = next_key_scale, next_value_scale
+        live, key, value, scale = next_live, next_key, next_value, next_scale
     highest = tl.max(most, axis=0)
-    factor = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(total * factor, axis=0)
-    read = tl.sum(read * factor[:, None], axis=0)
+    share = tl.exp2(most - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(total * share, axis=0)
+    read = tl.sum(read * share[:, None], axis=0)
     if SPLITS == 1:
         tl.store(read_ptr + row * C + head * D + dims, read / total)
     else:
@@ -227,23 +253,19 @@ def combine_project(
     sum_ptr,
     read_ptr,
     w_ptr,  # (C, C)
-    w_scale_ptr,  # (C,) float32, if SCALED
     partial_ptr,  # (B, G, C) float32
     C: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
-    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The splits of softmax attention together, and the output projection, as `attend_linear_project`."""
     H: tl.constexpr = C // D
     row, group, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     outs = block * BN + tl.arange(0, BN)
-    inner = group * HEADS * D + tl.arange(0, HEADS * D)
-    valid = inner < C
-    w = tl.load(w_ptr + outs[:, None] * C + inner[None, :], mask=(outs < C)[:, None] & valid[None, :], other=0.0)
+    w = _out_weights(w_ptr, outs, group, C, HEADS * D)
     _wait(PDL)
     heads = group * HEADS + tl.arange(0, HEADS)
     splits = tl.arange(0, SPLITS)
@@ -257,6 +279,4 @@ def combine_project(
     read = tl.sum(read * factor[:, :, None], axis=1) / total[:, None]
     read = tl.reshape(read, (HEADS * D,))
     partial = tl.sum(w.to(tl.float32) * read[None, :], axis=1)
-    if SCALED:
-        partial *= tl.load(w_scale_ptr + outs, mask=outs < C, other=0.0)
     tl.store(partial_ptr + (row * tl.num_programs(1) + group) * C + outs, partial, mask=outs < C)

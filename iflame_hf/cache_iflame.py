@@ -26,10 +26,10 @@ from .states_iflame import (
 )
 
 
-def check_storage(setting: str, value: str | None) -> None:
-    """Raises ValueError for what keys and values, or weights, cannot be kept in."""
-    if value not in (None, "int8"):
-        raise ValueError(f'{setting} must be "int8", or None for the type of the model, got {value!r}')
+def check_kv_cache_dtype(name: str | None) -> None:
+    """Raises ValueError for what keys and values cannot be kept in."""
+    if name not in (None, "int8"):
+        raise ValueError(f'kv_cache_dtype must be "int8", or None for the type of the model, got {name!r}')
 
 
 class IFlameCache(Cache):
@@ -233,7 +233,7 @@ class StaticIFlameCache(IFlameCache):
         for name, value in (("max_faces", max_faces), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        check_storage("kv_cache_dtype", kv_cache_dtype)
+        check_kv_cache_dtype(kv_cache_dtype)
         self.max_faces, self.kv_cache_dtype = max_faces, kv_cache_dtype
         self._batch_size = batch_size
         self._options = {"device": device, "dtype": dtype}

@@ -262,7 +262,6 @@ class KernelChooser:
         self.state = table(rows, COLUMNS)
         self.limits = table(rows, 2)
         self.lanes = 1 << (vocabulary - 1).bit_length()
-        self.warps = 8
         self.seen = table(rows, self.lanes, dtype=torch.int8)
         self.counts = table(rows)
         # The choices of a face by their place in it, and whether logits were no numbers.
@@ -305,5 +304,5 @@ class KernelChooser:
             place, self.face.shape[1], D=places.rotary.shape[2],
             V=logits.shape[1], VB=self.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
-            GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=self.warps, **launched,
+            GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=4, **launched,
         )  # fmt: skip

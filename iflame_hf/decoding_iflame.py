@@ -47,7 +47,6 @@ class DecodeRequest(NamedTuple):
     stops_at: float | None  # time.time() after which no other face begins
     after_faces: list[Callable[..., Any]]  # stopping criteria that look once a face
     kv_cache_dtype: str | None = None
-    weight_dtype: str | None = None
 
 
 class Unsupported(Exception):
@@ -108,7 +107,6 @@ def request_of(
         most_faces=NO_LIMIT if grammar is None or grammar.max_faces is None else grammar.max_faces,
         pad=end if pad is None else int(pad),
         kv_cache_dtype=config.kv_cache_dtype,
-        weight_dtype=config.weight_dtype,
         **limits,
     )
 
@@ -222,7 +220,7 @@ def decoding_types(model: Any, request: DecodeRequest) -> Types:
     if device == "cpu":
         return Types(dtype if dtype == torch.float64 else torch.float32)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-    return Types(dtype, request.kv_cache_dtype, request.weight_dtype)
+    return Types(dtype, request.kv_cache_dtype)
 
 
 def _begin(

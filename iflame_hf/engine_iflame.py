@@ -42,7 +42,6 @@ class Types(NamedTuple):
 
     dtype: torch.dtype  # of all but what follows
     kv_cache_dtype: str | None = None  # "int8": keys and values, as of `StaticIFlameCache`
-    weight_dtype: str | None = None  # "int8": weights of the blocks, as of `pack_weights`
 
 
 class Prompt(NamedTuple):
@@ -98,7 +97,7 @@ class DecodeEngine:
         self.device = model.lm_head.weight.device
         self.is_gpu = self.device.type == "cuda"
         self.face = self.config.tokens_per_face
-        weights = pack_weights(model, types.dtype, types.weight_dtype)
+        weights = pack_weights(model, types.dtype)
         self.cache = StaticIFlameCache(self.config, max_faces, rows, self.device, types.dtype, types.kv_cache_dtype)
         sizes = (rows, max_faces * self.face, self.config.vocab_size, self.face)
         if self.is_gpu:
@@ -114,7 +113,7 @@ class DecodeEngine:
 
     def load(self, model: Any) -> None:
         """Takes the model's weights as they are now."""
-        weights = pack_weights(model, self.types.dtype, self.types.weight_dtype)
+        weights = pack_weights(model, self.types.dtype)
         if self.is_gpu:  # graphs read them where they are
             copy_weights(self.steps.weights, weights)
         else:

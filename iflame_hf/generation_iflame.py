@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.utils import logging
 
-from .cache_iflame import IFlameCache, StaticIFlameCache, check_storage
+from .cache_iflame import IFlameCache, StaticIFlameCache, check_kv_cache_dtype
 from .configuration_iflame import DEFAULT_MAX_FACES
 from .decoding_iflame import Unsupported, decode, request_of
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor, check_prompts
@@ -27,7 +27,6 @@ OWN_SETTINGS = {
     "min_faces": 0,
     "max_faces": None,
     "kv_cache_dtype": None,
-    "weight_dtype": None,
 }
 
 
@@ -39,8 +38,7 @@ class IFlameGenerationMixin(GenerationMixin):
 
     A decode engine serves greedy search and sampling on a CUDA device and on a CPU; what it does not do is computed by
     transformers' own loop, with a warning that names it. `cache_implementation="dynamic"` asks for that loop.
-    `kv_cache_dtype="int8"` keeps keys and values in half the memory on a CUDA device, and in a static cache;
-    `weight_dtype="int8"` does so with the engine's copy of the weights there.
+    `kv_cache_dtype="int8"` keeps keys and values in half the memory on a CUDA device, and in a static cache.
 
     Without a prompt it begins with the start face of nine bos tokens. `generate(do_sample=True, seed=...)` gives each
     mesh random numbers of its own: a whole number, which counts up row by row, or a list of one for each row. The same
@@ -88,8 +86,7 @@ class IFlameGenerationMixin(GenerationMixin):
             )
             setattr(prepared, name, next((value for value in values if value is not None), None))
         _check_faces(prepared.min_faces, prepared.max_faces)
-        check_storage("kv_cache_dtype", prepared.kv_cache_dtype)
-        check_storage("weight_dtype", prepared.weight_dtype)
+        check_kv_cache_dtype(prepared.kv_cache_dtype)
         return prepared, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:

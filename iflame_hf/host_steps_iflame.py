@@ -28,10 +28,9 @@ class _Block:
     """The weights of a block, with what stands before and after a product taken into it; as a row is multiplied."""
 
     def __init__(self, block: BlockWeights, size: int):
-        out, gate_up, down = block.out.values, block.gate_up.values, block.down.values
-        channels = len(out)
+        channels = block.out.shape[0]
         self.level, self.is_full = block.level, block.is_full
-        first, second = (half.view(3, -1, size // 2, channels) for half in block.heads.values)
+        first, second = (half.view(3, -1, size // 2, channels) for half in block.heads)
         # Pairs of channels that turn together lie side by side: they are complex numbers then.
         turning = torch.stack([first[:2], second[:2]], dim=3).flatten(2, 3)
         straight = torch.cat([first[2:], second[2:]], dim=2)
@@ -39,11 +38,11 @@ class _Block:
         if self.is_full:
             heads[:channels] *= size**-0.5
         self.heads = _transposed(heads)  # (C, 3C)
-        self.out = _transposed(out if self.is_full else out * block.read_norm)  # (C, C)
-        self.gate_up = _transposed(gate_up.flatten(0, 1) * block.mlp_norm)  # (C, 2I)
+        self.out = _transposed(block.out if self.is_full else block.out * block.read_norm)  # (C, C)
+        self.gate_up = _transposed(block.gate_up.flatten(0, 1) * block.mlp_norm)  # (C, 2I)
         self.gate_up_bias = block.gate_up_bias.flatten().numpy()
         # The last hidden unit is one.
-        self.down = _transposed(torch.cat([down, block.down_bias[:, None]], dim=1))  # (I + 1, C)
+        self.down = _transposed(torch.cat([block.down, block.down_bias[:, None]], dim=1))  # (I + 1, C)
 
 
 def _transposed(weight: torch.Tensor) -> np.ndarray:
@@ -63,7 +62,7 @@ class HostSteps(StepMemory):
     def __init__(self, config: Any, weights: PackedWeights, cache: StaticIFlameCache):
         super().__init__(config, cache, weights.head.device, weights.head.dtype)
         rows, channels, size, heads = self.rows, config.hidden_size, config.head_dim, config.num_attention_heads
-        units = weights.blocks[0].down.values.shape[1]
+        units = weights.blocks[0].down.shape[1]
         dtype = weights.head.dtype
 
         def buffer(*shape: int) -> torch.Tensor:

@@ -13,6 +13,8 @@ units. Activations that go from phase to phase are float32; products take them i
 
 from __future__ import annotations
 
+import os
+
 try:
     import triton
     import triton.language as tl
@@ -26,6 +28,16 @@ def _jit(function):
     # The place of a token in its face: one kernel for all nine.
     return triton.jit(function, do_not_specialize=["place"])
 
+
+# Of a word of four whole numbers of eight bits, the floats: each, made positive, becomes the last bits of 2 ** 23.
+_FLOATS_OF_WORD = (
+    "{ .reg .b32 x, y; xor.b32 x, $4, 0x80808080;"
+    + "".join(f" prmt.b32 y, x, 0x4B000000, 0x744{byte}; add.f32 ${byte}, y, 0fCB000080;" for byte in range(4))
+    + " }"
+)
+if triton is not None:
+    FLOATS_OF_WORD = tl.constexpr(_FLOATS_OF_WORD)
+    IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # B rows, C channels, H heads, D head size, N outputs, K inputs, I hidden units, S splits of the keys, G head groups
 
@@ -44,20 +56,32 @@ def _wait(PDL: tl.constexpr):
 
 
 @_jit
-def _product(x, w, WIDE: tl.constexpr, KIND: tl.constexpr):
-    """(BM, BK) rows times (BN, BK) weights: (BM, BN) float32."""
-    if WIDE:
-        y = tl.dot(x.to(KIND), tl.trans(w.to(KIND)), input_precision="ieee")
-    else:
-        y = tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=1)[None, :]
-    return y
+def _words(pointer):
+    """A pointer to whole numbers of eight bits, as one to words of four. Single ones are unpacked one by one."""
+    return pointer.to(tl.pointer_type(tl.int32))
 
 
 @_jit
-def _scaled(y, scale_ptr, outs, owned, SCALED: tl.constexpr):
-    """Outputs (BM, BN) of whole numbers in the place of weights, as those of the weights."""
-    if SCALED:
-        y *= tl.load(scale_ptr + outs, mask=owned, other=0.0)[None, :]
+def _floats(words):
+    """The whole numbers of eight bits in words (..., N), as float32 (..., 4N)."""
+    if IS_INTERPRETED:
+        a, b = ((words << 24) >> 24).to(tl.float32), ((words << 16) >> 24).to(tl.float32)
+        c, d = ((words << 8) >> 24).to(tl.float32), (words >> 24).to(tl.float32)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            FLOATS_OF_WORD, "=f,=f,=f,=f,r", [words], (tl.float32, tl.float32, tl.float32, tl.float32), True, 1
+        )
+    joined = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(joined, words.shape[:-1] + [4 * words.shape[-1]])
+
+
+@_jit
+def _product(x, w, WIDE: tl.constexpr):
+    """(BM, BK) rows times (BN, BK) weights: (BM, BN) float32."""
+    if WIDE:
+        y = tl.dot(x.to(w.dtype), tl.trans(w), input_precision="ieee")
+    else:
+        y = tl.sum(w.to(tl.float32) * x.to(tl.float32), axis=1)[None, :]
     return y
 
 
@@ -100,7 +124,6 @@ def project_heads(
     made_ptr,  # (B, C) float32: receives the input, unless it is "plain"
     norm_ptr,  # (C,)
     w_ptr,  # (2, 3C / 2, C): the first halves of all heads of query, key and value, then the second ones
-    w_scale_ptr,  # (2, 3C / 2) float32, if SCALED
     rotary_ptr,  # (B, D) float32: cosines, then sines
     out_ptr,  # (B, 3C) float32: query, key, value
     rows,
@@ -110,8 +133,6 @@ def project_heads(
     GROUP: tl.constexpr,
     SOURCE: tl.constexpr,
     WIDE: tl.constexpr,
-    KIND: tl.constexpr,  # what is multiplied on the matrix units
-    SCALED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -146,8 +167,8 @@ def project_heads(
                     tl.store(made_ptr + batch[:, None] * C + k[None, :], x, mask=there)
             square += tl.sum(x * x, axis=1)
             x = x * norm
-            a += _product(x, first, WIDE, KIND)
-            b += _product(x, second, WIDE, KIND)
+            a += _product(x, first, WIDE)
+            b += _product(x, second, WIDE)
     else:
         mask = owned[:, None] & (inner < C)[None, :]
         there = live[:, None] & (inner < C)[None, :]
@@ -161,12 +182,11 @@ def project_heads(
                 tl.store(made_ptr + batch[:, None] * C + inner[None, :], x, mask=there)
         square = tl.sum(x * x, axis=1)
         x = x * norm
-        a, b = _product(x, first, WIDE, KIND), _product(x, second, WIDE, KIND)
+        a, b = _product(x, first, WIDE), _product(x, second, WIDE)
     cos = tl.load(rotary_ptr + angle, mask=turned, other=1.0)
     sin = tl.load(rotary_ptr + half + angle, mask=turned, other=0.0)
     factor = tl.rsqrt(square / C + eps)[:, None]
-    a = _scaled(a * factor, w_scale_ptr, outs, owned, SCALED)
-    b = _scaled(b * factor, w_scale_ptr + 3 * C // 2, outs, owned, SCALED)
+    a, b = a * factor, b * factor
     low, high = a * cos + b * sin, b * cos - a * sin
     within = outs % (C // 2)
     head, dim = within // half, within % half
@@ -214,7 +234,6 @@ def gate_up(
     middle_ptr,  # (B, C) float32: receives the sum, if PARTS
     norm_ptr,  # (C,)
     w_ptr,  # (2, I, C): gate and up
-    w_scale_ptr,  # (2, I) float32, if SCALED
     bias_ptr,  # (2, I)
     out_ptr,  # (B, I) in the weights' type
     rows,
@@ -224,8 +243,6 @@ def gate_up(
     PARTS: tl.constexpr,  # G, or 0
     NORMALISED: tl.constexpr,
     WIDE: tl.constexpr,
-    KIND: tl.constexpr,  # what is multiplied on the matrix units
-    SCALED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -255,8 +272,8 @@ def gate_up(
             x = _with_parts(x_ptr, partial_ptr, middle_ptr, share, batch, k, there, C, PARTS)
             square += tl.sum(x * x, axis=1)
             x = x * norm
-            gate += _product(x, gate_w, WIDE, KIND)
-            up += _product(x, up_w, WIDE, KIND)
+            gate += _product(x, gate_w, WIDE)
+            up += _product(x, up_w, WIDE)
     else:
         mask = owned[:, None] & (inner < C)[None, :]
         there = live[:, None] & (inner < C)[None, :]
@@ -268,10 +285,10 @@ def gate_up(
         x = _with_parts(x_ptr, partial_ptr, middle_ptr, share, batch, inner, there, C, PARTS)
         square = tl.sum(x * x, axis=1)
         x = x * norm
-        gate, up = _product(x, gate_w, WIDE, KIND), _product(x, up_w, WIDE, KIND)
+        gate, up = _product(x, gate_w, WIDE), _product(x, up_w, WIDE)
     factor = tl.rsqrt(square / C + eps)[:, None]
-    gate = _scaled(gate * factor, w_scale_ptr, outs, owned, SCALED) + gate_bias[None, :]
-    up = _scaled(up * factor, w_scale_ptr + I, outs, owned, SCALED) + up_bias[None, :]
+    gate = gate * factor + gate_bias[None, :]
+    up = up * factor + up_bias[None, :]
     hidden = gate * tl.sigmoid(gate) * up
     to = batch[:, None] * I + outs[None, :]
     tl.store(out_ptr + to, hidden.to(out_ptr.dtype.element_ty), mask=live[:, None] & owned[None, :])
@@ -282,7 +299,6 @@ def project(
     x_ptr,  # (B, K)
     norm_ptr,  # (K,), of a norm before, if NORM
     w_ptr,  # (N, K)
-    w_scale_ptr,  # (N,) float32, if SCALED
     bias_ptr,  # (N,), if BIAS
     residual_ptr,  # (B, N) float32, if RESIDUAL
     out_ptr,  # (B, N) float32
@@ -294,8 +310,6 @@ def project(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WIDE: tl.constexpr,
-    KIND: tl.constexpr,  # what is multiplied on the matrix units
-    SCALED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -323,7 +337,7 @@ def project(
                 x = x.to(tl.float32)
                 square += tl.sum(x * x, axis=1)
                 x = x * tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-            y += _product(x, w, WIDE, KIND)
+            y += _product(x, w, WIDE)
     else:
         w = tl.load(w_ptr + outs[:, None] * K + inner[None, :], mask=owned[:, None] & (inner < K)[None, :], other=0.0)
         _wait(PDL)
@@ -332,10 +346,9 @@ def project(
             x = x.to(tl.float32)
             square = tl.sum(x * x, axis=1)
             x = x * tl.load(norm_ptr + inner, mask=inner < K, other=0.0).to(tl.float32)[None, :]
-        y = _product(x, w, WIDE, KIND)
+        y = _product(x, w, WIDE)
     if NORM:
         y *= tl.rsqrt(square / K + eps)[:, None]
-    y = _scaled(y, w_scale_ptr, outs, owned, SCALED)
     if BIAS:
         y += bias
     if RESIDUAL:

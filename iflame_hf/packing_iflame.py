@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,26 +15,19 @@ from .ops_iflame import alibi_slopes
 HIDDEN_MULTIPLE = 16  # rows whose length in bytes is odd are read slowly
 
 
-class Matrix(NamedTuple):
-    """Weights (..., N, K) of K inputs and N outputs."""
-
-    values: torch.Tensor  # or int8
-    scales: torch.Tensor | None  # (..., N) float32 that whole numbers are multiplied by
-
-
 class BlockWeights(NamedTuple):
     """Of one block."""
 
     level: int
     is_full: bool
     attention_norm: torch.Tensor  # (C,)
-    heads: Matrix  # (2, 3C / 2, C): the first halves of all heads of query, key and value, then the second ones
+    heads: torch.Tensor  # (2, 3C / 2, C): the first halves of all heads of query, key and value, then the second ones
     read_norm: torch.Tensor | None  # (C,), of linear attention
-    out: Matrix  # (C, C)
+    out: torch.Tensor  # (C, C)
     mlp_norm: torch.Tensor  # (C,)
-    gate_up: Matrix  # (2, I, C), I filled up with zeros
+    gate_up: torch.Tensor  # (2, I, C), I filled up with zeros
     gate_up_bias: torch.Tensor  # (2, I)
-    down: Matrix  # (C, I)
+    down: torch.Tensor  # (C, I)
     down_bias: torch.Tensor  # (C,)
 
 
@@ -50,20 +43,12 @@ class PackedWeights(NamedTuple):
 
 
 @torch.no_grad()
-def pack_weights(model: nn.Module, dtype: torch.dtype, weight_dtype: str | None = None) -> PackedWeights:
-    """
-    A copy of the weights of an `IFlameForCausalLM` in `dtype`; the model's own stay as they are.
-
-    Args:
-        weight_dtype: "int8" keeps those of the blocks' linear layers in whole numbers, each output's with a scale.
-    """
+def pack_weights(model: nn.Module, dtype: torch.dtype) -> PackedWeights:
+    """A copy of the weights of an `IFlameForCausalLM` in `dtype`; the model's own stay as they are."""
     config, network = model.config, model.model
 
     def taken(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(dtype, copy=True).contiguous()
-
-    def matrix(tensor: torch.Tensor) -> Matrix:
-        return Matrix(taken(tensor), None) if weight_dtype is None else _quantized(tensor.detach())
 
     blocks = []
     for layer, level, kind in zip(network.layers, config.layer_levels(), config.layer_types, strict=True):
@@ -76,13 +61,13 @@ def pack_weights(model: nn.Module, dtype: torch.dtype, weight_dtype: str | None 
                 level,
                 kind == "full_attention",
                 taken(layer.input_layernorm.weight),
-                matrix(_by_halves(attention)),
+                taken(_by_halves(attention)),
                 taken(attention.norm.weight) if kind != "full_attention" else None,
-                matrix(attention.o_proj.weight),
+                taken(attention.o_proj.weight),
                 taken(layer.post_attention_layernorm.weight),
-                matrix(gate_up),
+                taken(gate_up),
                 taken(bias),
-                matrix(F.pad(mlp.down_proj.weight, (0, spare))),
+                taken(F.pad(mlp.down_proj.weight, (0, spare))),
                 taken(mlp.down_proj.bias),
             )
         )
@@ -100,24 +85,11 @@ def copy_weights(to: PackedWeights, new: PackedWeights) -> None:
     """Writes packed weights into the memory of others of the same sizes."""
 
     def tensors(packed: PackedWeights) -> list[torch.Tensor]:
-        blocks = [each for block in packed.blocks for field in block for each in _tensors(field)]
+        blocks = [each for block in packed.blocks for each in block if isinstance(each, torch.Tensor)]
         return [packed.embedding, packed.head, packed.head_bias, *packed.scales, *blocks]
 
     for old, fresh in zip(tensors(to), tensors(new), strict=True):
         old.copy_(fresh)
-
-
-def _tensors(field: Any) -> list[torch.Tensor]:
-    parts = field if isinstance(field, Matrix) else [field]
-    return [each for each in parts if isinstance(each, torch.Tensor)]
-
-
-def _quantized(weight: torch.Tensor) -> Matrix:
-    """The largest weight of each output becomes 127."""
-    weight = weight.float()
-    scales = weight.abs().amax(dim=-1) / 127
-    whole = (weight / scales.where(scales > 0, 1.0)[..., None]).round()
-    return Matrix(whole.to(torch.int8).contiguous(), scales.contiguous())
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

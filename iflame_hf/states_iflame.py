@@ -184,38 +184,33 @@ def dequantize(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 class QuantizedKeyValueState(StaticKeyValueState):
-    """The same in int8, half the memory of bfloat16: each item has a scale for each head's key and value."""
+    """The same in int8, half the memory of bfloat16: each item has a scale for each head's key, and for its value."""
 
     def __init__(self, shape: tuple[int, ...], device):
         super().__init__(shape, device=device, dtype=torch.int8)
-        options = {"device": device, "dtype": torch.float16}
-        self.key_scales, self.value_scales = torch.zeros(shape[:3], **options), torch.zeros(shape[:3], **options)
+        self.scales = torch.zeros(*shape[:3], 2, device=device, dtype=torch.float16)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
-        places = slots.places[:, None].expand(keys.shape[:3])
-        for new, kept, kept_scales in (
-            (keys, self.keys, self.key_scales),
-            (values, self.values, self.value_scales),
-        ):
-            whole, scales = quantize(new)
-            kept.scatter_(2, places[..., None].expand(new.shape), whole)
-            kept_scales.scatter_(2, places, scales)
+        places = slots.places[:, None, :, None]
+        (new_keys, key_scales), (new_values, value_scales) = quantize(keys), quantize(values)
+        self.keys.scatter_(2, places.expand(keys.shape), new_keys)
+        self.values.scatter_(2, places.expand(keys.shape), new_values)
+        scales = torch.stack([key_scales, value_scales], dim=-1)
+        self.scales.scatter_(2, places.expand(scales.shape), scales)
         self._items += keys.shape[2]
         if not slots.are_read:
             return keys, values
         return (
-            dequantize(self.keys, self.key_scales, keys.dtype),
-            dequantize(self.values, self.value_scales, values.dtype),
+            dequantize(self.keys, self.scales[..., 0], keys.dtype),
+            dequantize(self.values, self.scales[..., 1], values.dtype),
         )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.keys, self.values, self.key_scales, self.value_scales
+        return self.keys, self.values, self.scales
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map_rows(function)
-        self.key_scales, self.value_scales = (
-            in_place_of(each, function(each)) for each in (self.key_scales, self.value_scales)
-        )
+        self.scales = in_place_of(self.scales, function(self.scales))
 
 
 class RecurrentState(LayerState):

@@ -10,9 +10,9 @@ import torch
 from .attention_kernels_iflame import attend_keys, attend_linear, attend_linear_project, combine_project
 from .cache_iflame import StaticIFlameCache
 from .choosing_iflame import Places
-from .kernels_iflame import EMBED, PLAIN, POOL, UPSAMPLE, gate_up, project, project_heads, tl
+from .kernels_iflame import EMBED, PLAIN, POOL, UPSAMPLE, gate_up, project, project_heads
 from .ops_iflame import rotary_tables
-from .packing_iflame import BlockWeights, Matrix, PackedWeights
+from .packing_iflame import BlockWeights, PackedWeights
 from .step_memory_iflame import StepMemory
 
 # B rows, C channels, H heads, D head size, I hidden units, V token ids, G groups of heads, S splits of the keys
@@ -43,26 +43,42 @@ class Tiles(NamedTuple):
     keys_warps: int = 2
 
 
+HOPPER_SHARED_MEMORY = 227 * 1024  # bytes that a program may take
 NARROW_ROWS = 16  # with up to so many, each is multiplied by itself
+
+
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
 
 
 def _power(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def choose_tiles(rows: int, heads: int, dtype: torch.dtype = torch.bfloat16) -> Tiles:
-    """Tiles for so many rows and heads, and weights of that type."""
+def choose_tiles(rows: int, heads: int, quantized: bool = False, small: bool = False) -> Tiles:
+    """
+    Tiles for so many rows and heads.
+
+    Args:
+        quantized: keys and values are in int8.
+        small: for float32, which takes twice the memory of a multiprocessor, and GPUs that have less of it than Hopper.
+    """
+    group = min(4, _power(heads))
     if rows <= NARROW_ROWS:
-        group = min(4, _power(heads))
-        return Tiles(
-            False, Product(4, 2), Product(8, 2), Product(4), Product(32, 2), group, (32, 16, 8), 64, 2, keys_warps=4
-        )
-    if dtype == torch.float32:  # which takes twice the memory of a multiprocessor
+        products = Product(4, 1), Product(4, 1), Product(4), Product(16, 2)
+        lanes, turns = (64, 1) if quantized else (32, 2)
+        return Tiles(False, *products, group, (64, 32, 16), lanes, turns)
+    if small:
         return Tiles(True, *[Product(width, 4, 32, 64, 2) for width in (32, 32, 16, 16)], 1, (1, 1, 1))
     if rows <= 128:
-        few = Product(32, 4, 16, 128, 4)
-        return Tiles(True, few, Product(32, 2, 32, 128, 4), Product(16, 4, 64, 128, 4), few, 1, (1, 1, 1))
-    return Tiles(True, *[Product(width, 4, 64, 64, 4) for width in (32, 64, 64, 64)], 1, (1, 1, 1))
+        qkv, hidden = Product(32, 2, 16, 128, 3), Product(64, 2, 16, 128, 3)
+        down, out = Product(16, 4, 64, 128, 4), Product(16, 2, 16, 256, 3)
+        return Tiles(True, qkv, hidden, down, out, group, (1, 1, 1))
+    qkv, hidden = Product(32, 4, 64, 64, 4), Product(128, 4, 64, 64, 3)
+    down, out = Product(32, 4, 64, 128, 4), Product(64, 4, 64, 64, 4)
+    return Tiles(True, qkv, hidden, down, out, 1, (1, 1, 1))
 
 
 class KernelSteps(StepMemory):
@@ -82,10 +98,11 @@ class KernelSteps(StepMemory):
         device, dtype = weights.head.device, weights.head.dtype
         super().__init__(config, cache, device, torch.float32)
         self.weights, self.pdl = weights, pdl
-        self.tiles = choose_tiles(self.rows, config.num_attention_heads, dtype) if tiles is None else tiles
+        small = dtype == torch.float32 or _shared_memory(device) < HOPPER_SHARED_MEMORY
+        quantized = cache.kv_cache_dtype is not None
+        self.tiles = tiles or choose_tiles(self.rows, config.num_attention_heads, quantized, small)
         # Of the head, which has few outputs.
         self.head = self.tiles.down._replace(width=16) if self.tiles.wide else Product(4)
-        self.kind = getattr(tl, str(dtype).removeprefix("torch."))
         rows, channels, size = self.rows, config.hidden_size, config.head_dim
         heads = config.num_attention_heads
 
@@ -95,7 +112,7 @@ class KernelSteps(StepMemory):
         levels = range(len(config.level_strides))
         self.qkv = buffer(rows, 3 * channels)
         self.attended = buffer(rows, channels)
-        self.hidden = buffer(rows, weights.blocks[0].down.values.shape[1], dtype=dtype)
+        self.hidden = buffer(rows, weights.blocks[0].down.shape[1], dtype=dtype)
         self.groups = -(-heads // self.tiles.group)
         self.partial = buffer(rows, self.groups, channels)
         self.square = buffer(rows, self.groups)
@@ -149,8 +166,7 @@ class KernelSteps(StepMemory):
                 self._stage(2, 2, POOL, self.x[2], self.handed[1], read=members[1])
             self._stage(3, 1, UPSAMPLE, self.x[1], self.handed[0], read=members[1][vertex])
         self._stage(4, 0, UPSAMPLE, self.x[0], self.x[0], read=members[0][corner])
-        head = Matrix(self.weights.head, None)
-        self._project(self.x[0], None, head, self.weights.head_bias, None, self.logits, self.head)
+        self._project(self.x[0], None, self.weights.head, self.weights.head_bias, None, self.logits, self.head)
 
     def _stage(self, stage: int, level: int, source: str, made: torch.Tensor, out: torch.Tensor, read=None) -> None:
         part = self.config.stage_slices()[stage]
@@ -193,15 +209,13 @@ class KernelSteps(StepMemory):
         kernel[grid](*arguments, **sizes, PDL=self.pdl, num_warps=warps, num_stages=stages, **launched)
 
     def _launch_product(
-        self, kernel: Any, tile: Product, weight: Matrix, outputs: int, *arguments: Any, **sizes: Any
+        self, kernel: Any, tile: Product, weight: torch.Tensor, outputs: int, *arguments: Any, **sizes: Any
     ) -> None:
-        inputs = weight.values.shape[-1]
+        inputs = weight.shape[-1]
         self._launch(
             kernel,
             (-(-outputs // tile.width), -(-self.rows // tile.rows)),
-            *arguments,
-            WIDE=self.tiles.wide, KIND=self.kind, SCALED=weight.scales is not None,
-            BM=tile.rows, BN=tile.width, BK=tile.inner or _power(inputs), **sizes,
+            *arguments, WIDE=self.tiles.wide, BM=tile.rows, BN=tile.width, BK=tile.inner or _power(inputs), **sizes,
             warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
 
@@ -212,7 +226,7 @@ class KernelSteps(StepMemory):
         self._launch_product(
             project_heads, self.tiles.heads, block.heads, 3 * channels // 2,
             x, handed, scale, self.tokens, made,
-            block.attention_norm, *_pointers(block.heads), self.places.rotary[level], self.qkv,
+            block.attention_norm, block.heads, self.places.rotary[level], self.qkv,
             self.rows, config.rms_norm_eps, C=channels, D=config.head_dim, GROUP=config.group_sizes[0], SOURCE=source,
         )  # fmt: skip
 
@@ -221,9 +235,9 @@ class KernelSteps(StepMemory):
         self._launch(
             attend_linear_project,
             (self.rows, self.groups, -(-channels // tiles.out.width)),
-            self.qkv, self.weights.slopes, state, following, block.read_norm, *_pointers(block.out), self.partial,
+            self.qkv, self.weights.slopes, state, following, block.read_norm, block.out, self.partial,
             self.square, C=channels, D=self.config.head_dim, HEADS=tiles.group, BN=tiles.out.width,
-            SCALED=block.out.scales is not None, warps=tiles.out.warps,
+            warps=tiles.out.warps,
         )  # fmt: skip
 
     def _linear(self, state: torch.Tensor) -> None:
@@ -242,7 +256,7 @@ class KernelSteps(StepMemory):
         self._launch(
             attend_keys,
             (self.rows, config.num_attention_heads, splits),
-            self.qkv, keys, values, *(scales or (keys, values)), self.places.slots[block.level], self.most, self.sums,
+            self.qkv, keys, values, *(scales or [keys]), self.places.slots[block.level], self.most, self.sums,
             self.attended if splits == 1 else self.read, keys.shape[2], config.head_dim**-0.5 / math.log(2),
             C=config.hidden_size, D=config.head_dim,
             SPLITS=splits, LANES=tiles.lanes, TURNS=tiles.turns, QUANTIZED=bool(scales), warps=tiles.keys_warps,
@@ -253,31 +267,25 @@ class KernelSteps(StepMemory):
         self._launch(
             combine_project,
             (self.rows, self.groups, -(-channels // tiles.out.width)),
-            self.most, self.sums, self.read, *_pointers(block.out), self.partial,
+            self.most, self.sums, self.read, block.out, self.partial,
             C=channels, D=self.config.head_dim, HEADS=tiles.group, SPLITS=tiles.splits[block.level],
-            BN=tiles.out.width, SCALED=block.out.scales is not None, warps=tiles.out.warps,
+            BN=tiles.out.width, warps=tiles.out.warps,
         )  # fmt: skip
 
     def _hidden(self, block: BlockWeights, x: torch.Tensor, parts: int) -> None:
-        channels, units = self.config.hidden_size, block.down.values.shape[1]
+        channels, units = self.config.hidden_size, block.down.shape[1]
         self._launch_product(
             gate_up, self.tiles.hidden, block.gate_up, units,
-            x, self.partial, self.square, self.middle, block.mlp_norm, *_pointers(block.gate_up), block.gate_up_bias,
+            x, self.partial, self.square, self.middle, block.mlp_norm, block.gate_up, block.gate_up_bias,
             self.hidden, self.rows, self.config.rms_norm_eps,
             C=channels, I=units, PARTS=parts, NORMALISED=not block.is_full,
         )  # fmt: skip
 
-    def _project(self, x, norm, weight: Matrix, bias, residual, out, tile: Product) -> None:
-        outs, inner = weight.values.shape
-        w, scales = _pointers(weight)
+    def _project(self, x, norm, weight: torch.Tensor, bias, residual, out, tile: Product) -> None:
+        outs, inner = weight.shape
         self._launch_product(
             project, tile, weight, outs,
-            x, w if norm is None else norm, w, scales, w if bias is None else bias,
+            x, weight if norm is None else norm, weight, weight if bias is None else bias,
             out if residual is None else residual, out, self.rows, self.config.rms_norm_eps,
             N=outs, K=inner, NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
         )  # fmt: skip
-
-
-def _pointers(weight: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values, and the scales or anything in their place."""
-    return weight.values, weight.values if weight.scales is None else weight.scales

@@ -24,17 +24,16 @@ MANY = Tiles(True, *[Product(16, rows=16, inner=16)] * 4, 1, (1, 1, 1), 4)
 
 
 @torch.inference_mode()
-def step(rows, tiles, kv_cache_dtype=None, weight_dtype=None):
+def step(rows, tiles, kv_cache_dtype=None):
     """Tokens after a prompt that ends inside a face, through kernels and network, give the same logits."""
     model = small_model(hidden_size=16, heads=2)
-    weights = pack_weights(model, torch.float32, weight_dtype)
-    if weight_dtype is not None:
-        round_weights(model)
     ids = mesh_rows(int(rows), faces=3)
     caches = [StaticIFlameCache(model.config, 5, int(rows), kv_cache_dtype=kv_cache_dtype) for _ in range(2)]
     for cache in caches:
         model(ids[:, :14], cache=cache, use_cache=True)
-    steps = KernelSteps(model.config, weights, caches[0], False, FEW if tiles == "few" else MANY)
+    steps = KernelSteps(
+        model.config, pack_weights(model, torch.float32), caches[0], False, FEW if tiles == "few" else MANY
+    )
     steps.logits.fill_(torch.nan)
     steps.begin()
     for place in range(14, ids.shape[1]):
@@ -44,15 +43,6 @@ def step(rows, tiles, kv_cache_dtype=None, weight_dtype=None):
         caches[0].positions += 1
         expected = model(ids[:, place : place + 1], cache=caches[1], use_cache=True).logits[:, 0]
         torch.testing.assert_close(steps.logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def round_weights(model):
-    """Those of the blocks' linear layers become multiples of a 127th of the largest one of their output."""
-    for layer in model.model.layers:
-        for module in layer.modules():
-            if isinstance(module, torch.nn.Linear):
-                step = module.weight.abs().amax(dim=1, keepdim=True) / 127
-                module.weight.copy_((module.weight / step).round() * step)
 
 
 def choosers(rows, numbers, begin, settings):

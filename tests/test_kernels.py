@@ -19,8 +19,6 @@ CHECKS = [
     "step 5 many",
     "step 2 few int8",
     "step 3 many int8",
-    "step 2 few int8 int8",
-    "step 2 many int8 int8",
     "choice",
     "grammar",
 ]
