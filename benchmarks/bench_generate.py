@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
 
@@ -56,6 +57,7 @@ COLUMNS = {
     "microseconds_a_phase": "us/phase",
     "gigabytes_per_second": "GB/s",
     "share_of_floor": "of floor",
+    "last_to_first": "last/first",
     "first_seconds": "first call s",
     "prefill_tokens": "prompt",
     "seconds_prefill": "prefill s",
@@ -67,8 +69,11 @@ NOTES = """\
 generate() from the start face to a number of faces, so that all take as many steps; tokens/s counts all rows.
 GB/s: weights and states that a step must read and write, by formula; of floor: that over the memory's bandwidth.
 Prefill is one pass over a prompt into an empty cache. Two figures are two measurements. Memory is the GPU's peak.
-State: what the engine keeps of its rows, cache included; weights: its packed copy.
+State: what the engine keeps of its rows, cache included; weights: its packed copy. Last/first: what the last 100 faces
+take, over what the first 100 take.
 """
+# Relative error of logits that keys and values in int8 may make.
+INT8_ERROR = 0.01
 # Tokens that are generated for the test, and single steps after a prefill that ends inside a face.
 TEST_NEW_TOKENS, TEST_STEPS = 4 * TOKENS_PER_FACE, 31
 
@@ -80,25 +85,49 @@ def generate(
     sample: bool = False,
     loop: str = "engine",
     grammar: bool = False,
+    kv_cache_dtype: str | None = None,
+    streamer: Any = None,
 ) -> torch.Tensor:
     choice = (common.SAMPLING if sample else {"do_sample": False}) | LOOPS[loop]
+    choice |= {"kv_cache_dtype": kv_cache_dtype, "streamer": streamer}
     if grammar:
         choice["min_faces"] = choice["max_faces"] = new_tokens // TOKENS_PER_FACE
     return model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=None, mesh_grammar=grammar, **choice)
 
 
-def step_bytes(model: IFlameForCausalLM, rows: int, new_tokens: int) -> float:
+class FaceClock:
+    """A streamer that notes when each face has come."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        self._tokens = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._tokens % TOKENS_PER_FACE == 0:
+            self.at.append(time.perf_counter())
+        self._tokens += 1
+
+    def end(self) -> None:
+        pass
+
+    def last_to_first(self, faces: int = 100, begin: int = 5) -> float:
+        """Seconds of the last faces over those of the first ones, without the few at the beginning."""
+        return (self.at[-1] - self.at[-1 - faces]) / (self.at[begin + faces] - self.at[begin])
+
+
+def step_bytes(model: IFlameForCausalLM, rows: int, new_tokens: int, kv_cache_dtype: str | None = None) -> float:
     """
     Bytes that a step must move on average: each weight once for all rows, and for each row its states of linear
     attention (read and written, float32) and its keys and values so far.
     """
     config, size = model.config, model.lm_head.weight.element_size()
+    item = size if kv_cache_dtype is None else 1 + 2 / config.head_dim
     total = model.lm_head.weight.numel() * size
     for layer, level, kind in zip(model.model.layers, config.layer_levels(), config.layer_types, strict=True):
         stride = config.level_strides[level]
         weights = sum(parameter.numel() for parameter in layer.parameters()) * size
         if kind == "full_attention":
-            state = 2 * config.hidden_size * size * (new_tokens / 2 / stride)
+            state = 2 * config.hidden_size * item * (new_tokens / 2 / stride)
         else:
             state = 2 * 4 * config.hidden_size * config.head_dim
         total += (weights + rows * state) / stride
@@ -106,7 +135,9 @@ def step_bytes(model: IFlameForCausalLM, rows: int, new_tokens: int) -> float:
 
 
 @torch.no_grad()
-def check_ours(model: IFlameForCausalLM, oracle: Oracle, allowed: float, loop: str) -> None:
+def check_ours(
+    model: IFlameForCausalLM, oracle: Oracle, allowed: float, loop: str, kv_cache_dtype: str | None = None
+) -> None:
     """Raises WrongResult unless one pass, a prefill with steps after it, and generate() agree with the oracle."""
     input_ids = oracle.input_ids.to(model.device)
     require_close("logits in one pass", model(input_ids, use_cache=False).logits, oracle.logits, allowed)
@@ -118,7 +149,8 @@ def check_ours(model: IFlameForCausalLM, oracle: Oracle, allowed: float, loop: s
         pieces.append(output.logits)
     require_close("logits of prefill and steps", torch.cat(pieces, dim=1), oracle.logits, allowed)
     prompt = input_ids[:, :TOKENS_PER_FACE]
-    oracle.require_greedy(generate(model, prompt, TEST_NEW_TOKENS, loop=loop), TOKENS_PER_FACE, allowed)
+    tokens = generate(model, prompt, TEST_NEW_TOKENS, loop=loop, kv_cache_dtype=kv_cache_dtype)
+    oracle.require_greedy(tokens, TOKENS_PER_FACE, allowed if kv_cache_dtype is None else 2 * max(allowed, INT8_ERROR))
 
 
 @torch.no_grad()
@@ -174,21 +206,30 @@ def add_figures(
 def ours(
     row: Row, options: argparse.Namespace, oracle: Oracle, loop: str, attention: str, linear_attention: str
 ) -> None:
+    kv_cache_dtype = options.kv_cache_dtype if loop == "engine" else None
     dtype = common.DTYPES[options.dtype]
     model = build_model(oracle.config, oracle.weights, options.device, dtype, attention, linear_attention)
     row["parameters"] = count_parameters(model)
-    check_ours(model, oracle, oracle.logits_error(computes_in(dtype, options.device, linear_attention)), loop)
+    check_ours(
+        model, oracle, oracle.logits_error(computes_in(dtype, options.device, linear_attention)), loop, kv_cache_dtype
+    )
 
     @torch.no_grad()
     def prefill(prompt: torch.Tensor) -> torch.Tensor:
         return model(prompt, use_cache=True, logits_to_keep=1).logits
 
-    def generate_tokens(prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-        return generate(model, prompt, new_tokens, options.do_sample, loop, grammar=new_tokens % TOKENS_PER_FACE == 0)
+    def generate_tokens(prompt: torch.Tensor, new_tokens: int, streamer: Any = None) -> torch.Tensor:
+        grammar = new_tokens % TOKENS_PER_FACE == 0
+        return generate(model, prompt, new_tokens, options.do_sample, loop, grammar, kv_cache_dtype, streamer)
 
     add_figures(row, options, oracle.config, generate_tokens, prefill, fixed_length=loop == "engine")
+    if loop == "engine" and options.new_tokens >= 300 * TOKENS_PER_FACE:
+        clock = FaceClock()
+        start = torch.full((row["batch_size"], TOKENS_PER_FACE), oracle.config.bos_token_id, device=options.device)
+        generate_tokens(start, options.new_tokens, clock)
+        row["last_to_first"] = clock.last_to_first()
     steps = [each / 1000 for each in row["milliseconds_per_step"]]
-    moved = step_bytes(model, row["batch_size"], row["new_tokens"])
+    moved = step_bytes(model, row["batch_size"], row["new_tokens"], kv_cache_dtype)
     row["gigabytes_per_second"] = [moved / each / 1e9 for each in steps]
     if options.device.type == "cuda":
         name = torch.cuda.get_device_name(options.device)
@@ -264,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--do_sample", action="store_true", help="sample with top_k 50 and top_p 0.95, instead of greedy"
     )
+    parser.add_argument("--kv_cache_dtype", choices=["int8"], help="of the engine's keys and values")
     parser.add_argument("--loop", nargs="+", choices=LOOPS, default=list(LOOPS), help="how our rows are generated")
     parser.add_argument(
         "--twin", action="store_true", help="measure transformers' Llama of the same width, depth and vocabulary, too"
@@ -286,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for linear_attention in options.linear_attn_implementation:
                     for loop in options.loop:
                         name = f"iflame_hf, {attention}, {linear_attention}" + f", {loop}" * (loop != "engine")
+                        if loop == "engine" and options.kv_cache_dtype is not None:
+                            name += f", keys and values in {options.kv_cache_dtype}"
                         row = {"model": name, "dtype": options.dtype, **sizes}
                         with common.reported(row, rows, device):
                             ours(row, options, oracle, loop, attention, linear_attention)

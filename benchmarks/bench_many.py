@@ -95,10 +95,12 @@ def read_counts(path: str) -> np.ndarray:
     return np.array(counts)
 
 
-def request_for(model: IFlameForCausalLM, most_faces: int) -> DecodeRequest:
+def request_for(model: IFlameForCausalLM, most_faces: int, kv_cache_dtype: str | None) -> DecodeRequest:
     """What sampling asks of an engine, with room for so many faces. Raises ValueError where no engine serves it."""
     request = many_iflame._request(
-        model, torch.tensor(FORMAT.start_face), {**common.SAMPLING, "max_faces": most_faces}
+        model,
+        torch.tensor(FORMAT.start_face),
+        {**common.SAMPLING, "max_faces": most_faces, "kv_cache_dtype": kv_cache_dtype},
     )
     if request is None:
         raise ValueError(f"no decode engine: {engine_iflame.why_no_engine(model) or 'this model has none'}")
@@ -149,7 +151,7 @@ def add_figures(row: Row, options: argparse.Namespace, model: IFlameForCausalLM,
     """Measures, writes the figures into the row, and returns the meshes."""
     rows, schedule = row["batch_size"], row["schedule"]
     engine_iflame._idle.pop(model, None)  # of other rows
-    request = request_for(model, int(faces.max()))
+    request = request_for(model, int(faces.max()), options.kv_cache_dtype)
     # Rows of the same engine, each filled more than once.
     make_meshes(model, request, rows, schedule, np.arange(2 * rows + 1) % 3 + 1, options.seed)
     runs: list[Made] = []
@@ -193,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--lengths", metavar="FILE", help="numbers of faces, one a line, instead of artists'")
     parser.add_argument("--schedule", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="both, or one")
+    parser.add_argument("--kv_cache_dtype", choices=["int8"], help="of the engine's keys and values")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each")
     options = common.parse_options(parser, PRESETS, arguments)
     if min(options.meshes, options.repeats, *options.batch_size) < 1:

@@ -63,7 +63,7 @@ def choose_tiles(rows: int, heads: int, quantized: bool = False, small: bool = F
 
     Args:
         quantized: keys and values are in int8.
-        small: for float32, which takes twice the memory of a multiprocessor, and GPUs that have less of it than Hopper.
+        small: for float32, which takes twice the memory of a multiprocessor, and for GPUs that have less than Hopper.
     """
     group = min(4, _power(heads))
     if rows <= NARROW_ROWS:

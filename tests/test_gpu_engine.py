@@ -14,6 +14,7 @@ from iflame_hf.engine_iflame import DecodeEngine, Types
 from iflame_hf.format_iflame import known_format
 from iflame_hf.grammar_iflame import MeshGrammarLogitsProcessor
 from iflame_hf.many_iflame import generate_meshes
+from iflame_hf.sampling_iflame import row_numbers
 
 pytestmark = pytest.mark.gpu
 
@@ -78,9 +79,48 @@ def test_logits_in_short_types_are_as_near_to_float32_as_the_networks(rows, dtyp
 def test_meshes_of_refilled_rows_are_those_that_are_made_alone(model):
     alone = {mesh.number: mesh.ids for mesh in generate_meshes(model, range(30), rows=30, max_faces=20)}
     assert len({len(ids) for ids in alone.values()}) > 5
-    for rows in (4, 20):
+    for rows in (4, 20, 30):
+        parted = 0
         for mesh in generate_meshes(model, range(30), rows=rows, max_faces=20):
-            assert torch.equal(mesh.ids, alone[mesh.number]), (rows, mesh.number)
+            if not torch.equal(mesh.ids, alone[mesh.number]):
+                # Other numbers of rows add up in another order.
+                assert rows != 30 and hangs_on_rounding(model, mesh.number, mesh.ids, alone[mesh.number])
+                parted += 1
+        assert parted <= 2
+
+
+def hangs_on_rounding(model, seed, ids, others):
+    """Whether two meshes of a seed part where its random number lies on the border between two tokens."""
+    place = int((ids[: len(others)] != others[: len(ids)]).nonzero()[0])
+    options = {"do_sample": True, "seed": 0, "max_faces": 20, "return_dict_in_generate": True, "output_scores": True}
+    scores = model.generate(ids[None, :place].to("cuda"), **options).scores[0][0].double()
+    reached = scores.softmax(dim=-1).cumsum(dim=-1).cpu()
+    return float((reached - row_numbers([seed], place)[0, place - 9]).abs().min()) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@torch.inference_mode()
+def test_keys_and_values_in_int8_are_those_of_the_static_cache(rows):
+    model = small_model(**SIZES).to("cuda")
+    ids = mesh_rows(rows, faces=30).to("cuda")
+    engine = DecodeEngine(model, rows, 32, Types(torch.float32, "int8"))
+    caches = [StaticIFlameCache(model.config, 32, rows, "cuda", kv_cache_dtype=each) for each in ("int8", None)]
+    for cache in (engine.cache, *caches):
+        model(ids[:, :200], cache=cache, use_cache=True)
+    engine.steps.begin()
+    found, twin, exact = [], [], []
+    for place in range(200, ids.shape[1]):
+        engine.steps.tokens.copy_(ids[:, place])
+        engine.steps.places.put(engine.cache.positions, model.config.level_strides)
+        engine.steps.step(place % 9)
+        engine.cache.positions.add_(1)
+        found.append(engine.steps.logits.clone())
+        for cache, logits in zip(caches, (twin, exact), strict=True):
+            logits.append(model(ids[:, place : place + 1], cache=cache, use_cache=True).logits[:, 0])
+    found, twin, exact = (torch.stack(each) for each in (found, twin, exact))
+    # A number that lies between two whole ones may become the other one.
+    assert relative_error(found, twin) < 0.3 * relative_error(twin, exact)
+    assert relative_error(twin, exact) < 0.01
 
 
 @pytest.mark.parametrize("options", [{"top_k": 12}, {"top_p": 0.9}, {"min_p": 0.05}, {"mesh_grammar": False}])
