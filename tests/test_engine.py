@@ -148,6 +148,21 @@ def test_a_criterion_that_looks_once_a_face_is_shown_the_ids_so_far(model):
     assert torch.equal(ids, whole[:, : ids.shape[1]]) and ids.shape[1] == 9 * 5 + 1
 
 
+def test_keys_and_values_in_int8_are_of_gpus_and_of_static_caches(model, tmp_path):
+    options = {"do_sample": True, "seed": 0, "max_faces": 6, "num_return_sequences": 2}
+    expected = model.generate(**options)
+    assert torch.equal(model.generate(kv_cache_dtype="int8", **options), expected), "a CPU keeps them in float32"
+    found = model.generate(kv_cache_dtype="int8", cache_implementation="static", **options)
+    assert found.shape[0] == 2 and torch.equal(found[:, :20], expected[:, :20])
+    for wrong in ("fp8", 8, torch.int8):
+        with pytest.raises(ValueError, match="kv_cache_dtype must be"):
+            model.generate(kv_cache_dtype=wrong, **options)
+    copied = copy.deepcopy(model)
+    copied.generation_config.kv_cache_dtype = "int8"
+    copied.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).generation_config.kv_cache_dtype == "int8"
+
+
 def test_weights_are_those_of_the_call(engines):
     model = small_model()
     options = {"do_sample": True, "seed": 0, "max_faces": 4, "min_faces": 4}

@@ -6,6 +6,7 @@ from small_models import PAD, mesh_rows, relative_error, small_model
 from torch.nn import functional as F
 
 from iflame_hf import IFlameCache, StaticIFlameCache
+from iflame_hf.states_iflame import dequantize, quantize
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,47 @@ def test_generate_gives_the_same_tokens_in_either_cache(model, options):
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
     if "num_beams" not in options:
         assert torch.equal(model.generate(ids, past_key_values=static(model, 2), **options), expected)
+
+
+@torch.no_grad()
+def test_keys_and_values_in_int8_make_nearly_the_same_logits(model):
+    rows = mesh_rows(2, faces=12)
+    expected = model(rows, use_cache=False).logits
+    for lengths in ([60] + [1] * 57, [1] * 117, [10, 70, 37]):
+        cache = StaticIFlameCache(model.config, 14, 2, kv_cache_dtype="int8")
+        found = logits_of(model, rows.split(lengths, dim=1), cache)
+        assert 0 < relative_error(found, expected) < 0.01
+    halved, whole = (
+        sum(each.nbytes for layer in one.layers if hasattr(layer, "keys") for each in layer.tensors())
+        for one in (cache, StaticIFlameCache(model.config, 14, 2, dtype=torch.bfloat16))
+    )
+    size = model.config.head_dim
+    assert halved / whole == pytest.approx((size + 2) / (2 * size))
+
+
+def test_numbers_in_int8_are_off_by_half_a_step_at_most():
+    x = torch.randn(3, 5, 4, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 5)[:, None, None]
+    x[1, 2, 3] = 0.0
+    whole, scales = quantize(x)
+    assert whole.dtype == torch.int8 and scales.shape == x.shape[:-1]
+    step = x.abs().amax(dim=-1) / 127
+    error = (dequantize(whole, scales, torch.float32) - x).abs().amax(dim=-1)
+    assert (error <= 0.56 * step + 1e-7).all() and (dequantize(whole, scales, torch.float32)[1, 2, 3] == 0).all()
+
+
+@torch.no_grad()
+def test_rows_of_keys_in_int8_move_with_their_scales(model):
+    rows = mesh_rows(3, faces=6)
+    cache = StaticIFlameCache(model.config, 8, 3, kv_cache_dtype="int8")
+    logits_of(model, [rows[:, :30]], cache)
+    places = [each.data_ptr() for layer in cache.layers if hasattr(layer, "keys") for each in layer.tensors()]
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    moved = rows[[2, 0, 1]]
+    found = logits_of(model, moved[:, 30:].split(1, dim=1), cache)
+    assert relative_error(found, model(moved, use_cache=False).logits[:, 30:]) < 0.01
+    assert places == [each.data_ptr() for layer in cache.layers if hasattr(layer, "keys") for each in layer.tensors()]
+
+
+def test_another_type_of_keys_and_values_is_refused_in_words(model):
+    with pytest.raises(ValueError, match='kv_cache_dtype must be "int8"'):
+        StaticIFlameCache(model.config, 8, 2, kv_cache_dtype="fp8")
