@@ -224,19 +224,20 @@ class HostSteps(StepMemory):
     def _attend(self, memory: tuple[np.ndarray, np.ndarray], slots: Any) -> None:
         keys, values = memory  # (B, H, room, D)
         if self.same:
-            keys[:, :, slots] = self.key_array[:, :, 0]
-            values[:, :, slots] = self.value_array[:, :, 0]
-            length = slots + 1
-        else:
-            rows = np.arange(self.rows)
-            keys[rows, :, slots] = self.key_array[:, :, 0]
-            values[rows, :, slots] = self.value_array[:, :, 0]
-            length = int(slots.max()) + 1
-        scores = np.matmul(self.query_array, keys[:, :, :length].swapaxes(2, 3))  # (B, H, 1, length)
-        if not self.same:
-            scores[np.broadcast_to((np.arange(length) > slots[:, None])[:, None, None], scores.shape)] = -np.inf
+            self._attend_rows(slice(None), keys, values, slots)
+            return
+        # Each row looks at its own keys alone: some may have many times as many as others.
+        for row, slot in enumerate(slots):
+            self._attend_rows(slice(row, row + 1), keys, values, slot)
+
+    def _attend_rows(self, rows: slice, keys: np.ndarray, values: np.ndarray, slot: int) -> None:
+        """Rows that have the same number of keys."""
+        keys, values, read = keys[rows, :, : slot + 1], values[rows, :, : slot + 1], self.read[rows]
+        keys[:, :, slot] = self.key_array[rows, :, 0]
+        values[:, :, slot] = self.value_array[rows, :, 0]
+        scores = np.matmul(self.query_array[rows], keys.swapaxes(2, 3))  # (R, H, 1, slot + 1)
         scores -= scores.max(axis=3, keepdims=True)
         np.exp(scores, out=scores)
         total = scores.sum(axis=3, keepdims=True)
-        np.matmul(scores, values[:, :, :length], out=self.read)
-        np.divide(self.read, total, out=self.read)
+        np.matmul(scores, values, out=read)
+        np.divide(read, total, out=read)
