@@ -2,7 +2,7 @@
 # Tests and measures on one GPU: the GPU tests, generate(), training steps. Logs go to OUT; the tables end the output.
 #   bash benchmarks/run_gpu.sh OUT [REFERENCE]
 # OUT: a folder for the logs. REFERENCE: a folder of the original code, measured beside ours.
-# STAGES (default "tests generate train") chooses; LIMIT (default 480) ends a stage after so many seconds.
+# STAGES (default "tests generate train"; also many, flash) chooses; LIMIT (default 480) ends a stage after so many seconds.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: run_gpu.sh OUT [REFERENCE]}
@@ -36,6 +36,7 @@ for each in ${STAGES:-tests generate train}; do
       -p no:cacheprovider tests/test_gpu.py tests/test_gpu_engine.py ;;
     # a single step is the recurrence, whatever the implementation: one is enough
     generate) stage generate "$python" benchmarks/bench_generate.py --preset published --batch_size 1 64 $reference ;;
+    many) stage many "$python" benchmarks/bench_many.py --preset published --rows 512 --meshes 4000 ;;
     train) stage train "$python" benchmarks/bench_train.py --preset published --compile \
       --linear_attn_implementation $linear $reference ;;
     flash) [ -z "$flash" ] || stage flash "$python" benchmarks/bench_train.py --preset published \
