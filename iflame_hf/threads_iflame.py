@@ -2,11 +2,18 @@
 
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+
+try:
+    from threadpoolctl import ThreadpoolController
+except ImportError:  # optional
+    ThreadpoolController = None
 
 # Of a container: microseconds of CPU time in a period, or "max", and the period.
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -15,24 +22,56 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 @contextmanager
 def spare_a_core(device: torch.device) -> Iterator[None]:
-    """Has torch compute with a thread fewer than there are cores on a CPU, and with as many as before afterwards.
+    """Has torch and numpy compute with a thread fewer than there are cores on a CPU, and with as many as before
+    afterwards.
 
     The threads of an operation wait for one another. With a thread on every core, anything else that runs, be it the
     program that reads the faces, holds one of them up, and with it all others, many times in every step.
 
     What was chosen is kept: a number in OMP_NUM_THREADS or MKL_NUM_THREADS, and fewer threads by
     `torch.set_num_threads`. torch keeps the number for each thread of Python, so generations in several do not meet.
+    numpy's is one for all, and is changed where threadpoolctl is installed.
     """
     before = torch.get_num_threads()
     threads = min(before, max(1, available_cores() - 1))
-    if device.type != "cpu" or threads == before or any(_is_number(name) for name in VARIABLES):
+    if device.type != "cpu" or any(_is_number(name) for name in VARIABLES):
         yield
         return
-    torch.set_num_threads(threads)
+    if threads != before:
+        torch.set_num_threads(threads)
+    _numpy_threads.limit(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _numpy_threads.release()
+        if threads != before:
+            torch.set_num_threads(before)
+
+
+class _NumpyThreads:
+    """The threads of numpy's OpenBLAS, fewer of them as long as anybody wants so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limit: Any = None
+
+    def limit(self, threads: int) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1 and ThreadpoolController is not None and not _is_number("OPENBLAS_NUM_THREADS"):
+                libraries = ThreadpoolController().select(internal_api="openblas")
+                self._limit = libraries.limit(limits=threads)
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._limit is not None:
+                self._limit.restore_original_limits()
+                self._limit = None
+
+
+_numpy_threads = _NumpyThreads()
 
 
 def available_cores() -> int:

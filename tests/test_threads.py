@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from small_models import small_model
+from threadpoolctl import ThreadpoolController
 from transformers import pipeline
 from transformers.generation import StoppingCriteria
 
@@ -144,3 +145,34 @@ def test_where_the_system_binds_no_process_to_cores_all_are_counted(monkeypatch)
 def test_a_gpu_needs_no_core_left_free():
     with spare_a_core(torch.device("cuda")):
         assert torch.get_num_threads() == 4
+
+
+def numpy_threads():
+    libraries = ThreadpoolController().select(internal_api="openblas").info()
+    return next((each["num_threads"] for each in libraries if "numpy" in each["filepath"]), None)
+
+
+@pytest.mark.skipif(numpy_threads() is None, reason="numpy computes without OpenBLAS")
+def test_numpy_leaves_a_core_free_as_long_as_any_generation_runs(model, monkeypatch):
+    with ThreadpoolController().select(internal_api="openblas").limit(limits=4):
+        cpu = torch.device("cpu")
+        with spare_a_core(cpu):
+            assert numpy_threads() == 3
+            assert in_a_thread(numpy_threads) == 3
+        assert numpy_threads() == 4
+        first, second = spare_a_core(cpu), spare_a_core(cpu)
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert numpy_threads() == 3
+        second.__exit__(None, None, None)
+        assert numpy_threads() == 4
+        with spare_a_core(torch.device("meta")):
+            assert numpy_threads() == 4
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            monkeypatch.setenv(name, "4")
+            with spare_a_core(cpu):
+                assert numpy_threads() == 4
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(threads_iflame, "ThreadpoolController", None)
+        with spare_a_core(cpu):
+            assert numpy_threads() == 4 and torch.get_num_threads() == 3
