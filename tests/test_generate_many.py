@@ -314,6 +314,7 @@ def error_of(capsys, arguments, status=1):
         ({"seed": 1, "temperature": 0.5}, "--seed 0 (now 1), --temperature 1.0 (now 0.5)"),
         ({"dtype": "bfloat16"}, "--dtype float32 (now bfloat16)"),
         ({"format": "obj"}, "--format glb (now obj)"),
+        ({"kv_cache_dtype": "int8"}, "--kv_cache_dtype None (now int8)"),
     ],
 )
 def test_other_options_are_refused_where_meshes_are(whole, model_folder, capsys, options, was):

@@ -82,6 +82,7 @@ def settings_of(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
         "temperature": options.temperature or own.temperature or 1.0,
         "top_k": top_k,
         "top_p": options.top_p or own.top_p or 1.0,
+        "kv_cache_dtype": options.kv_cache_dtype or getattr(own, "kv_cache_dtype", None),
         "format": options.format,
     }
 
@@ -114,12 +115,13 @@ def sample(
     )
     pace = Pace(folder.path, there, options.num) if accelerator.is_main_process and numbers else None
     own = numbers[accelerator.process_index :: accelerator.num_processes]
+    chosen = ("min_faces", "max_faces", "temperature", "top_k", "top_p", "kv_cache_dtype")
     meshes = generate_meshes(
         generator.model,
         [options.seed + number for number in own],
         rows=options.rows,
         stopping_criteria=[AfterEachFace(interruption, pace)],
-        **{name: settings[name] for name in ("min_faces", "max_faces", "temperature", "top_k", "top_p")},
+        **{name: settings[name] for name in chosen},
     )
     try:
         with MeshWriter(folder.path, options.format, generator.tokenizer, accelerator.process_index) as writer:
