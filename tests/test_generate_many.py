@@ -327,6 +327,20 @@ def test_other_options_are_refused_where_meshes_are(whole, model_folder, capsys,
     assert files_of(whole) == before
 
 
+def test_a_folder_that_was_begun_before_there_was_a_type_of_keys_is_gone_on_with(
+    whole, model_folder, tmp_path, capsys
+):
+    out = shutil.copytree(whole, tmp_path / "out")
+    settings = json.loads((out / "generate.json").read_text())
+    assert settings.pop("kv_cache_dtype") is None
+    (out / "generate.json").write_text(json.dumps(settings))
+    assert generate.main(command_line(model_folder, out)) == 0
+    assert "0 meshes to make" in capsys.readouterr().err
+    assert "--kv_cache_dtype None (now int8)" in error_of(
+        capsys, command_line(model_folder, out, kv_cache_dtype="int8")
+    )
+
+
 def test_other_weights_are_refused_too_and_overwriting_begins_anew(whole, model_folder, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "out")
     other = save(small_model(seed=1), tmp_path / "other")

@@ -69,7 +69,8 @@ class MeshFolder:
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.path / SETTINGS
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            # Folders of an earlier version do not name it.
+            before = {"kv_cache_dtype": None, **json.loads(path.read_text(encoding="utf-8"))}
             changed = [name for name in settings if name not in FREE_SETTINGS and before[name] != settings[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
