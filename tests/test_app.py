@@ -78,16 +78,16 @@ def generating():
 
 def test_stop_ends_the_generation_and_keeps_what_there_is(generator):
     stop, looks = threading.Event(), []
-    for look in sampling.grow(generator, max_faces=400, stop=stop, interval=0.05):
+    for look in sampling.grow(generator, max_faces=2000, stop=stop, interval=0.01):
         looks.append(look)
         if len(look[0].faces) > 1:
             stop.set()
-    assert 1 < len(looks[-1][0].faces) < 200
+    assert 1 < len(looks[-1][0].faces) < 1000
     assert not generating()
 
 
 def test_the_generation_ends_when_nobody_watches_any_longer(generator):
-    looks = sampling.grow(generator, max_faces=400)
+    looks = sampling.grow(generator, max_faces=2000, interval=0.01)
     next(looks)
     assert len(generating()) == 1
     looks.close()
