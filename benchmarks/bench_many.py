@@ -107,13 +107,20 @@ def request_for(model: IFlameForCausalLM, most_faces: int, kv_cache_dtype: str |
     return request
 
 
+def jobs_for(faces: np.ndarray, seed: int) -> list[many_iflame._Job]:
+    """A mesh of each number of `faces` (meshes,), in the order given."""
+    start = torch.tensor(FORMAT.start_face)
+    return [many_iflame._Job(number, seed + number, start, count) for number, count in enumerate(faces.tolist())]
+
+
 def make_meshes(
     model: IFlameForCausalLM, request: DecodeRequest, rows: int, schedule: str, faces: np.ndarray, seed: int
 ) -> Made:
-    """A mesh of each number of `faces` (meshes,), in so many rows at a time, in the order given."""
-    start = torch.tensor(FORMAT.start_face)
-    jobs = [many_iflame._Job(number, seed + number, start, count) for number, count in enumerate(faces.tolist())]
-    return list(many_iflame._refilled(model, jobs, rows, request, at_once=schedule == "refilled"))
+    """Those of `jobs_for`, in so many rows at a time."""
+    jobs = jobs_for(faces, seed)
+    together = len(jobs) if schedule == "refilled" else rows
+    parts = [jobs[first : first + together] for first in range(0, len(jobs), together)]
+    return [made for part in parts for made in many_iflame._refilled(model, part, rows, request)]
 
 
 def require_meshes(made: Made, faces: np.ndarray) -> None:

@@ -46,7 +46,7 @@ class DecodeRequest(NamedTuple):
     whole_end: bool  # a row ends with its whole end face
     stops_at: float | None  # time.time() after which no other face begins
     after_faces: list[Callable[..., Any]]  # stopping criteria that look once a face
-    kv_cache_dtype: str | None = None
+    kv_cache_dtype: str | None  # of an engine on a GPU
 
 
 class Unsupported(Exception):
@@ -214,8 +214,8 @@ def _is_stopped(request: DecodeRequest, ids: torch.Tensor) -> bool:
 
 
 def decoding_types(model: Any, request: DecodeRequest) -> Types:
-    """Of weights, keys and values: on a GPU the model's, or that of the caller's autocast, if no other was asked for;
-    on a CPU float32, which is fast on all."""
+    """Of weights, keys and values: on a GPU the model's, or that of the caller's autocast, and of keys and values what
+    was asked for; on a CPU float32, which is fast on all."""
     device, dtype = model.lm_head.weight.device.type, model.lm_head.weight.dtype
     if device == "cpu":
         return Types(dtype if dtype == torch.float64 else torch.float32)

@@ -85,14 +85,7 @@ class DecodeEngine:
     # Tensors that are made within inference_mode() could not be written outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(
-        self,
-        model: Any,
-        rows: int,
-        max_faces: int,
-        types: Types,
-        tiles: Any = None,
-    ):
+    def __init__(self, model: Any, rows: int, max_faces: int, types: Types, tiles: Any = None):
         self.config, self.rows, self.max_faces, self.types = model.config, rows, max_faces, types
         self.device = model.lm_head.weight.device
         self.is_gpu = self.device.type == "cuda"

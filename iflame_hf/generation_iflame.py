@@ -22,12 +22,7 @@ from .versions_iflame import CACHE_NAME, with_own_cache_name
 logger = logging.get_logger(__name__)
 
 # What a generation config says of meshes, and what counts where it does not.
-OWN_SETTINGS = {
-    "mesh_grammar": True,
-    "min_faces": 0,
-    "max_faces": None,
-    "kv_cache_dtype": None,
-}
+OWN_SETTINGS = {"mesh_grammar": True, "min_faces": 0, "max_faces": None, "kv_cache_dtype": None}
 
 
 class IFlameGenerationMixin(GenerationMixin):

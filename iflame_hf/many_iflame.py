@@ -178,11 +178,7 @@ class _Row:
         self.first_face = first_face  # of the engine: what it made before was of another mesh
 
 
-def _refilled(
-    model: Any, jobs: list[_Job], rows: int, request: DecodeRequest, at_once: bool = True
-) -> Iterator[tuple[_Job, torch.Tensor]]:
-    """As `_batches`. `at_once`: a row goes on with the next mesh at once; else when the meshes of all rows have ended,
-    for comparison."""
+def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -> Iterator[tuple[_Job, torch.Tensor]]:
     config, types = model.config, decoding_types(model, request)
     waiting = iter(jobs)
     engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, types)
@@ -199,8 +195,6 @@ def _refilled(
         while True:
             # Rows without a mesh get the next ones.
             free = [row for row in range(rows) if work[row] is None]
-            if not at_once and len(free) < rows:
-                free = []
             done: list[_Row] = []
             begin: list[tuple[Any, int, RowsBegin, int]] = []
             while len(begin) < len(free) and (job := next(waiting, None)):

@@ -151,11 +151,16 @@ class StaticKeyValueState(LayerState):
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes (B, H, T, D) keys and values into their slots, and returns those that attention reads."""
-        places = slots.places[:, None, :, None].expand(keys.shape)
-        self.keys.scatter_(2, places, keys.to(self.keys.dtype))
-        self.values.scatter_(2, places, values.to(self.values.dtype))
+        self._write(slots.places[:, None, :, None], keys, values)
         self._items += keys.shape[2]
-        return (self.keys.to(keys.dtype), self.values.to(values.dtype)) if slots.are_read else (keys, values)
+        return self._read(keys.dtype) if slots.are_read else (keys, values)
+
+    def _write(self, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept.scatter_(2, places.expand(new.shape), new.to(kept.dtype))
+
+    def _read(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys.to(dtype), self.values.to(dtype)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that it keeps: rows first, then heads, then slots."""
@@ -180,6 +185,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What int8 x (..., D) and `scales` (...) of `quantize` stand for."""
     return (x.float() * scales.float()[..., None]).to(dtype)
 
 
@@ -190,20 +196,15 @@ class QuantizedKeyValueState(StaticKeyValueState):
         super().__init__(shape, device=device, dtype=torch.int8)
         self.scales = torch.zeros(*shape[:3], 2, device=device, dtype=torch.float16)
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
-        places = slots.places[:, None, :, None]
-        (new_keys, key_scales), (new_values, value_scales) = quantize(keys), quantize(values)
-        self.keys.scatter_(2, places.expand(keys.shape), new_keys)
-        self.values.scatter_(2, places.expand(keys.shape), new_values)
+    def _write(self, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
+        super()._write(places, keys, values)
         scales = torch.stack([key_scales, value_scales], dim=-1)
         self.scales.scatter_(2, places.expand(scales.shape), scales)
-        self._items += keys.shape[2]
-        if not slots.are_read:
-            return keys, values
-        return (
-            dequantize(self.keys, self.scales[..., 0], keys.dtype),
-            dequantize(self.values, self.scales[..., 1], values.dtype),
-        )
+
+    def _read(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        key_scales, value_scales = self.scales.unbind(dim=-1)
+        return dequantize(self.keys, key_scales, dtype), dequantize(self.values, value_scales, dtype)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.keys, self.values, self.scales

@@ -1,5 +1,6 @@
 """How many threads generate() computes with on a CPU."""
 
+import functools
 import math
 import os
 import threading
@@ -37,14 +38,14 @@ def spare_a_core(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or any(_is_number(name) for name in VARIABLES):
         yield
         return
-    if threads != before:
+    with _numpy_threads.at_most(threads):
+        if threads == before:  # to set it would change that of threads to come
+            yield
+            return
         torch.set_num_threads(threads)
-    _numpy_threads.limit(threads)
-    try:
-        yield
-    finally:
-        _numpy_threads.release()
-        if threads != before:
+        try:
+            yield
+        finally:
             torch.set_num_threads(before)
 
 
@@ -56,22 +57,38 @@ class _NumpyThreads:
         self._users = 0
         self._limit: Any = None
 
-    def limit(self, threads: int) -> None:
+    @contextmanager
+    def at_most(self, threads: int) -> Iterator[None]:
         with self._lock:
+            if self._users == 0:
+                self._limit = _limit_openblas(threads)
             self._users += 1
-            if self._users == 1 and ThreadpoolController is not None and not _is_number("OPENBLAS_NUM_THREADS"):
-                libraries = ThreadpoolController().select(internal_api="openblas")
-                self._limit = libraries.limit(limits=threads)
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and self._limit is not None:
-                self._limit.restore_original_limits()
-                self._limit = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0 and self._limit is not None:
+                    self._limit.restore_original_limits()
+                    self._limit = None
 
 
 _numpy_threads = _NumpyThreads()
+
+
+def _limit_openblas(threads: int) -> Any:
+    """What undoes it; None where there is nothing to limit, or fewer threads were chosen."""
+    if ThreadpoolController is None or _is_number("OPENBLAS_NUM_THREADS"):
+        return None
+    libraries = _openblas()
+    if max((each["num_threads"] for each in libraries.info()), default=0) <= threads:
+        return None
+    return libraries.limit(limits=threads)
+
+
+@functools.cache  # looking for them takes milliseconds
+def _openblas() -> Any:
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def available_cores() -> int:

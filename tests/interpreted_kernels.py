@@ -99,10 +99,10 @@ def choice():
                 chooser.choose(how, logits, tokens, 4, True)
                 assert torch.equal(tokens, expected), (settings, sample, type(chooser).__name__)
                 assert (chooser.positions == 10).all()
-    logits[3, 7] = torch.nan
+    logits[3, 7], logits[5, 9], logits[6] = torch.nan, torch.inf, -torch.inf
     for chooser in choosers(rows, 4, begin, settings):
         chooser.choose(how, logits, tokens, 4, True)
-        assert np.flatnonzero(np.asarray(chooser.face)[:, -1]).tolist() == [3]
+        assert np.flatnonzero(np.asarray(chooser.face)[:, -1]).tolist() == [3, 5, 6]
 
 
 def grammar():

@@ -96,13 +96,13 @@ def ends_by_itself(jobs):
     ],
 )
 def test_meshes_that_are_not_those_drawn_have_no_figures(capsys, monkeypatch, arguments, fault, message):
-    real = many_iflame._refilled
-    # The warm-up makes seven.
-    monkeypatch.setattr(
-        many_iflame,
-        "_refilled",
-        lambda model, jobs, *rest, **options: real(model, fault(jobs) if len(jobs) == 14 else jobs, *rest, **options),
-    )
+    real = bench_many.jobs_for
+
+    def jobs_for(faces, seed):
+        jobs = real(faces, seed)
+        return fault(jobs) if len(jobs) == 14 else jobs  # the warm-up makes seven
+
+    monkeypatch.setattr(bench_many, "jobs_for", jobs_for)
     status, _, result = run(capsys, arguments)
     assert status == 1
     for row in result["rows"]:

@@ -173,6 +173,8 @@ def test_numpy_leaves_a_core_free_as_long_as_any_generation_runs(model, monkeypa
             with spare_a_core(cpu):
                 assert numpy_threads() == 4
             monkeypatch.delenv(name)
+        with ThreadpoolController().select(internal_api="openblas").limit(limits=1), spare_a_core(cpu):
+            assert numpy_threads() == 1, "fewer that were chosen are kept"
         monkeypatch.setattr(threads_iflame, "ThreadpoolController", None)
         with spare_a_core(cpu):
             assert numpy_threads() == 4 and torch.get_num_threads() == 3

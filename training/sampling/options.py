@@ -41,11 +41,7 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     add("--top_k", type=_whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")
     add("--top_p", type=_number(1), metavar="P", help="from the likeliest share P only")
     add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on CUDA, else float32)")
-    add(
-        "--kv_cache_dtype",
-        choices=("int8",),
-        help="of keys and values on a GPU: half the memory, more meshes a second",
-    )
+    add("--kv_cache_dtype", choices=("int8",), help="keys and values on a GPU in half the memory: more meshes/s")
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")
     add("--trust_remote_code", action="store_true", help="run the code in the model's folder, not this one's")
     add("--use_cpu", action="store_true", help="compute on the CPU even if there is a GPU")
