@@ -69,6 +69,10 @@ class HostSteps(StepMemory):
             return torch.zeros(*shape, dtype=dtype)
 
         self.load(weights)
+        # A configuration of transformers looks a name up in Python, which costs as much as a small sum.
+        self.group, self.face, self.eps = config.group_sizes[0], config.tokens_per_face, config.rms_norm_eps
+        self.strides, self.stages = config.level_strides, config.stage_slices()
+        self.last_slots = [cache.room(level) - 1 for level in range(len(self.strides))]
         self.x_arrays, self.middle_array = [each.numpy() for each in self.x], self.middle.numpy()
         self.member_arrays = [list(each.numpy()) for each in self.members]
         self.handed_arrays, self.logits_array = [each.numpy() for each in self.handed], self.logits.numpy()
@@ -97,7 +101,7 @@ class HostSteps(StepMemory):
                 state = buffer(rows, heads, size, size)
                 self.memories.append((state, state.numpy()))
         self.rotations = []
-        for level in range(len(config.level_strides)):
+        for level in range(len(self.strides)):
             cos, sin = rotary_tables(torch.arange(cache.room(level))[None], size, config.rope_base)
             self.rotations.append(torch.complex(cos[0, :, 0].to(dtype), -sin[0, :, 0].to(dtype)))
 
@@ -145,8 +149,8 @@ class HostSteps(StepMemory):
 
     def step(self, place: int) -> None:
         """`tokens` at that place in their faces -> `logits` of the next ones. Positions are those of the cache."""
-        group = self.config.group_sizes[0]
-        is_vertex, is_face = place % group == group - 1, place == self.config.tokens_per_face - 1
+        group = self.group
+        is_vertex, is_face = place % group == group - 1, place == self.face - 1
         corner, vertex = place % group, place // group
         members, handed, x = self.member_arrays, self.handed_arrays, self.x_arrays
         positions = self.cache.positions.tolist()
@@ -177,7 +181,7 @@ class HostSteps(StepMemory):
         np.add(out, own, out=out)
 
     def _stage(self, stage: int, level: int, positions: list[int], out: np.ndarray) -> None:
-        stride, most = self.config.level_strides[level], self.cache.room(level) - 1
+        stride, most = self.strides[level], self.last_slots[level]
         table = self.rotations[level]
         if self.same:
             slots: Any = min(positions[0] // stride, most)
@@ -185,7 +189,7 @@ class HostSteps(StepMemory):
         else:
             slots = np.minimum(np.array(positions) // stride, most)
             rotation = table[torch.from_numpy(slots)][:, None, None]
-        part, x = self.config.stage_slices()[stage], self.x_arrays[level]
+        part, x = self.stages[stage], self.x_arrays[level]
         for index in range(part.start, part.stop):
             self._block(index, slots, rotation, x, out if index == part.stop - 1 else x)
 
@@ -211,13 +215,12 @@ class HostSteps(StepMemory):
 
     def _norm(self, x: np.ndarray) -> np.ndarray:
         """RMSNorm of x (B, C) without its weights."""
-        eps = self.config.rms_norm_eps
         if self.rows == 1:
             flat = x[0]
-            return np.multiply(x, 1 / math.sqrt(flat.dot(flat) / len(flat) + eps), out=self.scaled)
+            return np.multiply(x, 1 / math.sqrt(flat.dot(flat) / len(flat) + self.eps), out=self.scaled)
         np.multiply(x, x, out=self.squares)
         np.dot(self.squares, self.mean, out=self.scale)
-        np.add(self.scale, eps, out=self.scale)
+        np.add(self.scale, self.eps, out=self.scale)
         np.sqrt(self.scale, out=self.scale)
         return np.divide(x, self.scale, out=self.scaled)
 

@@ -65,6 +65,24 @@ def test_prompts_inside_a_face_and_behind_padding_are_gone_on_from(model):
         assert torch.equal(found, model.generate(ids[:, :length], cache_implementation="dynamic", **options))
 
 
+def logits_of_steps(engine, model, ids, first, others):
+    """Logits (T, B, V) of `ids` after a prompt of `first` tokens, one at a time: those of the engine of `model`, and
+    of each network and cache of `others`."""
+    for network, cache in ((model, engine.cache), *others):
+        network(ids[:, :first], cache=cache, use_cache=True)
+    engine.steps.begin()
+    made = [[] for _ in range(1 + len(others))]
+    for place in range(first, ids.shape[1]):
+        engine.steps.tokens.copy_(ids[:, place])
+        engine.steps.places.put(engine.cache.positions, model.config.level_strides)
+        engine.steps.step(place % 9)
+        engine.cache.positions.add_(1)
+        made[0].append(engine.steps.logits.clone())
+        for (network, cache), logits in zip(others, made[1:], strict=True):
+            logits.append(network(ids[:, place : place + 1], cache=cache, use_cache=True).logits[:, 0])
+    return [torch.stack(each) for each in made]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 20, 150])
 @torch.inference_mode()
@@ -73,21 +91,10 @@ def test_logits_in_short_types_are_as_near_to_float32_as_the_networks(rows, dtyp
     short = small_model(**SIZES).to("cuda", dtype)
     ids = mesh_rows(rows, faces=6).to("cuda")
     engine = DecodeEngine(short, rows, 8, Types(dtype))
-    caches = [StaticIFlameCache(exact.config, 8, rows, "cuda", each) for each in (torch.float32, dtype)]
-    for network, cache in ((short, engine.cache), (exact, caches[0]), (short, caches[1])):
-        network(ids[:, :20], cache=cache, use_cache=True)
-    engine.steps.begin()
-    found, plain, expected = [], [], []
-    for place in range(20, ids.shape[1]):
-        engine.steps.tokens.copy_(ids[:, place])
-        engine.steps.places.put(engine.cache.positions, exact.config.level_strides)
-        engine.steps.step(place % 9)
-        engine.cache.positions.add_(1)
-        found.append(engine.steps.logits.clone())
-        one = ids[:, place : place + 1]
-        expected.append(exact(one, cache=caches[0], use_cache=True).logits[:, 0])
-        plain.append(short(one, cache=caches[1], use_cache=True).logits[:, 0])
-    errors = [relative_error(torch.stack(each), torch.stack(expected)) for each in (found, plain)]
+    others = [(exact, torch.float32), (short, dtype)]
+    others = [(network, StaticIFlameCache(exact.config, 8, rows, "cuda", each)) for network, each in others]
+    found, expected, plain = logits_of_steps(engine, short, ids, 20, others)
+    errors = [relative_error(each, expected) for each in (found, plain)]
     assert errors[0] < 1.5 * errors[1] and errors[1] < 0.1
 
 
@@ -120,19 +127,7 @@ def test_keys_and_values_in_int8_are_those_of_the_static_cache(rows):
     ids = mesh_rows(rows, faces=30).to("cuda")
     engine = DecodeEngine(model, rows, 32, Types(torch.float32, "int8"))
     caches = [StaticIFlameCache(model.config, 32, rows, "cuda", kv_cache_dtype=each) for each in ("int8", None)]
-    for cache in (engine.cache, *caches):
-        model(ids[:, :200], cache=cache, use_cache=True)
-    engine.steps.begin()
-    found, twin, exact = [], [], []
-    for place in range(200, ids.shape[1]):
-        engine.steps.tokens.copy_(ids[:, place])
-        engine.steps.places.put(engine.cache.positions, model.config.level_strides)
-        engine.steps.step(place % 9)
-        engine.cache.positions.add_(1)
-        found.append(engine.steps.logits.clone())
-        for cache, logits in zip(caches, (twin, exact), strict=True):
-            logits.append(model(ids[:, place : place + 1], cache=cache, use_cache=True).logits[:, 0])
-    found, twin, exact = (torch.stack(each) for each in (found, twin, exact))
+    found, twin, exact = logits_of_steps(engine, model, ids, 200, [(model, cache) for cache in caches])
     # A number that lies between two whole ones may become the other one.
     assert relative_error(found, twin) < 0.3 * relative_error(twin, exact)
     assert relative_error(twin, exact) < 0.01
