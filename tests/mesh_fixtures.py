@@ -75,3 +75,10 @@ def write_dae(path: Path, vertices: np.ndarray, faces: np.ndarray, up_axis: str 
     declared = f"<up_axis>{up_axis.upper()}_UP</up_axis>" if up_axis else ""
     path.write_bytes(data.replace(b"<up_axis>Y_UP</up_axis>", declared.encode()))
     return path
+
+
+def random_mesh(seed: int, vertex_count: int = 100, face_count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices and faces, each of three different vertices."""
+    rng = np.random.default_rng(seed)
+    corners = rng.permuted(np.tile(np.arange(vertex_count), (face_count, 1)), axis=1)[:, :3]
+    return rng.normal(size=(vertex_count, 3)), corners
