@@ -5,6 +5,7 @@ own with a traceback. IFLAME_DEBUG=1 in the environment shows the traceback of t
 
 import errno
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -35,8 +36,7 @@ def ends_in_words(program: str) -> Callable[[Callable[..., int | None]], Callabl
     """
 
     def decorate(main: Callable[..., int | None]) -> Callable[..., int]:
-        @functools.wraps(main)
-        def run(*arguments: object) -> int:
+        def status_of(*arguments: object) -> int:
             try:
                 return main(*arguments) or 0
             except KeyboardInterrupt:
@@ -51,6 +51,14 @@ def ends_in_words(program: str) -> Callable[[Callable[..., int | None]], Callabl
                     raise
                 say_once(f"{program}: {sentence}")
                 return 1
+
+        @functools.wraps(main)
+        def run(*arguments: object) -> int:
+            status = status_of(*arguments)
+            # A model that DDP has wrapped keeps the group of processes, and the group its threads. One of them that
+            # lets go of a tensor while Python itself ends aborts the process: they end now, with the last holder.
+            gc.collect()
+            return status
 
         return run
 
