@@ -10,7 +10,7 @@ from .format_iflame import DEFAULT_MESH_FORMAT, MESH_FORMATS, MeshFormat, known_
 # The level of each of the five stages of the hourglass.
 STAGE_LEVELS = (0, 1, 2, 1, 0)
 
-LINEAR_ATTENTION_IMPLEMENTATIONS = ("auto", "eager", "chunked", "lightning_attn", "fla")
+LINEAR_ATTENTION_IMPLEMENTATIONS = ("auto", "eager", "chunked", "triton", "lightning_attn", "fla")
 
 # The task of pipeline(), and what config.json says of it, as transformers.pipelines reads it.
 TASK = "mesh-generation"
@@ -47,8 +47,9 @@ class IFlameConfig(PreTrainedConfig):
             the model follows from it: `tokens_per_face`, `level_strides`.
         use_cache (`bool`): whether the model returns its decoding state by default.
         linear_attn_implementation (`str`): how linear attention is computed: `"eager"` (the recurrence itself),
-            `"chunked"` (plain torch), `"lightning_attn"` or `"fla"` (the packages of those names), or `"auto"`: the
-            best that is installed for the device. It belongs to a process, not to a checkpoint, and is not saved.
+            `"chunked"` (plain torch), `"triton"` (kernels of this model), `"lightning_attn"` or `"fla"` (the packages
+            of those names), or `"auto"`: the best that is installed for the device. It belongs to a process, not to a
+            checkpoint, and is not saved.
 
     Raises:
         ValueError: for sizes that do not fit together, naming the argument.

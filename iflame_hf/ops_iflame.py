@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layout_iflame import MeshBounds
+from .linear_kernels_iflame import LARGEST_HEAD_SIZE, triton_linear_attention
 
 # B batch, T items of a level, H heads, D head size, N chunks, I items of a chunk
 
@@ -314,6 +315,15 @@ def _gpu_only(name: str, call: LinearAttentionCall) -> str | None:
     return None
 
 
+def _triton_requires(call: LinearAttentionCall) -> str | None:
+    if call.head_dim > LARGEST_HEAD_SIZE:
+        return (
+            f"triton computes heads of up to {LARGEST_HEAD_SIZE} channels, and hidden_size / num_attention_heads is "
+            f"{call.head_dim}: use 'auto' or 'chunked'"
+        )
+    return _gpu_only("triton", call)
+
+
 def _lightning_requires(call: LinearAttentionCall) -> str | None:
     if call.device_type != "cpu" and call.head_dim not in LIGHTNING_HEAD_SIZES:
         return (
@@ -373,6 +383,7 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS = {
     "eager": Implementation(recurrent_linear_attention),
     "chunked": Implementation(chunked_linear_attention),
+    "triton": Implementation(triton_linear_attention, requires=_triton_requires, package=("triton", "triton")),
     "fla": Implementation(
         fla_linear_attention,
         requires=functools.partial(_gpu_only, "fla"),

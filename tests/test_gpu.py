@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from iflame_hf import StaticIFlameCache
 from iflame_hf.layout_iflame import RowLayout
+from iflame_hf.linear_kernels_iflame import triton_linear_attention
 from iflame_hf.ops_iflame import (
     alibi_slopes,
     fla_linear_attention,
@@ -40,6 +41,7 @@ FLA = installed("fla", "flash-linear-attention")
 FLASH = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
 PAIRS = [
     pytest.param("sdpa", "chunked"),
+    pytest.param("sdpa", "triton"),
     pytest.param("sdpa", "lightning_attn", marks=LIGHTNING),
     pytest.param("sdpa", "fla", marks=FLA),
     pytest.param("flash_attention_2", "chunked", marks=FLASH),
@@ -48,6 +50,7 @@ PAIRS = [
 # flex_attention is compiled anew for each length, so it is tested where its masks are.
 PAIRS_AND_FLEX = [*PAIRS, pytest.param("flex_attention", "chunked")]
 OPERATORS = [
+    pytest.param(triton_linear_attention, id="triton"),
     pytest.param(lightning_linear_attention, id="lightning_attn", marks=LIGHTNING),
     pytest.param(fla_linear_attention, id="fla", marks=FLA),
 ]
@@ -270,8 +273,9 @@ def test_recurrent_states_stay_in_float32(attention, linear_attention):
     assert all(state.dtype == torch.float32 and state.isfinite().all() for state in states)
 
 
-def test_a_compiled_training_step_has_no_graph_break_and_the_same_gradients():
-    model = model_with("sdpa", "chunked").train()
+@pytest.mark.parametrize("linear_attention", ["chunked", "triton"])
+def test_a_compiled_training_step_has_no_graph_break_and_the_same_gradients(linear_attention):
+    model = model_with("sdpa", linear_attention).train()
     compiled = torch.compile(model, fullgraph=True)
     expected = gradients_of(model, rows_of(), torch.float32)
     assert relative_error(gradients_of(model, rows_of(), torch.float32, compiled), expected) < 1e-3
@@ -327,6 +331,27 @@ def test_an_operator_gives_the_recurrences_outputs_state_and_gradients(operator,
     assert all(error < OPERATOR_ERRORS[dtype] for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("size", [16, 24, 32, 64, 128])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.float16, 3e-3), (torch.bfloat16, 1.5e-2)])
+def test_our_kernels_take_every_size_and_type_and_give_the_same_numbers_in_every_run(size, dtype, error):
+    random = torch.Generator(DEVICE).manual_seed(0)
+    inputs = [torch.randn(2, 900, 3, size, generator=random, device=DEVICE).to(dtype) for _ in range(3)]
+    inputs.append(torch.randn(2, 3, size, size, generator=random, device=DEVICE))
+    begins = torch.zeros(2, 900, dtype=torch.bool)
+    begins[[0, 0, 0, 1], [63, 64, 500, 200]] = True
+    bounds = RowLayout.of_begins(begins, 900, (1,)).to(DEVICE).bounds()
+
+    def results(function):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output, final = function(*leaves[:3], alibi_slopes(3, DEVICE), leaves[3], bounds)
+        loss = output.float().square().mean() + final.square().mean()
+        return [output, final, *torch.autograd.grad(loss, leaves)]
+
+    found, expected = results(triton_linear_attention), results(recurrent_linear_attention)
+    assert all(relative_error(x, y) < error for x, y in zip(found, expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(found, results(triton_linear_attention), strict=True))
+
+
 def packed_batch():
     """Two rows of random meshes on the device, with the layout that a packer makes on the host."""
     begins = torch.zeros(2, 25, dtype=torch.bool)
@@ -348,7 +373,9 @@ def waits_of(function):
     return [str(each.message) for each in caught if "synchronizing CUDA operation" in str(each.message)]
 
 
-@pytest.mark.parametrize(("attention", "linear_attention"), [("sdpa", "chunked"), ("flex_attention", "chunked")])
+@pytest.mark.parametrize(
+    ("attention", "linear_attention"), [("sdpa", "chunked"), ("sdpa", "triton"), ("flex_attention", "chunked")]
+)
 def test_a_training_step_on_packed_rows_does_not_wait_for_the_device(attention, linear_attention):
     model = model_with(attention, linear_attention).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

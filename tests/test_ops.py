@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from linear_attention_formula import SLOPES, agreement, attention_formula, bounds_from, random_inputs
 from small_models import relative_error, small_model
 
 from iflame_hf import IFlameForCausalLM, ops_iflame
@@ -28,8 +29,6 @@ from iflame_hf.ops_iflame import (
 )
 
 PLAIN = [recurrent_linear_attention, chunked_linear_attention]
-# no powers of two, which a half-precision format would hold exactly
-SLOPES = alibi_slopes(16)[[0, 6, 14]]
 
 
 @pytest.fixture(autouse=True)
@@ -120,68 +119,6 @@ def test_angles_are_float32_whatever_the_dtype_of_positions_and_inputs():
     expected = rotated_by_complex_numbers(torch.ones(1, 1, 1, 32), positions, 1024.0)
     assert turned.dtype == torch.bfloat16
     torch.testing.assert_close(turned.double(), expected, atol=1e-2, rtol=0)
-
-
-def attention_formula(q, k, v, slopes, state=None, bounds=None):
-    """o_t = sum over j <= t of exp(-s (t - j)) (q_t k_j) v_j, within a mesh, all pairs in float64."""
-    batch, length, heads, size = q.shape
-    q, k, v, slopes = q.double(), k.double(), v.double(), slopes.double()
-    index = torch.arange(length)
-    meshes = torch.zeros(batch, length, dtype=torch.long) if bounds is None else bounds.meshes
-    distance = (index[:, None] - index).clamp(min=0)
-    allowed = (index[:, None] >= index) & (meshes[:, :, None] == meshes[:, None, :])
-    outputs, states = [], []
-    for head in range(heads):
-        decay = torch.exp(-slopes[head] * distance) * allowed
-        output = ((q[:, :, head] @ k[:, :, head].mT) * decay) @ v[:, :, head]
-        last = (k[:, :, head] * decay[:, -1, :, None]).mT @ v[:, :, head]
-        if state is not None:
-            first = (meshes == meshes[:, :1]).double()
-            entering = first * torch.exp(-slopes[head] * (index + 1))
-            output = output + entering[..., None] * (q[:, :, head] @ state[:, head].double())
-            last = last + entering[:, -1, None, None] * state[:, head].double()
-        outputs.append(output)
-        states.append(last)
-    return torch.stack(outputs, dim=2), torch.stack(states, dim=1)
-
-
-def random_inputs(batch, length, heads, size, seed=0, requires_grad=True):
-    random = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(batch, length, heads, size, generator=random) for _ in range(3)]
-    inputs.append(torch.randn(batch, heads, size, size, generator=random))
-    return [x.requires_grad_(requires_grad) for x in inputs]
-
-
-def bounds_from(starts, length):
-    """The bounds of meshes that begin at the given items of each row."""
-    begins = torch.zeros(len(starts), length, dtype=torch.bool)
-    for row, items in enumerate(starts):
-        begins[row, list(items)] = True
-    meshes = begins.flatten().cumsum(dim=0).view(begins.shape) - 1
-    offsets = torch.tensor([row * length + item for row, items in enumerate(starts) for item in items])
-    offsets = torch.cat([offsets, torch.tensor([begins.numel()])]).to(torch.int32)
-    return MeshBounds(meshes, offsets, offsets, int(offsets.diff().max()))
-
-
-def agreement(function, length, state=True, starts=None, heads=3, size=8, tolerance=5e-6):
-    """Compares outputs, final states and all gradients with the formula."""
-    batch = 2 if starts is None else len(starts)
-    q, k, v, initial = random_inputs(batch, length, heads, size)
-    initial = initial if state else None
-    bounds = None if starts is None else bounds_from(starts, length)
-    slopes = SLOPES[:heads]
-    inputs = [q, k, v] + [initial] * state
-    results = {}
-    for name, compute in (("expected", attention_formula), ("value", function)):
-        output, last = compute(q, k, v, slopes, initial, bounds)
-        assert output.shape == q.shape and last.shape == (batch, heads, size, size)
-        weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view_as(output)
-        loss = (output * weights).sum() + (last * last).sum()
-        gradients = torch.autograd.grad(loss, inputs)
-        results[name] = [output, last, *gradients]
-    for value, expected in zip(results["value"], results["expected"], strict=True):
-        assert value.dtype == torch.float32
-        assert relative_error(value, expected) < tolerance
 
 
 @pytest.mark.parametrize("function", PLAIN)
@@ -312,7 +249,7 @@ def test_a_single_item_is_the_recurrence_itself(name):
     torch.testing.assert_close(output.view(2, 3, 1, 8), q.view(2, 3, 1, 8) @ expected)
 
 
-PACKAGES = [("fla", "flash-linear-attention"), ("lightning_attn", "lightning-attn")]
+PACKAGES = [("fla", "flash-linear-attention"), ("lightning_attn", "lightning-attn"), ("triton", "triton")]
 
 
 @pytest.mark.parametrize(("name", "package"), PACKAGES)
@@ -323,6 +260,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     with pytest.raises(ImportError, match=f"pip install {package}"):
         small_model(linear_attn_implementation=name)
     q, k, v, _ = random_inputs(1, 5, 3, 8)
+    if name == "triton":  # which its module looks for once
+        return
     direct = {"fla": fla_linear_attention, "lightning_attn": lightning_linear_attention}[name]
     with pytest.raises(ImportError, match=f"pip install {package}"):
         direct(q, k, v, SLOPES)
@@ -483,6 +422,14 @@ def test_what_an_implementation_cannot_do_is_chunked_and_said(name, arguments, r
 def test_the_step_of_an_implementation_is_its_own_unless_a_mesh_begins(name):
     assert choose_linear_attention(name, call(length=1, has_state=True)) == name
     assert choose_linear_attention(name, call(length=1)) == "eager"
+
+
+def test_triton_refuses_heads_that_are_too_large_for_its_kernels_and_takes_every_other_call():
+    with pytest.raises(ValueError, match=r"up to 128 channels, and hidden_size / num_attention_heads is 192"):
+        choose_linear_attention("triton", call(size=192))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_linear_attention("triton", call(several=True, has_state=True, compiled=True)) == "triton"
 
 
 def test_lightning_attn_refuses_head_sizes_that_its_kernel_does():
