@@ -26,6 +26,7 @@ from .ops_iflame import (
     linear_attention,
     linear_attention_step,
 )
+from .products_iflame import joined_linear, may_join, swiglu
 from .states_iflame import OpenGroup, is_writable
 from .versions_iflame import CACHE_NAME, IFlameCausalLMOutput, IFlameModelOutput, one_cache
 
@@ -67,6 +68,8 @@ class IFlameMLP(nn.Module):
         self.down_proj.writes_residual = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if may_join(hidden_states, self.gate_proj, self.up_proj, self.down_proj):
+            return swiglu(hidden_states, self.gate_proj, self.up_proj, self.down_proj)
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -103,10 +106,17 @@ class IFlameAttention(nn.Module):
 
     def project(self, hidden_states: torch.Tensor, level: LevelInputs):
         """(B, T, C) -> query, key, value, each (B, T, H, D)."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = apply_rotary(self.q_proj(hidden_states).view(heads), level.cos, level.sin)
-        key = apply_rotary(self.k_proj(hidden_states).view(heads), level.cos, level.sin)
-        return query, key, self.v_proj(hidden_states).view(heads)
+        width = 2 * self.q_proj.out_features
+        if may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj):
+            projected = joined_linear(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+            # A copy, or all three would be kept for the backward pass as long as the values.
+            turning, value = projected[..., :width], projected[..., width:].contiguous()
+        else:
+            turning = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states)], dim=-1)
+            value = self.v_proj(hidden_states)
+        heads = (-1, self.head_dim)
+        turned = apply_rotary(turning.unflatten(-1, heads), level.cos, level.sin)
+        return *turned.chunk(2, dim=-2), value.unflatten(-1, heads)
 
 
 class IFlameFullAttention(IFlameAttention):
