@@ -153,10 +153,12 @@ def measure(
 
 
 @contextmanager
-def reported(row: Row, rows: list[Row], device: torch.device) -> Iterator[None]:
+def reported(
+    row: Row, rows: list[Row], device: torch.device, figure: str = "tokens_per_second", unit: str = "tokens/s"
+) -> Iterator[None]:
     """
-    Adds the row to the rows, and frees memory. A variant that is wrong, fails, or does not fit into memory becomes a
-    row without figures, and the others are still measured.
+    Adds the row to the rows, says its main figure, and frees memory. A variant that is wrong, fails, or does not fit
+    into memory becomes a row without figures, and the others are still measured.
     """
     started = time.perf_counter()
     sizes, reason = dict(row), {}
@@ -173,7 +175,7 @@ def reported(row: Row, rows: list[Row], device: torch.device) -> Iterator[None]:
         row.clear()
         row.update(sizes, **reason)
     rows.append(row)
-    outcome = row.get("wrong") or row.get("failed") or f"{_cell(row.get('tokens_per_second'))} tokens/s"
+    outcome = row.get("wrong") or row.get("failed") or f"{_cell(row.get(figure))} {unit}"
     print(f"{', '.join(map(str, sizes.values()))}: {outcome} ({time.perf_counter() - started:.0f} s)", flush=True)
     gc.collect()
     torch.compiler.reset()

@@ -2,7 +2,7 @@
 # Tests and measures on one GPU: the GPU tests, generate(), training steps. Logs go to OUT; the tables end the output.
 #   bash benchmarks/run_gpu.sh OUT [REFERENCE]
 # OUT: a folder for the logs. REFERENCE: a folder of the original code, measured beside ours.
-# STAGES (default "tests generate train"; also many, flash) chooses; LIMIT (default 480) ends a stage after so many seconds.
+# STAGES (default "tests generate train"; also many, attention, flash) chooses; LIMIT (default 480) ends a stage after so many seconds.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: run_gpu.sh OUT [REFERENCE]}
@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 linear=$($python -c '
 from importlib.util import find_spec
-print(*[name for name in ("fla", "lightning_attn") if find_spec(name)], "chunked")
+print(*[name for name in ("fla", "lightning_attn") if find_spec(name)], "triton", "chunked")
 ')
 flash=$($python -c 'from transformers.utils import is_flash_attn_2_available as there; print(there() or "")')
 workers=$($python -c 'from importlib.util import find_spec; print("-n 6" if find_spec("xdist") else "")')
@@ -37,6 +37,8 @@ for each in ${STAGES:-tests generate train}; do
     # a single step is the recurrence, whatever the implementation: one is enough
     generate) stage generate "$python" benchmarks/bench_generate.py --preset published --batch_size 1 64 $reference ;;
     many) stage many "$python" benchmarks/bench_many.py --preset published --rows 512 --meshes 4000 ;;
+    attention) stage attention "$python" benchmarks/bench_attention.py --linear $linear --full flash cudnn varlen &&
+      stage attention_packed "$python" benchmarks/bench_attention.py --faces 205 --linear triton chunked --full varlen flex ;;
     train) stage train "$python" benchmarks/bench_train.py --preset published --compile \
       --linear_attn_implementation $linear $reference ;;
     flash) [ -z "$flash" ] || stage flash "$python" benchmarks/bench_train.py --preset published \
@@ -52,7 +54,10 @@ for each in ${STAGES:-tests generate train}; do
     tests)
       sed -n 's/^SKIPPED \[[0-9]*\] [^ ]* //p' "$out/tests.txt" | sort | uniq -c
       grep -E "^(FAILED|ERROR|E  )|passed|failed" "$out/tests.txt" | cut -c1-200 | tail -40 ;;
-    *) [ ! -e "$out/$each.txt" ] || grep -vE '^\{|[Ww]arning' "$out/$each.txt" | tail -25 | cut -c1-180 ;;
+    *)
+      for log in "$out/$each.txt" "$out/${each}_packed.txt"; do
+        [ ! -e "$log" ] || grep -vE '^\{|[Ww]arning' "$log" | tail -25 | cut -c1-180
+      done ;;
   esac
 done
 printf '%s\n' "" "${summary[@]}"

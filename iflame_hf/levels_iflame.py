@@ -264,7 +264,7 @@ def _one_level(config, level, tokens, seen, rows, cache):
             raise ValueError(
                 "attn_implementation='flex_attention' runs on a GPU only, and the model is on the CPU: use 'sdpa'"
             )
-        mask = _block_mask(positions, before, after, device)
+        mask = block_mask(positions, before, after, device)
     else:
         mask, kwargs = _mask(bounds, positions, index, before, "flash" in (implementation or ""))
     call = LinearAttentionCall(
@@ -321,7 +321,7 @@ def _packing(bounds):
     return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
 
 
-def _block_mask(positions, before, after, device):
+def block_mask(positions, before, after, device):
     """
     The same masks as a torch BlockMask, which skips whole blocks of items that see nothing of each other.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from benchmarks import bench_generate, bench_loader, bench_train, common, reference
+from benchmarks import bench_attention, bench_generate, bench_loader, bench_train, common, reference
 from benchmarks.models import draw_models, mesh_labels
 from benchmarks.oracle import Oracle, WrongResult, require_close
 from iflame_hf import IFlameConfig
@@ -106,6 +106,32 @@ def test_tokens_per_second_count_every_new_token_of_every_row(capsys):
     (row,) = result["rows"]
     assert row["row_tokens"] == 63
     assert row["tokens_per_second"] == pytest.approx([126_000 / each for each in row["milliseconds_per_step"]])
+
+
+@pytest.mark.parametrize(("faces", "meshes"), [([], 2), (["--faces", "9"], 3)])
+def test_attention_is_measured_by_itself_and_right_for_rows_of_one_mesh_and_of_several(capsys, faces, meshes):
+    options = (
+        "--device cpu --batch_size 2 --items 99 --heads 2 --head_dim 16 --repeats 1 --linear chunked eager".split()
+    )
+    status, printed, result = run(capsys, bench_attention.main, [*options, *faces, "--full", "math"])
+    assert [row["implementation"] for row in result["rows"]] == ["chunked", "eager", "math"]
+    measured = result["rows"][: 2 if faces else 3]
+    for row in measured:
+        assert min(row["forward_ms"]) > 0 and len(row["step_ms"]) == 2 and row["meshes"] >= meshes
+    assert status == int(bool(faces))
+    if faces:
+        assert "knows no packed rows" in result["rows"][2]["wrong"] and "knows no packed rows" in printed
+
+
+def test_attention_that_is_wrong_gets_no_figures(capsys, monkeypatch):
+    def without_decay(q, k, v, slopes, *others):
+        return recurrent_linear_attention(q, k, v, 0 * slopes, *others)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "chunked", IMPLEMENTATIONS["chunked"]._replace(function=without_decay))
+    options = "--device cpu --batch_size 1 --items 99 --heads 2 --head_dim 16 --repeats 1 --linear chunked".split()
+    status, _, result = run(capsys, bench_attention.main, options)
+    assert status == 1 and "output: relative error" in result["rows"][0]["wrong"]
+    assert "step_ms" not in result["rows"][0]
 
 
 LOADER = "--meshes 300 --row_length 6921 1818 --batch_size 3 --num_workers 0 --seconds 0.2 --warmup 0".split()

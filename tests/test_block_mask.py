@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from iflame_hf.levels_iflame import BLOCK_SIZE, _block_mask
+from iflame_hf.levels_iflame import BLOCK_SIZE, block_mask
 
 LENGTH = 5 * BLOCK_SIZE + 70
 # Meshes of a row begin here; some within a block, at its edge, and many in one block.
@@ -25,8 +25,8 @@ def max_start(index, starts):
     return starts[torch.searchsorted(starts, index, right=True) - 1]
 
 
-def block_mask(positions, before, after):
-    return _block_mask(positions, before, after, torch.device("cpu"))
+def mask_of(positions, before, after):
+    return block_mask(positions, before, after, torch.device("cpu"))
 
 
 def of_torch(positions, before, after):
@@ -62,21 +62,21 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_packed_rows_skip_and_fill_the_blocks_that_torch_does(rows):
     positions = positions_of(rows)
-    found, expected = block_mask(positions, 0, LENGTH), of_torch(positions, 0, LENGTH)
+    found, expected = mask_of(positions, 0, LENGTH), of_torch(positions, 0, LENGTH)
     assert_same(found, expected)
     assert 0 < int(found.full_kv_num_blocks.sum() + found.kv_num_blocks.sum())
 
 
 def test_rows_of_one_mesh_need_no_positions():
-    assert_same(block_mask(None, 0, LENGTH), of_torch(None, 0, LENGTH))
+    assert_same(mask_of(None, 0, LENGTH), of_torch(None, 0, LENGTH))
 
 
 @pytest.mark.parametrize("before", [1, 100, BLOCK_SIZE, 2 * BLOCK_SIZE + 3])
 def test_items_after_a_filled_cache_see_what_the_cache_holds_of_their_mesh(before):
-    assert_same(block_mask(None, before, LENGTH), of_torch(None, before, LENGTH))
+    assert_same(mask_of(None, before, LENGTH), of_torch(None, before, LENGTH))
     starts = torch.tensor([[0], [min(before, 90)]])
     positions = torch.arange(before, LENGTH) - starts
-    assert_same(block_mask(positions, before, LENGTH), of_torch(positions, before, LENGTH))
+    assert_same(mask_of(positions, before, LENGTH), of_torch(positions, before, LENGTH))
 
 
 def test_attention_through_it_is_softmax_over_the_mesh_so_far():
@@ -87,4 +87,4 @@ def test_attention_through_it_is_softmax_over_the_mesh_so_far():
     index = torch.arange(LENGTH)
     mask = (index <= index[:, None]) & (index >= starts[..., None])
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    torch.testing.assert_close(flex_attention(q, k, v, block_mask=block_mask(positions, 0, LENGTH)), expected)
+    torch.testing.assert_close(flex_attention(q, k, v, block_mask=mask_of(positions, 0, LENGTH)), expected)

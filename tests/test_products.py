@@ -42,9 +42,8 @@ def test_swiglu_over_padded_units_is_swiglu(units):
 
 
 def test_inner_units_of_a_product_are_a_multiple_of_16(monkeypatch):
-    sizes = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: sizes.append(weight.shape) or linear(x, weight, bias))
+    sizes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, bias=None: sizes.append(w.shape) or linear(x, w, bias))
     swiglu(torch.randn(3, 24), *layers(units=65, dtype=torch.float32))
     assert [tuple(size) for size in sizes] == [(160, 24), (24, 80)]
 
