@@ -1,7 +1,7 @@
 """
 Speed of a training step, of this model and, given a folder of its code, of the original.
 
-    python benchmarks/bench_train.py [--preset published] [--compile] [--reference DIR]
+    python benchmarks/bench_train.py [--preset published] [--mesh_faces 205] [--optim muon] [--step eager blocks]
 
 Every variant's gradients are tested against the recurrence and spelled-out attention in float32 first, and it
 has no figures if they fail.
@@ -9,11 +9,14 @@ has no figures if they fail.
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -21,9 +24,14 @@ from torch.nn import functional as F
 from benchmarks import common
 from benchmarks.common import Row, gibibytes, measure
 from benchmarks.models import build_model, draw_models, mesh_labels, mesh_tokens
-from benchmarks.oracle import Oracle, WrongResult, computes_in, flat_gradients, gradients_of, require_close
+from benchmarks.oracle import Oracle, WrongResult, computes_in, flat_gradients, require_close
+from iflame_hf import IFlameConfig, IFlameTokenizer
 from iflame_hf.format_iflame import known_format
+from iflame_hf.layout_iflame import RowLayout
 from training.convert_checkpoint import convert_weights
+from training.optim.groups import OPTIMIZERS, create_optimizer
+from training.rows.pack import EXTRA_FACES, IGNORED, best_fit, pack, row_inputs
+from training.run.create import compile_blocks
 from training.run.ending import ends_in_words
 
 TOKENS_PER_FACE = known_format().tokens_per_face
@@ -34,6 +42,9 @@ PRESETS = {
     "published": {"batch_size": [8], "faces": 767, "repeats": 5},
     "demo": {"batch_size": [2], "faces": 60, "repeats": 2},
 }
+STEPS = ("eager", "compiled", "blocks")
+# Of the rows whose gradients are tested: faces of a row, and of a mesh where several share it.
+TEST_FACES, TEST_MESH_FACES, TEST_ROWS = 30, 8, 2
 COLUMNS = {
     "model": "model",
     "step": "step",
@@ -42,22 +53,42 @@ COLUMNS = {
     "row_tokens": "tokens a row",
     "tokens_per_second": "tokens/s",
     "milliseconds_per_step": "ms/step",
+    "labels_per_second": "labels/s",
+    "first_step_seconds": "first step s",
     "memory_gib": "GiB",
 }
 NOTES = """\
-A step: forward, loss, backward, clipping, AdamW; weights in float32, autocast to the dtype; one mesh fills a row.
-Two figures are two measurements. Memory is the GPU's peak.
+A step: forward, loss, backward, clipping, optimiser; weights in float32, autocast to the dtype. Rows are of one mesh
+each, or packed with meshes of --mesh_faces on average; labels are the tokens learnt from. The original packs nothing:
+its labels/s count what is no padding where each row holds one such mesh. Compiled: the whole network; blocks: each
+block by itself, as train.py does. Two figures are two measurements. Memory is the GPU's peak.
 """
 MAX_GRAD_NORM = 1.0
 
-Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+class Rows(NamedTuple):
+    """What a step learns from."""
+
+    input_ids: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T), -100 where nothing is to be predicted
+    layout: RowLayout | None = None  # None: one mesh a row
+
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(*(None if each is None else each.to(device) for each in self))
+
+    @property
+    def num_labels(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+
+Loss = Callable[[nn.Module, Rows], torch.Tensor]
 Gradients = dict[str, torch.Tensor]
 
 
 class FirstStep:
     """One batch and its gradients: those of the first variant, which was tested on shorter rows, are those of all."""
 
-    def __init__(self, rows: torch.Tensor):
+    def __init__(self, rows: Rows):
         self.rows = rows
         self.gradients: torch.Tensor | None = None
 
@@ -67,14 +98,44 @@ class FirstStep:
         require_close("gradients of the first step", gradients, self.gradients, allowed)
 
 
-def our_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids, labels=mesh_labels(input_ids), use_cache=False).loss
+def draw_rows(config: IFlameConfig, rows: int, faces: int, mesh_faces: int | None, seed: int) -> Rows:
+    """
+    Rows of 9 (`faces` + 2) tokens: one mesh of so many faces each, or packed by best fit, as train.py does, with
+    meshes of half to one and a half times `mesh_faces`.
+    """
+    if mesh_faces is None:
+        ids = mesh_tokens(config, rows, faces, seed, end=True)
+        return Rows(ids, mesh_labels(ids))
+    random = np.random.default_rng(seed)
+    capacity = faces + EXTRA_FACES
+    counts = random.integers(max(1, mesh_faces // 2), min(3 * mesh_faces // 2, faces) + 1, 4 * rows * capacity)
+    counts = counts[: np.searchsorted(np.cumsum(counts + EXTRA_FACES), 1.2 * rows * capacity) + 1]
+    sizes = sorted((counts + EXTRA_FACES).tolist(), reverse=True)
+    chosen = sorted(best_fit(sizes, capacity), key=lambda row: -sum(sizes[mesh] for mesh in row))[:rows]
+    sequences = [
+        [mesh_tokens(config, 1, sizes[mesh] - EXTRA_FACES, seed + mesh, end=True)[0].numpy() for mesh in row]
+        for row in chosen
+    ]
+    tokenizer = IFlameTokenizer()
+    inputs = row_inputs(pack(sequences, capacity * TOKENS_PER_FACE, tokenizer), tokenizer)
+    return Rows(inputs["input_ids"], inputs["labels"], inputs["layout"])
 
 
-def original_loss(network: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+def our_loss(model: nn.Module, rows: Rows) -> torch.Tensor:
+    return model(rows.input_ids, labels=rows.labels, layout=rows.layout, use_cache=False).loss
+
+
+def original_loss(network: nn.Module, rows: Rows) -> torch.Tensor:
     """The same loss: every token after the start face, from the one before it."""
-    logits = network(input_ids)[:, TOKENS_PER_FACE - 1 : -1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, TOKENS_PER_FACE:].flatten())
+    logits = network(rows.input_ids)[:, TOKENS_PER_FACE - 1 : -1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows.labels[:, TOKENS_PER_FACE:].flatten())
+
+
+def gradients_of(network: nn.Module, loss_of: Loss, rows: Rows, dtype: torch.dtype) -> Gradients:
+    with torch.autocast(rows.input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        loss = loss_of(network, rows)
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def add_figures(
@@ -82,19 +143,25 @@ def add_figures(
     options: argparse.Namespace,
     network: nn.Module,
     loss_of: Loss,
-    rows: torch.Tensor,
+    rows: Rows,
     require_first: Callable[[Gradients], None],
+    useful: float = 1.0,
 ) -> None:
     """
     Measures, and writes the figures into the row.
 
     Args:
-        rows: (B, T) tokens of every step.
         require_first: raises WrongResult unless the gradients of the first step, by the network's names, are right.
+        useful: share of the labels that are of a mesh.
     """
     device, dtype = options.device, common.DTYPES[options.dtype]
     run = torch.compile(network) if row["step"] == "compiled" else network
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
+    if row["step"] == "blocks":
+        compile_blocks(network)
+    if options.optim == "muon" and row["model"] != "original":
+        optimizer = create_optimizer(network, "muon", 1e-4, 0.1)
+    else:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
 
     def backward() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -103,7 +170,10 @@ def add_figures(
         loss.backward()
         return loss.detach()
 
+    started = time.perf_counter()
     last_loss = backward()
+    common.synchronize(device)
+    row["first_step_seconds"] = time.perf_counter() - started
     require_first({name: parameter.grad for name, parameter in network.named_parameters()})
 
     def step() -> None:
@@ -117,38 +187,57 @@ def add_figures(
     seconds, memory = measure(step, device, options.repeats)
     if not last_loss.isfinite():
         raise WrongResult(f"the loss became {float(last_loss)}")
-    row["tokens_per_second"] = [rows.numel() / each for each in seconds]
+    row["tokens_per_second"] = [rows.input_ids.numel() / each for each in seconds]
+    row["labels_per_second"] = [useful * rows.num_labels / each for each in seconds]
     row["milliseconds_per_step"] = [1000 * each for each in seconds]
     row["memory_gib"] = gibibytes(memory)
 
 
 def ours(
-    row: Row, options: argparse.Namespace, oracle: Oracle, first: FirstStep, attention: str, linear_attention: str
+    row: Row,
+    options: argparse.Namespace,
+    oracle: Oracle,
+    tested: Rows,
+    first: FirstStep,
+    attention: str,
+    linear_attention: str,
 ) -> None:
     device, dtype = options.device, common.DTYPES[options.dtype]
     allowed = oracle.gradients_error(computes_in(dtype, device, linear_attention))
     model = build_model(oracle.config, oracle.weights, device, torch.float32, attention, linear_attention).train()
-    tested = flat_gradients(gradients_of(model, oracle.input_ids.to(device), dtype))
-    require_close("gradients", tested, oracle.gradients, allowed)
+    expected = flat_gradients(gradients_of(oracle.model, our_loss, tested, torch.float32))
+    require_close(
+        "gradients", flat_gradients(gradients_of(model, our_loss, tested.to(device), dtype)), expected, allowed
+    )
     add_figures(row, options, model, our_loss, first.rows, lambda found: first.require(flat_gradients(found), allowed))
 
 
 def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, first: FirstStep, network: nn.Module) -> None:
+    """
+    Args:
+        first: of rows of one mesh each.
+    """
     device, dtype = options.device, common.DTYPES[options.dtype]
     network.to(device).train()
 
     def by_our_names(gradients: Gradients) -> torch.Tensor:
         return flat_gradients(convert_weights(gradients, oracle.config.num_attention_heads)[1])
 
-    network.zero_grad()
-    original_loss(network, oracle.input_ids.to(device)).backward()
-    tested = by_our_names({name: parameter.grad for name, parameter in network.named_parameters()})
-    require_close("gradients", tested, oracle.gradients, oracle.gradients_error(computes_in(torch.float32, device)))
+    tested = Rows(oracle.input_ids, mesh_labels(oracle.input_ids)).to(device)
+    found = by_our_names(gradients_of(network, original_loss, tested, torch.float32))
+    require_close("gradients", found, oracle.gradients, oracle.gradients_error(computes_in(torch.float32, device)))
     allowed = oracle.gradients_error(computes_in(dtype, device))
+    useful = 1.0 if options.mesh_faces is None else (options.mesh_faces + 1) / (options.faces + 1)
     # As its training script does; what dynamo cannot trace then runs as it is.
     with torch._dynamo.config.patch(suppress_errors=True):
         add_figures(
-            row, options, network, original_loss, first.rows, lambda found: first.require(by_our_names(found), allowed)
+            row,
+            options,
+            network,
+            original_loss,
+            first.rows,
+            lambda found: first.require(by_our_names(found), allowed),
+            useful,
         )
 
 
@@ -156,30 +245,38 @@ def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, first: FirstSt
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_options(parser)
-    parser.add_argument("--compile", action="store_true", help="also measure every variant under torch.compile")
+    parser.add_argument("--step", nargs="+", default=["eager"], choices=STEPS, help="one or several, each measured")
+    parser.add_argument("--mesh_faces", type=int, help="mean faces of the meshes that rows are packed with")
+    parser.add_argument("--optim", default="adamw_torch", choices=OPTIMIZERS, help="of our steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
     options = common.parse_options(parser, PRESETS, arguments)
-    device = options.device
+    device, packed = options.device, options.mesh_faces is not None
+    if packed and not 1 <= options.mesh_faces <= options.faces:
+        parser.error(f"--mesh_faces must be from 1 to --faces ({options.faces}), got {options.mesh_faces}")
     try:
         models = draw_models(common.build_config(options), options.seed, options.reference, device)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     oracle = Oracle(models.config, models.weights, options.seed)
+    tested = draw_rows(models.config, TEST_ROWS, TEST_FACES, TEST_MESH_FACES if packed else None, options.seed)
 
     rows: list[Row] = []
     for batch in options.batch_size:
-        first = FirstStep(mesh_tokens(models.config, batch, options.faces, options.seed, end=True).to(device))
-        sizes = {"dtype": options.dtype, "batch_size": batch, "row_tokens": first.rows.shape[1]}
-        for step in ["eager", "compiled"] if options.compile else ["eager"]:
+        first = FirstStep(draw_rows(models.config, batch, options.faces, options.mesh_faces, options.seed).to(device))
+        of_one_mesh = first
+        if packed:
+            of_one_mesh = FirstStep(draw_rows(models.config, batch, options.faces, None, options.seed).to(device))
+        sizes = {"dtype": options.dtype, "batch_size": batch, "row_tokens": first.rows.input_ids.shape[1]}
+        for step in options.step:
             for attention in options.attn_implementation:
                 for linear_attention in options.linear_attn_implementation:
                     row = {"model": f"iflame_hf, {attention}, {linear_attention}", "step": step, **sizes}
                     with common.reported(row, rows, device):
-                        ours(row, options, oracle, first, attention, linear_attention)
-            if models.original is not None:
+                        ours(row, options, oracle, tested, first, attention, linear_attention)
+            if models.original is not None and step != "blocks":
                 row = {"model": "original", "step": step, **sizes}
                 with common.reported(row, rows, device):
-                    theirs(row, options, oracle, first, models.original())
+                    theirs(row, options, oracle, of_one_mesh, models.original())
     return common.report("train", options, rows, COLUMNS, NOTES + models.packages)
 
 

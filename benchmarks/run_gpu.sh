@@ -39,7 +39,7 @@ for each in ${STAGES:-tests generate train}; do
     many) stage many "$python" benchmarks/bench_many.py --preset published --rows 512 --meshes 4000 ;;
     attention) stage attention "$python" benchmarks/bench_attention.py --linear $linear --full flash cudnn varlen &&
       stage attention_packed "$python" benchmarks/bench_attention.py --faces 205 --linear triton chunked --full varlen flex ;;
-    train) stage train "$python" benchmarks/bench_train.py --preset published --compile \
+    train) stage train "$python" benchmarks/bench_train.py --preset published --step eager compiled \
       --linear_attn_implementation $linear $reference ;;
     flash) [ -z "$flash" ] || stage flash "$python" benchmarks/bench_train.py --preset published \
       --linear_attn_implementation ${linear%% *} --attn_implementation flash_attention_2 ;;

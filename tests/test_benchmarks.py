@@ -134,6 +134,37 @@ def test_attention_that_is_wrong_gets_no_figures(capsys, monkeypatch):
     assert "step_ms" not in result["rows"][0]
 
 
+PACKED = [*SIZES, "--faces", "30", "--mesh_faces", "7", "--warmup", "1", "--optim", "muon"]
+
+
+def test_steps_on_packed_rows_are_measured_with_train_pys_optimiser_and_count_their_labels(capsys):
+    status, printed, result = run(capsys, bench_train.main, PACKED)
+    assert status == 0, printed
+    (row,) = result["rows"]
+    tokens, labels = row["tokens_per_second"], row["labels_per_second"]
+    assert row["row_tokens"] == 9 * 32 and result["optim"] == "muon" and row["first_step_seconds"] > 0
+    # A row of 32 faces holds at least three meshes of up to 10, whose start faces are not learnt.
+    assert all(0.6 < label / token <= 29 / 32 for label, token in zip(labels, tokens, strict=True))
+
+
+def test_rows_are_packed_with_meshes_of_the_mean_asked_for():
+    rows = bench_train.draw_rows(IFlameConfig(hidden_size=32, num_attention_heads=4), 8, 767, 205, seed=0)
+    meshes = rows.layout.attributes["faces"]
+    assert rows.input_ids.shape == (8, 6921) and 195 < float(meshes[meshes >= 0].float().mean()) < 215
+    assert (rows.input_ids == 129).float().mean() < 0.05 and rows.layout.num_meshes > 24
+
+
+def forgets_where_meshes_begin(q, k, v, slopes, state=None, bounds=None, need_state=True):
+    return recurrent_linear_attention(q, k, v, slopes, state, None, need_state)
+
+
+def test_an_implementation_that_mixes_the_meshes_of_a_row_has_no_figures(capsys, monkeypatch):
+    fault = IMPLEMENTATIONS["chunked"]._replace(function=forgets_where_meshes_begin)
+    monkeypatch.setitem(IMPLEMENTATIONS, "chunked", fault)
+    status, _, result = run(capsys, bench_train.main, PACKED)
+    assert status == 1 and "gradients" in result["rows"][0]["wrong"]
+
+
 LOADER = "--meshes 300 --row_length 6921 1818 --batch_size 3 --num_workers 0 --seconds 0.2 --warmup 0".split()
 
 
@@ -379,6 +410,15 @@ def test_what_cannot_be_measured_is_refused_in_plain_words(capsys, arguments, me
     with pytest.raises(SystemExit) as end:
         bench_generate.main(arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_originals_labels_are_those_of_one_mesh_a_row_where_ours_packs(capsys, original):
+    arguments = [*TRAIN, "--mesh_faces", "2"]
+    status, printed, result = run(capsys, bench_train.main, with_reference(arguments, original))
+    assert status == 0, printed
+    ours, theirs = result["rows"]
+    assert theirs["labels_per_second"][0] == pytest.approx(theirs["tokens_per_second"][0] * 6 / 7 / 2)
+    assert ours["labels_per_second"][0] / ours["tokens_per_second"][0] > 0.5
 
 
 def test_the_original_cannot_be_built_with_other_stages(capsys, original):
