@@ -116,6 +116,6 @@ class Oracle:
 
 
 def computes_in(dtype: torch.dtype, device: torch.device, linear_attn_implementation: str = "auto") -> torch.dtype:
-    """The type that decides on the error: Triton's kernels multiply float32 as tf32, which is as short as float16."""
-    triton = device.type == "cuda" and linear_attn_implementation not in ("eager", "chunked")
-    return torch.float16 if triton and dtype == torch.float32 else dtype
+    """The type that decides on the error: packages multiply float32 as tf32, which is as short as float16."""
+    package = device.type == "cuda" and linear_attn_implementation not in ("eager", "chunked", "triton")
+    return torch.float16 if package and dtype == torch.float32 else dtype

@@ -32,7 +32,7 @@ except ImportError:  # optional
 # B batch, T items of a level, H heads, D head size, N segments of a row
 
 LARGEST_HEAD_SIZE = 128
-# Programs of a GPU that should run side by side, for each of its multiprocessors.
+# Rows are cut until there are so many programs for each multiprocessor of a GPU, of which two or three run at a time.
 PROGRAMS_A_MULTIPROCESSOR = 6
 # Every copy of this code, installed or from the Hub, has operators of its own.
 NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -83,7 +83,7 @@ def segment_states(
     WORK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    part, batch_head = tl.program_id(0), tl.program_id(1)
+    batch_head, part = tl.program_id(0), tl.program_id(1)
     columns: tl.constexpr = (D + BV - 1) // BV
     batch, head = (batch_head // heads).to(tl.int64), batch_head % heads
     number = part // columns
@@ -112,7 +112,7 @@ def segment_states(
             kept = tl.where(ends == owner, kept, 0.0)
             owner = ends
         state = _added_to_state(k, v, state, age, kept, PRECISION)
-    added_ptr += (batch_head.to(tl.int64) * (tl.num_programs(0) // columns) + number) * D * D
+    added_ptr += (batch_head.to(tl.int64) * (tl.num_programs(1) // columns) + number) * D * D
     tl.store(added_ptr + d[:, None] * D + dv, state, mask=(d < D)[:, None] & (dv < D))
 
 
@@ -153,9 +153,9 @@ def attend_segments(
     WORK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    part, batch_head = tl.program_id(0), tl.program_id(1)
+    batch_head, part = tl.program_id(0), tl.program_id(1)
     columns: tl.constexpr = (D + BV - 1) // BV
-    segments = tl.num_programs(0) // columns
+    segments = tl.num_programs(1) // columns
     batch, head = (batch_head // heads).to(tl.int64), batch_head % heads
     number = part // columns
     first = number * segment
@@ -232,7 +232,10 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(size: int, dtype: torch.dtype) -> Tiles:
-    """Tiles that fit the registers and 99 KB of shared memory, for heads of `size` channels, a power of two."""
+    """
+    Tiles for heads of `size` channels, a power of two, that fit 99 KB of shared memory and, but for float32 and 128
+    channels, the registers.
+    """
     if dtype != torch.bfloat16:
         return Tiles(32, min(size, 32), stages=2)
     if size <= 32:
@@ -240,34 +243,47 @@ def choose_tiles(size: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, 64 if size == 64 else 32, stages=2)
 
 
-def _segments(q: torch.Tensor) -> int:
+def _tiles_of(like: torch.Tensor) -> Tiles:
+    return choose_tiles(max(16, 1 << (like.shape[-1] - 1).bit_length()), like.dtype)
+
+
+def _segments(like: torch.Tensor) -> int:
     """Into how many segments rows are cut: enough of them to fill the GPU, and none where rows and heads do."""
+    batch, length, heads, size = like.shape
     processors = 4
-    if q.device.type == "cuda":
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return max(1, processors * PROGRAMS_A_MULTIPROCESSOR // (q.shape[0] * q.shape[2]))
+    if like.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(like.device).multi_processor_count
+    tiles = _tiles_of(like)
+    programs = batch * heads * -(-size // tiles.columns)
+    wanted = torch.sym_max(processors * PROGRAMS_A_MULTIPROCESSOR // programs, 1)
+    return torch.sym_min(wanted, -(-length // tiles.chunk))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products are computed whose operands are float32 to the kernel."""
+    if dtype == torch.bfloat16 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if dtype == torch.float16 else "tf32x3"
 
 
 class _Row:
     """How the kernels are to read the rows of a call: in segments, forwards or backwards."""
 
     def __init__(self, like: torch.Tensor, slopes: torch.Tensor, meshes: torch.Tensor | None, segments: int):
-        batch, self.length, self.heads, size = like.shape
-        self.slopes, self.meshes = slopes, meshes
-        padded = max(16, triton.next_power_of_2(size))
-        tiles = choose_tiles(padded, like.dtype)
+        self.batch, self.length, self.heads, self.size = like.shape
+        self.slopes, self.meshes, self.segments = slopes, meshes, segments
+        tiles = _tiles_of(like)
         self.segment = -(-self.length // (tiles.chunk * segments)) * tiles.chunk
-        self.batch, self.size, self.segments = batch, size, segments
-        self.parts = -(-size // tiles.columns)
+        self.parts = -(-self.size // tiles.columns)
         self.options = {
-            "D": size,
-            "BD": padded,
+            "D": self.size,
+            "BD": max(16, triton.next_power_of_2(self.size)),
             "BV": tiles.columns,
             "CHUNK": tiles.chunk,
             "BOUNDS": meshes is not None,
             # Products of half precision would overflow in it: its numbers are tf32's too.
             "WORK": tl.bfloat16 if like.dtype == torch.bfloat16 else tl.float32,
-            "PRECISION": "tf32" if like.dtype in (torch.bfloat16, torch.float16) else "tf32x3",
+            "PRECISION": _precision(like.dtype),
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }
@@ -279,7 +295,7 @@ class _Row:
         """What each segment but the last adds to the state, (B, H, N - 1, D, D) float32."""
         states = _states(k, self.segments - 1)
         if self.segments > 1:
-            segment_states[(self.segments - 1) * self.parts, self.batch * self.heads](
+            segment_states[self.batch * self.heads, (self.segments - 1) * self.parts](
                 *(k, v, states, self.meshes, self.slopes),
                 *self._way(backwards),
                 self.heads,
@@ -290,9 +306,10 @@ class _Row:
 
     def attend(self, q, k, v, added, initial=None, need_final=False, backwards=False, transposed=False):
         """o (B, T, H, D) and the state after the last item, or None; of states (B, H, D, D) that may be transposed."""
+        assert q.dtype == k.dtype == v.dtype and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         final = _states(q) if need_final else None
-        attend_segments[self.segments * self.parts, self.batch * self.heads](
+        attend_segments[self.batch * self.heads, self.segments * self.parts](
             *(q, k, v, output, added, initial, final, self.meshes, self.slopes),
             *self._way(backwards),
             *((1, self.size) if transposed else (self.size, 1)),
@@ -322,8 +339,9 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, the state after the last item (empty if it is not wanted), and what each segment but the last adds to it."""
     row = _Row(q, slopes, meshes, _segments(q))
-    added = row.added(k, v)
-    output, final = row.attend(q, k, v, added, state, need_state)
+    with torch.cuda.device_of(q):
+        added = row.added(k, v)
+        output, final = row.attend(q, k, v, added, state, need_state)
     return output, q.new_empty(0, dtype=torch.float32) if final is None else final, added
 
 
@@ -350,10 +368,11 @@ def _attention_backward(
     decay = torch.exp(-slopes)[:, None, None]
     # Read backwards, the gradient of the last state is a state before the first item, younger by one step.
     late = None if grad_state is None else (grad_state / decay).contiguous()
-    added_backwards = row.added(q, grad, backwards=True)
-    grad_q, _ = row.attend(grad, v, k, added, state, transposed=True)
-    grad_k, _ = row.attend(v, grad, q, added_backwards, late, backwards=True, transposed=True)
-    grad_v, early = row.attend(k, q, grad, added_backwards, late, need_final=state is not None, backwards=True)
+    with torch.cuda.device_of(q):
+        added_backwards = row.added(q, grad, backwards=True)
+        grad_q, _ = row.attend(grad, v, k, added, state, transposed=True)
+        grad_k, _ = row.attend(v, grad, q, added_backwards, late, backwards=True, transposed=True)
+        grad_v, early = row.attend(k, q, grad, added_backwards, late, need_final=state is not None, backwards=True)
     return grad_q, grad_k, grad_v, q.new_empty(0, dtype=torch.float32) if early is None else early * decay
 
 
@@ -367,11 +386,12 @@ def _save(ctx, inputs, output):
     q, k, v, slopes, state, meshes, need_state = inputs
     ctx.save_for_backward(q, k, v, slopes, state, meshes, output[2])
     ctx.need_state = need_state
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, grad_state, _):
     q, k, v, slopes, state, meshes, added = ctx.saved_tensors
-    grad = grad.to(q.dtype)
+    grad = torch.zeros_like(q, memory_format=torch.contiguous_format) if grad is None else grad
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     late = grad_state if ctx.need_state else None
@@ -393,14 +413,18 @@ def triton_linear_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Linear attention by this module's kernels; as `recurrent_linear_attention`, on a GPU, for heads of up to 128
-    channels. o has q's dtype; products are summed up in float32, from q, k and v in bfloat16 or, in any other dtype,
-    in tf32 (float32 by three products of it).
+    channels. o has q's dtype. Products are summed up in float32; in bfloat16 scores, weighted keys and the state that
+    queries read are rounded to it before they are multiplied. float16 is multiplied as tf32, which holds it, and
+    float32 by three products of tf32.
     """
     if triton is None:
         raise ImportError("linear_attn_implementation='triton' needs the package triton: pip install triton")
+    if q.numel() == 0:
+        final = _states(q).zero_() if state is None else state
+        return torch.empty_like(q), final if need_state else None
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     k, v = k.to(q.dtype), v.to(q.dtype)
     meshes = None if bounds is None else bounds.meshes.contiguous()
     state = None if state is None else state.contiguous()
-    output, final, _ = _attention(q, k, v, slopes.float(), state, meshes, need_state)
+    output, final, _ = _attention(q, k, v, slopes.float().contiguous(), state, meshes, need_state)
     return output, final if need_state else None

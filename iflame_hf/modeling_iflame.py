@@ -68,7 +68,7 @@ class IFlameMLP(nn.Module):
         self.down_proj.writes_residual = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if may_join(hidden_states, self.gate_proj, self.up_proj, self.down_proj):
+        if may_join(hidden_states, self.gate_proj, self.up_proj, self.down_proj, bias=True):
             return swiglu(hidden_states, self.gate_proj, self.up_proj, self.down_proj)
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
@@ -106,8 +106,8 @@ class IFlameAttention(nn.Module):
 
     def project(self, hidden_states: torch.Tensor, level: LevelInputs):
         """(B, T, C) -> query, key, value, each (B, T, H, D)."""
-        width = 2 * self.q_proj.out_features
-        if may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj):
+        if may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj, bias=False):
+            width = 2 * self.q_proj.out_features
             projected = joined_linear(hidden_states, self.q_proj, self.k_proj, self.v_proj)
             # A copy, or all three would be kept for the backward pass as long as the values.
             turning, value = projected[..., :width], projected[..., width:].contiguous()

@@ -321,6 +321,8 @@ def _triton_requires(call: LinearAttentionCall) -> str | None:
             f"triton computes heads of up to {LARGEST_HEAD_SIZE} channels, and hidden_size / num_attention_heads is "
             f"{call.head_dim}: use 'auto' or 'chunked'"
         )
+    if call.device_type not in ("cpu", "cuda"):
+        return f"linear_attn_implementation='triton' does not run on a {call.device_type} device: use 'auto'"
     return _gpu_only("triton", call)
 
 

@@ -17,12 +17,20 @@ MULTIPLE = 16
 # B batch, T items of a level, C channels, I inner units, P the same filled up to a multiple of 16
 
 
-def may_join(hidden_states: torch.Tensor, *layers: nn.Module) -> bool:
+def may_join(hidden_states: torch.Tensor, *layers: nn.Module, bias: bool) -> bool:
     """
-    Whether layers may be computed by their weights alone, and are worth it: each is a Linear and nothing else (no
-    adapter, no quantised or sharded weight, no hook), and there are items enough.
+    Whether layers may be computed by their weights alone, and are worth it: each is a Linear, with a bias or without
+    as said, and nothing else (no adapter, no quantised or sharded weight, no hook), and there are items enough. In an
+    exported graph, which may be run with any number of them, they are not.
     """
-    return hidden_states.shape[:-1].numel() >= LEAST_ITEMS and all(map(_is_plain, layers))
+    if _is_exporting() or hidden_states.shape[:-1].numel() < LEAST_ITEMS:
+        return False
+    return all(_is_plain(layer) and (layer.bias is not None) == bias for layer in layers)
+
+
+def _is_exporting() -> bool:
+    # torch before 2.7 does not tell exporting from compiling
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -46,7 +54,9 @@ def swiglu(hidden_states: torch.Tensor, gate: nn.Linear, up: nn.Linear, down: nn
     and biases of zero, and silu(0) * 0 = 0.
     """
     spare = -gate.out_features % MULTIPLE
-    weights = [F.pad(layer.weight, (0, 0, 0, spare)) for layer in (gate, up)]
-    biases = [F.pad(layer.bias, (0, spare)) for layer in (gate, up)]
-    gates, ups = F.linear(hidden_states, torch.cat(weights), torch.cat(biases)).chunk(2, dim=-1)
-    return F.linear(F.silu(gates) * ups, F.pad(down.weight, (0, spare)), down.bias)
+    no_weights, no_biases = gate.weight.new_zeros(spare, gate.in_features), gate.bias.new_zeros(spare)
+    weights = torch.cat([gate.weight, no_weights, up.weight, no_weights])
+    biases = torch.cat([gate.bias, no_biases, up.bias, no_biases])
+    gates, ups = F.linear(hidden_states, weights, biases).chunk(2, dim=-1)
+    outward = F.pad(down.weight, (0, spare)) if spare else down.weight
+    return F.linear(F.silu(gates) * ups, outward, down.bias)

@@ -100,7 +100,8 @@ class KeyValueState(LayerState):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends (B, H, T, D) keys and values and returns all so far. It has no slots."""
         if self.keys is None:
-            self.keys, self.values = keys, values
+            # Keys may come as a view into what holds the queries too, which need not stay.
+            self.keys, self.values = keys.contiguous(), values
         elif keys.requires_grad or self.keys.requires_grad:
             # Autograd still needs the old entries unchanged.
             self.keys = torch.cat([self.keys, keys], dim=2)

@@ -10,7 +10,7 @@ from small_models import BOS, EOS, mesh_rows, relative_error, small_model
 from torch.nn import functional as F
 from transformers.utils import is_flash_attn_2_available
 
-from iflame_hf import StaticIFlameCache
+from iflame_hf import StaticIFlameCache, linear_kernels_iflame
 from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.linear_kernels_iflame import triton_linear_attention
 from iflame_hf.ops_iflame import (
@@ -21,6 +21,8 @@ from iflame_hf.ops_iflame import (
 )
 from iflame_hf.states_iflame import RecurrentState
 from training.optim.average import MovingAverage
+from training.optim.groups import create_optimizer
+from training.run.results import StepResult
 
 pytestmark = pytest.mark.gpu
 
@@ -333,7 +335,12 @@ def test_an_operator_gives_the_recurrences_outputs_state_and_gradients(operator,
 
 @pytest.mark.parametrize("size", [16, 24, 32, 64, 128])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.float16, 3e-3), (torch.bfloat16, 1.5e-2)])
-def test_our_kernels_take_every_size_and_type_and_give_the_same_numbers_in_every_run(size, dtype, error):
+@pytest.mark.parametrize("segments", [1, 3, None])
+def test_our_kernels_take_every_size_and_type_and_give_the_same_numbers_in_every_run(
+    monkeypatch, size, dtype, error, segments
+):
+    if segments is not None:  # of many chunks each; of few rows a GPU gets segments of one
+        monkeypatch.setattr(linear_kernels_iflame, "_segments", lambda like: segments)
     random = torch.Generator(DEVICE).manual_seed(0)
     inputs = [torch.randn(2, 900, 3, size, generator=random, device=DEVICE).to(dtype) for _ in range(3)]
     inputs.append(torch.randn(2, 3, size, size, generator=random, device=DEVICE))
@@ -350,6 +357,14 @@ def test_our_kernels_take_every_size_and_type_and_give_the_same_numbers_in_every
     found, expected = results(triton_linear_attention), results(recurrent_linear_attention)
     assert all(relative_error(x, y) < error for x, y in zip(found, expected, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(found, results(triton_linear_attention), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_our_kernels_run_on_the_device_of_their_inputs():
+    inputs = [torch.randn(2, 100, 3, 32, device="cuda:1") for _ in range(3)]
+    found, _ = triton_linear_attention(*inputs, alibi_slopes(3, "cuda:1"))
+    expected, _ = recurrent_linear_attention(*inputs, alibi_slopes(3, "cuda:1"))
+    assert found.device == inputs[0].device and relative_error(found, expected) < 2e-5
 
 
 def packed_batch():
@@ -378,18 +393,23 @@ def waits_of(function):
 )
 def test_a_training_step_on_packed_rows_does_not_wait_for_the_device(attention, linear_attention):
     model = model_with(attention, linear_attention).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = create_optimizer(model, "muon", 1e-3, 0.1, fused=True)
     batch = packed_batch()
+    results = []
 
     def step():
         with torch.autocast(DEVICE, torch.bfloat16):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        found = torch.stack([norm, loss.detach()])
+        optimizer.found_inf = (~found.isfinite().all()).float()
         optimizer.step()
         optimizer.zero_grad()
+        results.append(StepResult(1, 1, loss.detach(), found))
 
     step()
+    assert 0 < results[0].read()[1] < 20
     assert waits_of(step) == []
     assert waits_of(lambda: model(batch["input_ids"], position_ids=batch["layout"].positions(), use_cache=False))
 

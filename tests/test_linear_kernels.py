@@ -154,19 +154,39 @@ def test_torch_compile_makes_one_graph_of_it_forwards_and_backwards(in_segments)
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "segments"), [(8, 16, 6), (1, 16, 49), (48, 16, 1), (1, 1, 792), (1024, 16, 1)]
+    ("rows", "items", "heads", "segments"),
+    [(8, 6921, 16, 6), (1, 36009, 16, 49), (48, 6921, 16, 1), (1, 6921, 1, 109), (1024, 6921, 16, 1), (8, 100, 16, 2)],
 )
-def test_rows_are_cut_where_there_are_too_few_of_them_to_fill_a_gpu(monkeypatch, rows, heads, segments):
+def test_rows_are_cut_where_there_are_too_few_of_them_to_fill_a_gpu(monkeypatch, rows, items, heads, segments):
     class Properties:
         multi_processor_count = 132
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
 
     class Query:
-        shape = (rows, 100, heads, 32)
-        device = torch.device("cuda")
+        shape = (rows, items, heads, 32)
+        device, dtype = torch.device("cuda"), torch.bfloat16
 
     assert linear_kernels_iflame._segments(Query) == segments
+
+
+def test_only_the_last_state_may_be_learnt_from(in_segments):
+    inputs = random_inputs(2, 70, 3, 16)
+    gradients = []
+    for function in (in_segments, attention_formula):
+        _, last = function(*inputs[:3], SLOPES, inputs[3])
+        gradients.append(torch.autograd.grad(last.square().sum(), inputs[1:]))
+    assert all(relative_error(a, b) < 5e-6 for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 16), (2, 0, 3, 16)])
+def test_of_no_items_the_state_is_what_it_was(kernels, shape):
+    x, state = torch.zeros(shape), torch.ones(shape[0], 3, 16, 16)
+    output, last = kernels.triton_linear_attention(x, x, x, SLOPES, state)
+    assert output.shape == shape and torch.equal(last, state)
+    output, last = kernels.triton_linear_attention(x, x, x, SLOPES)
+    assert output.shape == shape and torch.equal(last, torch.zeros_like(state))
+    assert kernels.triton_linear_attention(x, x, x, SLOPES, need_state=False)[1] is None
 
 
 def test_triton_that_is_missing_is_named(monkeypatch):

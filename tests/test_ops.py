@@ -427,6 +427,8 @@ def test_the_step_of_an_implementation_is_its_own_unless_a_mesh_begins(name):
 def test_triton_refuses_heads_that_are_too_large_for_its_kernels_and_takes_every_other_call():
     with pytest.raises(ValueError, match=r"up to 128 channels, and hidden_size / num_attention_heads is 192"):
         choose_linear_attention("triton", call(size=192))
+    with pytest.raises(ValueError, match="does not run on a mps device"):
+        choose_linear_attention("triton", call(device="mps"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_linear_attention("triton", call(several=True, has_state=True, compiled=True)) == "triton"

@@ -105,12 +105,19 @@ def changed(how):
 )
 def test_a_layer_that_is_more_than_its_weights_is_called(how):
     x = torch.zeros(2, LEAST_ITEMS // 2, 4)
-    assert may_join(x, nn.Linear(4, 4), nn.Linear(4, 4))
-    assert not may_join(x, nn.Linear(4, 4), changed(how))
+    assert may_join(x, nn.Linear(4, 4), nn.Linear(4, 4), bias=True)
+    assert not may_join(x, nn.Linear(4, 4), changed(how), bias=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_with_another_bias_than_their_product_has_are_called(bias):
+    x = torch.zeros(2, LEAST_ITEMS // 2, 4)
+    assert may_join(x, nn.Linear(4, 4, bias=bias), bias=bias)
+    assert not may_join(x, nn.Linear(4, 4, bias=bias), bias=not bias)
 
 
 def test_few_items_are_not_worth_a_copy_of_the_weights():
-    assert not may_join(torch.zeros(1, LEAST_ITEMS - 1, 4), nn.Linear(4, 4))
+    assert not may_join(torch.zeros(1, LEAST_ITEMS - 1, 4), nn.Linear(4, 4), bias=True)
 
 
 @pytest.fixture
@@ -156,3 +163,30 @@ def test_an_adapter_on_one_projection_leaves_the_others_of_its_block_to_themselv
         plain = adapted(ids, use_cache=False).logits
     assert relative_error(different, plain) > 1e-3
     assert relative_error(plain, small_model()(ids, use_cache=False).logits) < 5e-6
+
+
+def test_a_projection_that_is_wrapped_is_the_same_network(joins):
+    model, ids = small_model(), mesh_rows(2, faces=6)
+    expected = model(ids, use_cache=False).logits
+    joins.clear()
+    for block in model.model.layers:
+        block.self_attn.k_proj = nn.Sequential(block.self_attn.k_proj)
+        block.mlp.up_proj = nn.Sequential(block.mlp.up_proj)
+    assert relative_error(model(ids, use_cache=False).logits, expected) < 5e-6
+    assert joins == []
+
+
+def test_an_exported_network_takes_any_number_of_rows(joins):
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small_model()
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    network, ids = Logits().eval(), mesh_rows(2, faces=6)
+    shapes = {"ids": {0: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(network, (ids,), dynamic_shapes=shapes, strict=False).module()
+    more = mesh_rows(5, faces=6, seed=1)
+    assert relative_error(exported(more), network(more)) < 5e-6
