@@ -228,7 +228,7 @@ def test_one_usable_mesh_is_enough(tmp_path, meshes):
 
 
 def test_a_run_of_which_no_step_was_learnt_from_saves_nothing_and_fails(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.Run, "update", lambda run, loss: (float("nan"), None))
+    monkeypatch.setattr(train.Run, "update", lambda run, loss: torch.full((2,), torch.nan))
     assert "the gradient was not finite in 3 steps in a row" in error_of_training(
         capsys, tmp_path, max_steps=3, save_steps=3, num_procedural_validation_meshes=0
     )

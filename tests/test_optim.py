@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import small_model
 
+from training.optim import muon
 from training.optim.average import MovingAverage
 from training.optim.groups import MuonAdamW, create_optimizer, parameter_groups
 from training.optim.schedule import learning_rate_curve
@@ -168,3 +169,71 @@ def test_the_moving_average_follows_its_formula():
         kept = min(0.5, (1 + count) / (10 + count))
         expected = value if expected is None else kept * expected + (1 - kept) * value
     torch.testing.assert_close(average.module.weight, torch.full((2, 2), expected))
+
+
+def states_of(model, optimizer):
+    return copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+
+
+def assert_equal(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.fixture(params=[True, False], ids=["as on a CPU", "as on a GPU"])
+def read_at_once(request, monkeypatch):
+    monkeypatch.setattr(muon, "_is_read_at_once", lambda tensor: request.param)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_torch"])
+def test_a_step_that_is_left_out_changes_nothing_and_the_next_one_is_as_if_it_had_not_been(name, read_at_once):
+    runs = []
+    for has_fault in (False, True):
+        model = small_model()
+        optimizer = create_optimizer(model, name, 0.01, 0.1, fused=True)
+        set_gradients(model, 0)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+        if has_fault:
+            before = states_of(model, optimizer)
+            for parameter in model.parameters():
+                parameter.grad.fill_(torch.nan)
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            assert_equal(states_of(model, optimizer), before)
+        set_gradients(model, 1)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+        runs.append(states_of(model, optimizer))
+    assert_equal(*runs)
+    assert any((value != small_model().state_dict()[key]).any() for key, value in runs[0][0].items())
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_torch"])
+def test_a_step_that_may_be_left_out_is_the_step_that_may_not(name, read_at_once):
+    moved = []
+    for found_inf in (None, torch.zeros(())):
+        model = small_model()
+        optimizer = create_optimizer(model, name, 0.01, 0.1, fused=found_inf is not None)
+        optimizer.found_inf = found_inf
+        for seed in range(3):
+            set_gradients(model, seed)
+            optimizer.step()
+        moved.append(model.state_dict())
+    torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_torch"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_of_an_optimiser_that_was_fused_or_not_is_gone_on_with_by_one_that_is_as_it_was_made(name, fused):
+    model = small_model()
+    earlier = create_optimizer(model, name, 0.01, 0.1, fused=not fused)
+    set_gradients(model, 0)
+    earlier.step()
+    later = create_optimizer(model, name, 0.01, 0.1, fused=fused)
+    later.load_state_dict(earlier.state_dict())
+    assert {group["fused"] for group in later.param_groups if "fused" in group} == {fused}
+    later.found_inf = torch.zeros(()) if fused else None
+    before = copy.deepcopy(model.state_dict())
+    set_gradients(model, 1)
+    later.step()
+    assert all((value != before[key]).any() for key, value in model.state_dict().items())

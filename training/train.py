@@ -7,7 +7,6 @@ Train iFlame with Accelerate.
 Without arguments a small model learns meshes of furniture and buildings that are generated on the spot.
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,12 +33,19 @@ from training.rows.pack import IGNORED
 from training.run.agree import Agreement
 from training.run.assess import Assessment
 from training.run.checkpoint import Checkpoints, Progress
-from training.run.create import compile_blocks, create_accelerator, create_model, create_optimization
+from training.run.create import (
+    compile_blocks,
+    create_accelerator,
+    create_model,
+    create_optimization,
+    device_leaves_out_steps,
+)
 from training.run.ending import ends_in_words
 from training.run.interruption import Interruption, Stopped
-from training.run.log import RunLog, Window
+from training.run.log import Line, RunLog, Window
 from training.run.milestones import Milestones
 from training.run.outcome import report_outcome
+from training.run.results import StepResult, StepResults
 from training.run.resume import find_checkpoint, lock, resume
 from training.run.steps import Steps
 from training.run.weights import Weights
@@ -105,8 +111,16 @@ class Run:
         weights = Weights(accelerator, self.model, average)
         self.writer = ModelWriter(weights, tokenizer, self.output_dir, self.progress, self.log)
         self.assessment = Assessment(weights, data, tokenizer, options, self.progress, self.agreement, self.log)
+        self.results = StepResults(self.progress, self.steps, self.log, arguments.data.row_length)
         self.milestones = Milestones(
-            options, self.progress, self.steps, self.checkpoints, self.writer, self.assessment, self.agreement
+            options,
+            self.progress,
+            self.steps,
+            self.checkpoints,
+            self.writer,
+            self.assessment,
+            self.agreement,
+            self.results,
         )
 
     def start(self) -> None:
@@ -133,7 +147,6 @@ class Run:
     def train(self) -> bool:
         """Train until the last step or an interruption; whether it was the former."""
         progress, steps, options = self.progress, self.steps, self.options
-        row_length = self.arguments.data.row_length
         batches = self.data.rows.batches(
             progress.places,
             options.per_device_train_batch_size,
@@ -158,12 +171,8 @@ class Run:
                 # While the device is at work on this step: the rows of the next one.
                 batch, place = self.fetch(batches)
                 labels, stop = self.agree(batch, pace)
-            loss, gradient_norm = self.update(loss)
-            steps.require_finite(gradient_norm is not None, learnt)
-            if gradient_norm is not None:
-                progress.loss_sum += loss
-                progress.loss_steps += 1
-                progress.labels += learnt
+            found = self.update(loss)
+            self.results.read()  # of the step before
             progress.step += 1
             progress.eval_loss = None
             seconds = time.monotonic() - began
@@ -172,14 +181,16 @@ class Run:
             if progress.step > 2 or pace.steps:  # the first steps compile and allocate
                 pace.add(seconds, steps.rows_per_step, learnt)
 
+            line = None
+            if steps.due(options.logging_steps, at_end=True):
+                epoch = self.data.rows.epochs(self.place)
+                line, window = Line(window, steps.schedule.get_last_lr()[0], epoch, progress.seconds), Window()
+            self.results.add(StepResult(progress.step, learnt, loss, found), line)
             bar.total = steps.last
-            if steps.due(options.logging_steps, at_end=True) and progress.loss_steps:
-                rates, epoch = steps.schedule.get_last_lr(), self.data.rows.epochs(self.place)
-                line = self.log.write_training(progress, window, row_length, gradient_norm, rates[0], epoch)
-                bar.set_postfix_str(line)
-                window = Window()
+            bar.set_postfix_str(self.results.said, refresh=False)
             bar.update()
             stop = self.milestones.reach(self.place) or stop
+        self.results.read()
         bar.close()
         if progress.step < steps.last or progress.due:
             self.stop()
@@ -238,32 +249,31 @@ class Run:
             total += loss.detach()
         return total
 
-    def update(self, loss: torch.Tensor) -> tuple[float, float | None]:
+    def update(self, loss: torch.Tensor) -> torch.Tensor:
         """
-        Clip the gradients and step the optimiser. Returns the loss of all processes and the norm of its gradient,
-        None if it was not finite and the step left out.
+        Clip the gradients and step the optimiser; where the gradient is not finite the step is left out. Returns (2,)
+        the norm of the gradient and the loss of all processes, which the device may still have to compute.
         """
         accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
         if isinstance(norm, DTensor):  # of weights that are sharded
             norm = norm.full_tensor()
         total = accelerator.reduce(loss, "sum")
-        norm, total = torch.stack([norm.to(total.device), total]).tolist()  # the step's one wait for the device
-        finite = math.isfinite(norm) and math.isfinite(total)
-        if finite or accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
+        found = torch.stack([norm.to(total.device), total])
+        if device_leaves_out_steps(accelerator):
+            self.optimizer.optimizer.found_inf = (~found.isfinite().all()).float()
             self.optimizer.step()
-            finite = finite and not accelerator.optimizer_step_was_skipped
+        elif accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
+            self.optimizer.step()
+            if accelerator.optimizer_step_was_skipped:
+                found = torch.full_like(found, torch.nan)
+        elif found.isfinite().all():
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        if not finite:
-            losses = gather_object([float(loss)])
-            self.log.report(
-                f"step {self.progress.step + 1} is left out, its gradient is not finite; losses by process: {losses}"
-            )
-            return float("nan"), None
         self.steps.schedule.step()
         if self.average is not None:
             self.average.update_parameters(accelerator.unwrap_model(self.model))
-        return total, norm
+        return found
 
     def stop(self) -> None:
         """Save what a later run goes on from. Raises what the rows failed with, if that is why the run stops."""

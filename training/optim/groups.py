@@ -53,6 +53,22 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which stays fused or not, as it was made, whatever a checkpoint says that it goes on from."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(_with_fused(state_dict, self.param_groups))
+
+
+def _with_fused(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A state whose groups say `fused` as others do that have the option."""
+    saved = [
+        {**group, "fused": own["fused"]} if "fused" in own else group
+        for group, own in zip(state_dict["param_groups"], groups, strict=False)  # torch says what does not fit
+    ]
+    return {**state_dict, "param_groups": saved}
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """
     Muon and AdamW as one optimiser: torch's own classes (Muon's with a faster step), each on its groups, with one
@@ -61,7 +77,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon's step is scaled so that its size is that of AdamW's ("match_rms_adamw", arXiv 2502.16982): one learning rate
     serves both, as in the paper's code.
+
+    Attributes:
+        found_inf: of a fused one, as of `BatchedMuon`.
     """
+
+    found_inf: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -71,6 +92,7 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         momentum: float = 0.95,
+        fused: bool = False,
     ):
         if not hasattr(torch.optim, "Muon"):
             raise ImportError(
@@ -79,7 +101,7 @@ class MuonAdamW(torch.optim.Optimizer):
         from training.optim.muon import BatchedMuon
 
         self._muon = BatchedMuon(muon_groups, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps)
+        self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
         super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
         self._share()
 
@@ -90,7 +112,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon.state = self._adamw.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        super().load_state_dict(_with_fused(state_dict, self.param_groups))
         self._share()
 
     @torch.no_grad()
@@ -99,8 +121,9 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._muon.step()
-        self._adamw.step()
+        for optimizer in (self._muon, self._adamw):
+            optimizer.found_inf = self.found_inf
+            optimizer.step()
         return loss
 
 
@@ -111,6 +134,7 @@ def create_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """
     "muon": Muon for the matrices in the blocks, AdamW for everything else; "adamw_torch": AdamW for everything. Only
@@ -126,5 +150,5 @@ def create_optimizer(
     matrices = [{"params": groups["matrices"], "weight_decay": weight_decay}]
     rest = [{"params": groups[key], "weight_decay": 0.0} for key in ("embeddings", "others") if groups[key]]
     if name == "muon" and groups["matrices"]:
-        return MuonAdamW(matrices, rest, lr, betas, eps)
-    return torch.optim.AdamW(matrices + rest, lr=lr, betas=betas, eps=eps)
+        return MuonAdamW(matrices, rest, lr, betas, eps, fused=fused)
+    return AdamW(matrices + rest, lr=lr, betas=betas, eps=eps, fused=fused)

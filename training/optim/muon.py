@@ -14,7 +14,13 @@ class BatchedMuon(Muon):
     sharded (DTensors) are gathered together once a step, not one by one in each product.
 
     A step holds all matrices of one shape some four times in the type of the products.
+
+    Attributes:
+        found_inf: as of torch's fused optimisers, a tensor () that is 1 where a step is to be left out whole, else 0,
+            so that nobody has to wait for what the device finds; None takes every step. Not for sharded matrices.
     """
+
+    found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
@@ -22,6 +28,11 @@ class BatchedMuon(Muon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf = self.found_inf
+        if found_inf is not None and _is_read_at_once(found_inf):
+            if found_inf:
+                return loss
+            found_inf = None
         for group in self.param_groups:
             parameters, gradients, buffers = [], [], []
             self._init_group(group, parameters, gradients, buffers)
@@ -29,24 +40,32 @@ class BatchedMuon(Muon):
             for index, parameter in enumerate(parameters):
                 shapes.setdefault(parameter.shape, []).append(index)
             for indices in shapes.values():
-                self._step_together(group, *([each[i] for i in indices] for each in (parameters, gradients, buffers)))
+                of_shape = ([each[i] for i in indices] for each in (parameters, gradients, buffers))
+                self._step_together(group, *of_shape, found_inf)
         return loss
 
     @staticmethod
-    def _step_together(group, parameters, gradients, buffers) -> None:
+    def _step_together(group, parameters, gradients, buffers, found_inf) -> None:
         """The step of matrices of one shape; names and order are those of torch's `_single_tensor_muon`."""
         lr, momentum = float(group["lr"]), group["momentum"]
         own, gradients, buffers = ([_own_part(x) for x in each] for each in (parameters, gradients, buffers))
+        taken = 1.0
+        if found_inf is not None:
+            taken = 1 - found_inf
+            # A buffer that moves towards itself stays what it is.
+            gradients = torch.where(taken > 0, torch.stack(gradients), torch.stack(buffers)).unbind()
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         whole = _gather(torch.stack(updates), parameters[0])
         whole = orthogonalise(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        if found_inf is not None:
+            whole = whole * taken.to(whole.dtype)
         updates = list(_scatter(whole, parameters[0]).to(own[0].dtype).unbind())
         rows, columns = parameters[0].shape
         ratio = max(1, rows / columns) ** 0.5
         if group["adjust_lr_fn"] == "match_rms_adamw":
             ratio = 0.2 * max(rows, columns) ** 0.5
-        torch._foreach_mul_(own, 1 - lr * group["weight_decay"])
+        torch._foreach_mul_(own, 1 - lr * group["weight_decay"] * taken)
         torch._foreach_add_(own, updates, alpha=-lr * ratio)
 
 
@@ -79,6 +98,11 @@ def orthogonalise(
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
     return x.mT if tall else x
+
+
+def _is_read_at_once(tensor: torch.Tensor) -> bool:
+    """Whether nobody has to wait for the value of a tensor."""
+    return tensor.device.type == "cpu"
 
 
 def _own_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -153,8 +153,17 @@ def create_optimization(
         options.weight_decay,
         (options.adam_beta1, options.adam_beta2),
         options.adam_epsilon,
+        fused=device_leaves_out_steps(accelerator),
     )
     return optimizer, average
+
+
+def device_leaves_out_steps(accelerator: Accelerator) -> bool:
+    """
+    Whether the optimiser is told on the device itself to leave out a step (`found_inf`), so that nobody waits to know.
+    Weights that are sharded, a gradient scaler and other kinds of devices have no such optimisers.
+    """
+    return accelerator.device.type in ("cpu", "cuda") and not are_sharded(accelerator) and accelerator.scaler is None
 
 
 def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:

@@ -21,6 +21,7 @@ from iflame_cli.errors import CommandError
 DEBUG_VARIABLE = "IFLAME_DEBUG"
 # Set by torch's launcher: a file in a folder of this process, which lies in one of all its processes on this machine.
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+RANK_VARIABLE = "RANK"  # set by launchers of several processes
 CONNECTION_LOST = re.compile(r"Connection (closed|reset) by peer")
 # In this time a launcher ends the other processes of a run after one has failed.
 SECONDS_UNTIL_ENDED = 10
@@ -55,9 +56,11 @@ def ends_in_words(program: str) -> Callable[[Callable[..., int | None]], Callabl
         @functools.wraps(main)
         def run(*arguments: object) -> int:
             status = status_of(*arguments)
-            # A model that DDP has wrapped keeps the group of processes, and the group its threads. One of them that
-            # lets go of a tensor while Python itself ends aborts the process: they end now, with the last holder.
-            gc.collect()
+            if RANK_VARIABLE in os.environ:
+                # A model that DDP has wrapped keeps the group of processes, and the group its threads. One of them
+                # that lets go of a tensor while Python itself ends aborts the process: they end now, with the last
+                # holder.
+                gc.collect()
             return status
 
         return run

@@ -52,16 +52,16 @@ class RunLog:
     def write_training(
         self,
         progress: Progress,
-        window: "Window",
+        step: int,
+        line: "Line",
         row_length: int,
         gradient_norm: float | None,
-        learning_rate: float,
-        epoch: float,
     ) -> str:
         """
-        A line on training: the mean loss since the line before, which is then counted anew, and the speed of the steps
-        in the window. Returns the two in words.
+        A line on training up to a step: the mean loss since the line before, which is then counted anew, and the speed
+        of the steps in the line's window. Returns the two in words.
         """
+        window = line.window
         loss = progress.loss_sum / progress.loss_steps
         progress.loss_sum, progress.loss_steps = 0.0, 0
         speed = window.rows * row_length / window.seconds
@@ -69,16 +69,16 @@ class RunLog:
         if self.accelerator.device.type == "cuda":  # the most that this process's tensors have taken so far
             memory["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(
-            progress.step,
+            step,
             {
                 "loss": loss,
                 "grad_norm": gradient_norm,
-                "learning_rate": learning_rate,
-                "epoch": epoch,
+                "learning_rate": line.learning_rate,
+                "epoch": line.epoch,
                 "tokens_per_second": speed,
                 "useful_tokens_per_second": window.labels / window.seconds,
                 "labels": progress.labels,
-                "minutes": progress.seconds / 60,
+                "minutes": line.seconds / 60,
                 **memory,
             },
         )
@@ -124,3 +124,13 @@ class Window:
         self.seconds += seconds
         self.rows += rows
         self.labels += labels
+
+
+@dataclass
+class Line:
+    """What a line of the log says of steps besides their loss."""
+
+    window: Window
+    learning_rate: float
+    epoch: float
+    seconds: float  # of training so far

@@ -10,6 +10,7 @@ from training.run.agree import Agreement
 from training.run.assess import Assessment
 from training.run.checkpoint import Checkpoints, Progress
 from training.run.interruption import Stopped
+from training.run.results import StepResults
 from training.run.steps import Steps
 from training.run.write import ModelWriter
 
@@ -31,6 +32,7 @@ class Milestones:
         writer: ModelWriter,
         assessment: Assessment,
         agreement: Agreement,
+        results: StepResults,
     ):
         self.options = options
         self.progress = progress
@@ -39,6 +41,7 @@ class Milestones:
         self.writer = writer
         self.assessment = assessment
         self.agreement = agreement
+        self.results = results
         self.saved_step: int | None = None
 
     def reach(self, place: Place) -> bool:
@@ -63,6 +66,7 @@ class Milestones:
         due = self.progress.due
         if not due and not save:
             return False
+        self.results.read()
         try:
             while due:
                 if due[0] == "evaluation":
