@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .kernels_iflame import _jit, _wait
+from .kernels_iflame import _jit, _wait, launch
 
 try:
     import triton.language as tl
@@ -298,7 +298,8 @@ class KernelChooser:
         """The token at `place` of a face for each row, from `logits` (B, V) into `tokens` (B,); `advance`: after a
         step, whose position is then over."""
         places, launched = self.places, {"launch_pdl": True} if self.pdl else {}
-        choose[(len(tokens),)](
+        launch(
+            choose, (len(tokens),),
             logits, self.uniforms, self.settings, self.state, self.limits, self.seen, self.counts, self.positions,
             places.cos, places.sin, places.rooms, places.slots, places.rotary, tokens, self.face, self.numbers,
             place, self.face.shape[1], D=places.rotary.shape[2],

@@ -21,7 +21,7 @@ from .cache_iflame import StaticIFlameCache
 from .choosing_iflame import Choice, KernelChooser, RowsBegin, Settings
 from .host_choosing_iflame import HostChooser
 from .host_steps_iflame import HostSteps
-from .kernels_iflame import triton
+from .kernels_iflame import compiled_ahead, triton
 from .packing_iflame import copy_weights, pack_weights
 from .sampling_iflame import NOT_FINITE
 from .steps_iflame import KernelSteps
@@ -122,9 +122,11 @@ class DecodeEngine:
         """Compiles and captures what a face of such choices takes; what the cache holds is lost."""
         if not self.is_gpu or (choice, 0) in self._graphs:
             return
-        self.cache.reset()
-        self.steps.begin()
-        self._run(choice)  # compiles
+        for compiles in (compiled_ahead(), nullcontext()):
+            self.cache.reset()
+            self.steps.begin()
+            with compiles:
+                self._run(choice)
         torch.cuda.synchronize(self.device)
         # Few rows have two sets of states, which take turns.
         self.steps.phases = 0

@@ -14,12 +14,43 @@ units. Activations that go from phase to phase are float32; products take them i
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # optional
     triton = tl = None
+
+
+_is_compiling_ahead = ContextVar("_is_compiling_ahead", default=False)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Runs a kernel of Triton's; within `compiled_ahead`, compiles what this call would run."""
+    if _is_compiling_ahead.get():
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def compiled_ahead() -> Iterator[None]:
+    """Within it kernels that are launched are compiled, side by side, and not run; at its end they are ready."""
+    together = getattr(triton, "AsyncCompileMode", None)  # which early versions of Triton have not
+    token = _is_compiling_ahead.set(True)
+    try:
+        with (
+            ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as executor,
+            nullcontext() if together is None else together(executor),
+        ):
+            yield
+    finally:
+        _is_compiling_ahead.reset(token)
 
 
 def _jit(function):

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from .kernels_iflame import launch
 from .layout_iflame import MeshBounds
 
 try:
@@ -295,7 +296,9 @@ class _Row:
         """What each segment but the last adds to the state, (B, H, N - 1, D, D) float32."""
         states = _states(k, self.segments - 1)
         if self.segments > 1:
-            segment_states[self.batch * self.heads, (self.segments - 1) * self.parts](
+            launch(
+                segment_states,
+                (self.batch * self.heads, (self.segments - 1) * self.parts),
                 *(k, v, states, self.meshes, self.slopes),
                 *self._way(backwards),
                 self.heads,
@@ -309,7 +312,9 @@ class _Row:
         assert q.dtype == k.dtype == v.dtype and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         final = _states(q) if need_final else None
-        attend_segments[self.batch * self.heads, self.segments * self.parts](
+        launch(
+            attend_segments,
+            (self.batch * self.heads, self.segments * self.parts),
             *(q, k, v, output, added, initial, final, self.meshes, self.slopes),
             *self._way(backwards),
             *((1, self.size) if transposed else (self.size, 1)),

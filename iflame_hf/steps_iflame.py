@@ -10,7 +10,7 @@ import torch
 from .attention_kernels_iflame import attend_keys, attend_linear, attend_linear_project, combine_project
 from .cache_iflame import StaticIFlameCache
 from .choosing_iflame import Places
-from .kernels_iflame import EMBED, PLAIN, POOL, UPSAMPLE, gate_up, project, project_heads
+from .kernels_iflame import EMBED, PLAIN, POOL, UPSAMPLE, gate_up, launch, project, project_heads
 from .ops_iflame import rotary_tables
 from .packing_iflame import BlockWeights, PackedWeights
 from .step_memory_iflame import StepMemory
@@ -206,7 +206,7 @@ class KernelSteps(StepMemory):
     ) -> None:
         self.phases += 1
         launched = {"launch_pdl": True} if self.pdl else {}
-        kernel[grid](*arguments, **sizes, PDL=self.pdl, num_warps=warps, num_stages=stages, **launched)
+        launch(kernel, grid, *arguments, **sizes, PDL=self.pdl, num_warps=warps, num_stages=stages, **launched)
 
     def _launch_product(
         self, kernel: Any, tile: Product, weight: torch.Tensor, outputs: int, *arguments: Any, **sizes: Any

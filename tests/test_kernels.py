@@ -3,14 +3,20 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from iflame_hf import kernels_iflame
+from iflame_hf.kernels_iflame import compiled_ahead, launch
 
 pytest.importorskip("triton")
 
 # Triton looks at the variable when a kernel is defined: the interpreter has a process of its own.
 SCRIPT = Path(__file__).with_name("interpreted_kernels.py")
+COMPILER = Path(__file__).with_name("compiled_kernels.py")
 
 
 CHECKS = [
@@ -35,3 +41,70 @@ def test_kernels_compute_what_the_network_and_the_processors_do(check):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.strip().endswith("as it should be")
+
+
+FEW = ["attend_keys", "attend_linear_project", "choose", "combine_project", "gate_up", "project", "project_heads"]
+MANY = ["attend_keys", "attend_linear", "choose", "gate_up", "project", "project_heads"]
+
+
+@pytest.mark.parametrize(
+    ("check", "kernels"),
+    [
+        ("90 step 1 bfloat16 pdl", FEW),
+        ("90 step 2 bfloat16 pdl int8", FEW),
+        ("80 step 64 float32 plain", MANY),
+        ("90 attention 32 bfloat16", ["attend_segments", "segment_states"]),
+        ("80 attention 128 float16", ["attend_segments"]),
+    ],
+)
+def test_kernels_are_compiled_ahead_for_a_gpu_that_is_not_there(tmp_path, check, kernels):
+    run = subprocess.run(
+        [sys.executable, COMPILER, *check.split()],
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert sorted(line.split()[0] for line in run.stdout.splitlines()) == kernels
+
+
+class Kernel:
+    """As Triton's: it is run by a grid, and compiled for arguments by `warmup`."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.calls.append(("run", grid, arguments, options))
+
+    def warmup(self, *arguments, grid, **options):
+        self.calls.append(("compile", grid, arguments, options))
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["", "early Triton"])
+def test_kernels_that_are_launched_ahead_are_compiled_for_the_same_arguments_and_not_run(monkeypatch, together):
+    executors = []
+
+    @contextmanager
+    def mode(executor):
+        executors.append(executor.submit(lambda: "at work").result())
+        yield
+
+    fake = SimpleNamespace(AsyncCompileMode=mode) if together else SimpleNamespace()
+    monkeypatch.setattr(kernels_iflame, "triton", fake)
+    kernel = Kernel()
+    with compiled_ahead():
+        launch(kernel, (3,), "a", 1, num_warps=4)
+    launch(kernel, (3,), "a", 1, num_warps=4)
+    same = ((3,), ("a", 1), {"num_warps": 4})
+    assert kernel.calls == [("compile", *same), ("run", *same)]
+    assert executors == ["at work"] * together
+
+
+def test_after_a_kernel_that_cannot_be_compiled_others_run():
+    with pytest.raises(ZeroDivisionError), compiled_ahead():
+        raise ZeroDivisionError
+    kernel = Kernel()
+    launch(kernel, (1,))
+    assert kernel.calls[0][0] == "run"

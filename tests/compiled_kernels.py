@@ -1,0 +1,76 @@
+"""Compiles kernels for a GPU that is not there, as test_kernels.py asks."""
+
+import sys
+
+import torch
+import triton
+from small_models import small_model
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from iflame_hf import StaticIFlameCache, attention_kernels_iflame, kernels_iflame, linear_kernels_iflame
+from iflame_hf.choosing_iflame import Choice, KernelChooser, Places, choose
+from iflame_hf.kernels_iflame import compiled_ahead
+from iflame_hf.ops_iflame import alibi_slopes
+from iflame_hf.packing_iflame import pack_weights
+from iflame_hf.steps_iflame import KernelSteps
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class AbsentGPU:
+    def __init__(self, architecture: str):
+        self.target = GPUTarget("cuda", int(architecture), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def step(rows: str, dtype: str, pdl: str, kv_cache_dtype: str | None = None) -> None:
+    """Every kernel of the nine steps of a face, and the choice of a token."""
+    rows, pdl = int(rows), pdl == "pdl"
+    model = small_model(hidden_size=128, heads=4)
+    cache = StaticIFlameCache(model.config, 5, rows, dtype=DTYPES[dtype], kv_cache_dtype=kv_cache_dtype)
+    steps = KernelSteps(model.config, pack_weights(model, DTYPES[dtype]), cache, pdl)
+    places = Places(rows, [9, 3, 1], torch.rand(9, 4), torch.rand(9, 4))
+    chooser = KernelChooser(rows, 90, 132, 9, places, torch.zeros(rows, dtype=torch.long), pdl)
+    steps.begin()
+    with compiled_ahead():
+        for place in range(9):
+            steps.step(place)
+            how = Choice(True, True, False, True, 129, 131)
+            chooser.choose(how, steps.logits, torch.zeros(rows, dtype=torch.long), place, True)
+    report(kernels_iflame, attention_kernels_iflame, choose=choose)
+
+
+def attention(size: str, dtype: str) -> None:
+    """Linear attention with mesh bounds and states, forwards and backwards."""
+    q, k, v = (torch.zeros(2, 200, 4, int(size), dtype=DTYPES[dtype], requires_grad=True) for _ in range(3))
+    state = torch.zeros(2, 4, int(size), int(size), requires_grad=True)
+    meshes = torch.zeros(2, 200, dtype=torch.long)
+    with compiled_ahead():
+        output, last, _ = linear_kernels_iflame._attention(q, k, v, alibi_slopes(4), state, meshes, True)
+        (output.float().sum() + last.sum()).backward()
+    report(linear_kernels_iflame)
+
+
+def report(*modules: object, **others: object) -> None:
+    """Prints how many variants of each kernel were compiled."""
+    for name, kernel in [*(item for module in modules for item in vars(module).items()), *others.items()]:
+        compiled = (
+            kernel.device_caches[0][0] if isinstance(kernel, triton.JITFunction) and kernel.device_caches else {}
+        )
+        if compiled:
+            assert all(each.asm["cubin"] for each in compiled.values())
+            print(name, len(compiled))
+
+
+if __name__ == "__main__":
+    driver.set_active(AbsentGPU(sys.argv[1]))
+    {"step": step, "attention": attention}[sys.argv[2]](*sys.argv[3:])
