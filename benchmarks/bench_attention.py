@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import common
 from benchmarks.common import Row, gibibytes, measure
 from benchmarks.oracle import require_close
-from iflame_hf.layout_iflame import MeshBounds, RowLayout
+from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.levels_iflame import block_mask
-from iflame_hf.ops_iflame import IMPLEMENTATIONS, alibi_slopes, recurrent_linear_attention
+from iflame_hf.ops_iflame import IMPLEMENTATIONS, alibi_slopes
 from training.run.ending import ends_in_words
 
 # B batch, T items, H heads, D head size
@@ -55,8 +55,8 @@ GB/s: what must be read and written at least (4 tensors forwards, 7 more backwar
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def bounds_of(rows: int, items: int, faces: int | None, device: torch.device, seed: int) -> MeshBounds | None:
-    """The bounds of meshes of half to one and a half times 9 x `faces` items; None: one mesh a row."""
+def layout_of(rows: int, items: int, faces: int | None, device: torch.device, seed: int) -> RowLayout | None:
+    """The layout of meshes of half to one and a half times 9 x `faces` items; None: one mesh a row."""
     if faces is None:
         return None
     random = torch.Generator().manual_seed(seed)
@@ -65,16 +65,17 @@ def bounds_of(rows: int, items: int, faces: int | None, device: torch.device, se
         lengths = 9 * torch.randint(max(1, faces // 2), 3 * faces // 2 + 1, (items,), generator=random)
         places = lengths.cumsum(dim=0)
         row[places[places < items]] = True
-    return RowLayout.of_begins(begins, items, (1,)).to(device).bounds()
+    return RowLayout.of_begins(begins, items, (1,)).to(device)
 
 
-def linear(name: str, heads: int, bounds: MeshBounds | None, device: torch.device) -> Attention:
+def linear(name: str, heads: int, layout: RowLayout | None, device: torch.device) -> Attention:
     """An implementation of linear attention on (B, T, H, D)."""
     slopes, function = alibi_slopes(heads, device), IMPLEMENTATIONS[name].function
+    bounds = None if layout is None else layout.bounds()
     return lambda q, k, v: function(q, k, v, slopes, None, bounds, False)[0]
 
 
-def full(name: str, items: int, bounds: MeshBounds | None) -> Attention:
+def full(name: str, layout: RowLayout | None) -> Attention:
     """
     An implementation of causal softmax attention on (B, T, H, D): a backend of torch's scaled_dot_product_attention by
     name, its FlexAttention, or its attention of lengths laid end to end.
@@ -83,10 +84,10 @@ def full(name: str, items: int, bounds: MeshBounds | None) -> Attention:
         ValueError: it knows no packed rows.
     """
     if name == "varlen":
-        return _varlen(bounds)
+        return _varlen(None if layout is None else layout.bounds())
     if name == "flex":
-        return _flex(items, bounds)
-    if bounds is not None:
+        return _flex(layout)
+    if layout is not None:
         raise ValueError(f"{name} knows no packed rows: varlen and flex do")
     backend = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}[name]
 
@@ -119,7 +120,7 @@ def _varlen(bounds):
     return attend
 
 
-def _flex(items, bounds):
+def _flex(layout):
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -127,27 +128,23 @@ def _flex(items, bounds):
 
     def attend(q, k, v):
         if not masks:
-            positions = None
-            if bounds is not None:
-                index = torch.arange(items, device=q.device)
-                begins = F.pad(bounds.meshes[:, 1:] != bounds.meshes[:, :-1], (1, 0), value=True)
-                positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-            masks.append(block_mask(positions, 0, items, q.device))
+            masks.append(block_mask(None if layout is None else layout.positions(), 0, q.shape[1], q.device))
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[0]).transpose(1, 2)
 
     return attend
 
 
-def spelled_out(bounds: MeshBounds | None) -> Attention:
+def spelled_out(layout: RowLayout | None) -> Attention:
     """Causal softmax attention, all pairs in float64."""
 
     def attend(q, k, v):
         q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
         allowed = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-        if bounds is not None:
-            allowed = allowed & (bounds.meshes[:, None, :, None] == bounds.meshes[:, None, None, :])
-        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf"))
-        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+        if layout is not None:
+            meshes = layout.bounds().meshes
+            allowed = allowed & (meshes[:, None, :, None] == meshes[:, None, None, :])
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
 
     return attend
 
@@ -170,17 +167,12 @@ def gradients(attention: Attention, inputs: list[torch.Tensor]) -> list[torch.Te
 def test(kind: str, name: str, rows: int, items: int, options: argparse.Namespace) -> None:
     """Raises WrongResult unless outputs and gradients on short rows are right."""
     items = min(items, MOST_TESTED_ITEMS)
-    bounds = bounds_of(rows, items, options.faces and min(options.faces, 15), options.device, options.seed)
+    layout = layout_of(rows, items, options.faces and min(options.faces, 15), options.device, options.seed)
     inputs = draw(rows, items, options)
     if kind == "linear":
-        slopes = alibi_slopes(options.heads, options.device)
-        tested = linear(name, options.heads, bounds, options.device)
-
-        def plain(q, k, v):
-            return recurrent_linear_attention(q, k, v, slopes, None, bounds, False)[0]
-
+        tested, plain = (linear(each, options.heads, layout, options.device) for each in (name, "eager"))
     else:
-        tested, plain = full(name, items, bounds), spelled_out(bounds)
+        tested, plain = full(name, layout), spelled_out(layout)
     allowed = ALLOWED[common.DTYPES[options.dtype]]
     if options.dtype == "float32" and name in ("fla", "lightning_attn"):
         allowed = ALLOWED_TF32
@@ -191,11 +183,9 @@ def test(kind: str, name: str, rows: int, items: int, options: argparse.Namespac
 
 def add_figures(row: Row, kind: str, name: str, options: argparse.Namespace) -> None:
     test(kind, name, row["batch_size"], row["items"], options)
-    bounds = bounds_of(row["batch_size"], row["items"], options.faces, options.device, options.seed)
-    make = (
-        linear(name, options.heads, bounds, options.device) if kind == "linear" else full(name, row["items"], bounds)
-    )
-    row["meshes"] = row["batch_size"] if bounds is None else len(bounds.offsets_on_host) - 1
+    layout = layout_of(row["batch_size"], row["items"], options.faces, options.device, options.seed)
+    make = linear(name, options.heads, layout, options.device) if kind == "linear" else full(name, layout)
+    row["meshes"] = row["batch_size"] if layout is None else layout.num_meshes
     inputs = draw(row["batch_size"], row["items"], options)
 
     def forward():

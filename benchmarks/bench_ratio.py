@@ -166,12 +166,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_figures(row: Row, options: argparse.Namespace, config: IFlameConfig) -> None:
-    device, seed, packed = options.device, options.seed, options.mesh_faces is not None
+    device, seed = options.device, options.seed
     models = draw_models(config, seed, None, device)
     oracle = Oracle(config, models.weights, seed)
-    tested = bench_train.draw_rows(
-        config, bench_train.TEST_ROWS, bench_train.TEST_FACES, bench_train.TEST_MESH_FACES if packed else None, seed
-    )
+    tested = bench_train.draw_tested(oracle, options.mesh_faces is not None, seed)
     first = bench_train.draw_rows(config, row["batch_size"], options.faces, options.mesh_faces, seed).to(device)
     row |= {"row_tokens": first.input_ids.shape[1], "model": "iflame_hf", "step": options.step[0]}
     bench_train.ours(

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from benchmarks import common
 from benchmarks.common import Row, gibibytes, measure
 from benchmarks.models import build_model, draw_models, mesh_labels, mesh_tokens
-from benchmarks.oracle import Oracle, WrongResult, computes_in, flat_gradients, require_close
+from benchmarks.oracle import Oracle, WrongResult, computes_in, flat_gradients, gradients_of, require_close
 from iflame_hf import IFlameConfig, IFlameTokenizer
 from iflame_hf.format_iflame import known_format
 from iflame_hf.layout_iflame import RowLayout
@@ -131,11 +131,16 @@ def original_loss(network: nn.Module, rows: Rows) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), rows.labels[:, TOKENS_PER_FACE:].flatten())
 
 
-def gradients_of(network: nn.Module, loss_of: Loss, rows: Rows, dtype: torch.dtype) -> Gradients:
-    with torch.autocast(rows.input_ids.device.type, dtype, enabled=dtype != torch.float32):
-        loss = loss_of(network, rows)
-    names, parameters = zip(*network.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+class Tested(NamedTuple):
+    """Short rows, and the right gradients of a step on them."""
+
+    rows: Rows
+    gradients: torch.Tensor
+
+
+def draw_tested(oracle: Oracle, is_packed: bool, seed: int) -> Tested:
+    rows = draw_rows(oracle.config, TEST_ROWS, TEST_FACES, TEST_MESH_FACES if is_packed else None, seed)
+    return Tested(rows, flat_gradients(gradients_of(oracle.model, lambda: our_loss(oracle.model, rows))))
 
 
 def add_figures(
@@ -158,10 +163,10 @@ def add_figures(
     run = torch.compile(network) if row["step"] == "compiled" else network
     if row["step"] == "blocks":
         compile_blocks(network)
-    if options.optim == "muon" and row["model"] != "original":
-        optimizer = create_optimizer(network, "muon", 1e-4, 0.1)
-    else:
+    if row["model"] == "original":
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
+    else:
+        optimizer = create_optimizer(network, options.optim, 1e-4, 0.1, fused=True)
 
     def backward() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -179,7 +184,9 @@ def add_figures(
     def step() -> None:
         nonlocal last_loss
         last_loss = backward()
-        nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+        if row["model"] != "original":  # as train.py does
+            optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
 
     for _ in range(options.warmup):
@@ -197,7 +204,7 @@ def ours(
     row: Row,
     options: argparse.Namespace,
     oracle: Oracle,
-    tested: Rows,
+    tested: Tested,
     first: FirstStep,
     attention: str,
     linear_attention: str,
@@ -205,10 +212,9 @@ def ours(
     device, dtype = options.device, common.DTYPES[options.dtype]
     allowed = oracle.gradients_error(computes_in(dtype, device, linear_attention))
     model = build_model(oracle.config, oracle.weights, device, torch.float32, attention, linear_attention).train()
-    expected = flat_gradients(gradients_of(oracle.model, our_loss, tested, torch.float32))
-    require_close(
-        "gradients", flat_gradients(gradients_of(model, our_loss, tested.to(device), dtype)), expected, allowed
-    )
+    rows = tested.rows.to(device)
+    found = flat_gradients(gradients_of(model, lambda: our_loss(model, rows), dtype))
+    require_close("gradients", found, tested.gradients, allowed)
     add_figures(row, options, model, our_loss, first.rows, lambda found: first.require(flat_gradients(found), allowed))
 
 
@@ -224,7 +230,7 @@ def theirs(row: Row, options: argparse.Namespace, oracle: Oracle, first: FirstSt
         return flat_gradients(convert_weights(gradients, oracle.config.num_attention_heads)[1])
 
     tested = Rows(oracle.input_ids, mesh_labels(oracle.input_ids)).to(device)
-    found = by_our_names(gradients_of(network, original_loss, tested, torch.float32))
+    found = by_our_names(gradients_of(network, lambda: original_loss(network, tested)))
     require_close("gradients", found, oracle.gradients, oracle.gradients_error(computes_in(torch.float32, device)))
     allowed = oracle.gradients_error(computes_in(dtype, device))
     useful = 1.0 if options.mesh_faces is None else (options.mesh_faces + 1) / (options.faces + 1)
@@ -258,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     oracle = Oracle(models.config, models.weights, options.seed)
-    tested = draw_rows(models.config, TEST_ROWS, TEST_FACES, TEST_MESH_FACES if packed else None, options.seed)
+    tested = draw_tested(oracle, packed, options.seed)
 
     rows: list[Row] = []
     for batch in options.batch_size:

@@ -5,12 +5,13 @@ How far a right result may lie from it is measured: twice as far as the same pla
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 
 from benchmarks.models import build_model, mesh_labels, mesh_tokens
-from iflame_hf import IFlameConfig, IFlameForCausalLM
+from iflame_hf import IFlameConfig
 
 # B batch, T tokens, V vocabulary
 
@@ -58,12 +59,12 @@ def flat_gradients(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def gradients_of(
-    model: IFlameForCausalLM, input_ids: torch.Tensor, dtype: torch.dtype = torch.float32
+    network: nn.Module, loss_of: Callable[[], torch.Tensor], dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """Gradients of the mean loss of rows (B, T) that begin with a start face, under autocast if `dtype` is shorter."""
-    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
-        loss = model(input_ids, labels=mesh_labels(input_ids), use_cache=False).loss
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    """Gradients, by name, of what `loss_of` computes, under autocast if `dtype` is shorter than float32."""
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    with torch.autocast(parameters[0].device.type, dtype, enabled=dtype != torch.float32):
+        loss = loss_of()
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
@@ -88,7 +89,7 @@ class Oracle:
 
     @functools.cached_property
     def gradients(self) -> torch.Tensor:
-        return flat_gradients(gradients_of(self.model, self.input_ids))
+        return flat_gradients(gradients_of(self.model, self._loss))
 
     @functools.cache  # noqa: B019 (an oracle lives as long as its program)
     def logits_error(self, dtype: torch.dtype) -> float:
@@ -104,7 +105,10 @@ class Oracle:
         """Relative error allowed to gradients that are computed under autocast to that type."""
         if dtype == torch.float32:
             return 10 * FLOAT32_ERROR
-        return 2 * relative_error(flat_gradients(gradients_of(self.model, self.input_ids, dtype)), self.gradients)
+        return 2 * relative_error(flat_gradients(gradients_of(self.model, self._loss, dtype)), self.gradients)
+
+    def _loss(self) -> torch.Tensor:
+        return self.model(self.input_ids, labels=mesh_labels(self.input_ids), use_cache=False).loss
 
     def require_greedy(self, tokens: torch.Tensor, prompt: int, allowed: float) -> None:
         """

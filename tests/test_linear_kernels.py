@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,26 @@ def test_only_the_last_state_may_be_learnt_from(in_segments):
         _, last = function(*inputs[:3], SLOPES, inputs[3])
         gradients.append(torch.autograd.grad(last.square().sum(), inputs[1:]))
     assert all(relative_error(a, b) < 5e-6 for a, b in zip(*gradients, strict=True))
+
+
+def test_kernels_are_launched_while_the_device_of_the_inputs_is_the_current_one(kernels, in_segments, monkeypatch):
+    current, launched, launch = [], [], kernels.launch
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def recorded(kernel, *arguments, **options):
+        launched.append(list(current))
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kernels, "launch", recorded)
+    inputs = random_inputs(2, 100, 3, 16)
+    run(in_segments, inputs)
+    assert launched == 6 * [[inputs[0].device]]  # two kernels forwards; the first once and the second thrice backwards
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 16), (2, 0, 3, 16)])

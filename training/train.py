@@ -251,8 +251,9 @@ class Run:
 
     def update(self, loss: torch.Tensor) -> torch.Tensor:
         """
-        Clip the gradients and step the optimiser; where the gradient is not finite the step is left out. Returns (2,)
-        the norm of the gradient and the loss of all processes, which the device may still have to compute.
+        Clip the gradients and step the optimiser; where the gradient is not finite the step is left out, while the
+        learning rate and the moving average go on. Returns (2,) the norm of the gradient and the loss of all
+        processes, which the device may still have to compute.
         """
         accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
