@@ -128,12 +128,14 @@ class DecodeEngine:
             with compiles:
                 self._run(choice)
         torch.cuda.synchronize(self.device)
+        # Of its own: torch's stream for captures is of the device that was captured on first.
+        stream = torch.cuda.Stream(self.device)
         # Few rows have two sets of states, which take turns.
         self.steps.phases = 0
         for turn in range(2):
             graph = torch.cuda.CUDAGraph()
             self.steps.turns = [turn] * len(self.steps.turns)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._run(choice)
             self._graphs[choice, turn] = graph
 
