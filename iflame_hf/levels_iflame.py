@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .configuration_iflame import IFlameConfig
 from .layout_iflame import MeshBounds, RowLayout, fresh_rows, leading_zeros, not_whole_faces
 from .ops_iflame import LinearAttentionCall, alibi_slopes, choose_linear_attention, rotary_tables
+from .packed_attention_iflame import Packing
 from .states_iflame import Slots
 
 # Queries, and keys, of a block of a torch BlockMask.
@@ -34,6 +35,7 @@ class LevelInputs(NamedTuple):
     attention_mask: torch.Tensor | None
     attention_implementation: str | None  # transformers' name; None: "eager"
     attention_kwargs: dict  # more arguments of it
+    packing: Packing | None  # of rows whose meshes attend one by one, without a mask; None: as said above
     linear_implementation: str
     has_state: bool  # items of this level were seen before
     slots: Slots | None  # where a StaticIFlameCache keeps the items
@@ -248,7 +250,7 @@ def _one_level(config, level, tokens, seen, rows, cache):
     index = torch.arange(before, after, device=device)
     cos, sin = rotary_tables(index[None] if positions is None else positions, config.head_dim, config.rope_base)
 
-    implementation, mask, kwargs, slots = config._attn_implementation, None, {}, None
+    implementation, mask, kwargs, slots, packing = config._attn_implementation, None, {}, None, None
     if implementation == "flex_attention" and count == 1:
         # A compiled kernel for every length of the cache is no way to take single steps.
         implementation = "sdpa"
@@ -265,6 +267,8 @@ def _one_level(config, level, tokens, seen, rows, cache):
                 "attn_implementation='flex_attention' runs on a GPU only, and the model is on the CPU: use 'sdpa'"
             )
         mask = block_mask(positions, before, after, device)
+    elif implementation == "sdpa" and before == 0 and bounds is not None and bounds.offsets is not None:
+        packing = Packing.of(bounds, tokens.shape[0] * -(-tokens.shape[1] // config.level_strides[-1]))
     else:
         mask, kwargs = _mask(bounds, positions, index, before, "flash" in (implementation or ""))
     call = LinearAttentionCall(
@@ -285,6 +289,7 @@ def _one_level(config, level, tokens, seen, rows, cache):
         mask,
         implementation,
         kwargs,
+        packing,
         choose_linear_attention(config.linear_attn_implementation, call),
         before > 0,
         slots,

@@ -26,6 +26,7 @@ from .ops_iflame import (
     linear_attention,
     linear_attention_step,
 )
+from .packed_attention_iflame import packed_attention
 from .products_iflame import joined_linear, may_join, swiglu
 from .states_iflame import OpenGroup, is_writable
 from .versions_iflame import CACHE_NAME, IFlameCausalLMOutput, IFlameModelOutput, one_cache
@@ -126,6 +127,10 @@ class IFlameFullAttention(IFlameAttention):
         query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level))
         if cache is not None:
             key, value = cache.layers[self.layer_idx].update(key, value, level.slots)
+        if level.packing is not None:
+            items = (x.transpose(1, 2) for x in (query, key, value))
+            output = packed_attention(*items, level.packing, self.head_dim**-0.5)
+            return self.o_proj(output.flatten(-2)), None
         implementation = level.attention_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
