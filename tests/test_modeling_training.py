@@ -218,8 +218,9 @@ def test_autocast_trains_float32_weights_with_a_loss_close_to_float32(kind):
     expected = model(**inputs).loss
     expected_gradients = gradients(model, expected)
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(**inputs)
+        output = model(**inputs, output_hidden_states=True)
     assert output.loss.dtype == torch.float32
+    assert {hidden.dtype for hidden in output.hidden_states} == {torch.bfloat16}
     assert float(output.loss.detach()) == pytest.approx(float(expected.detach()), rel=2e-2)
     assert_same_gradients(gradients(model, output.loss), expected_gradients, 0.2)
 
