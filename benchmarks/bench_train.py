@@ -53,6 +53,8 @@ COLUMNS = {
     "row_tokens": "tokens a row",
     "tokens_per_second": "tokens/s",
     "milliseconds_per_step": "ms/step",
+    "kernel_milliseconds": "kernels ms",
+    "launches": "launches",
     "labels_per_second": "labels/s",
     "first_step_seconds": "first step s",
     "memory_gib": "GiB",
@@ -61,9 +63,12 @@ NOTES = """\
 A step: forward, loss, backward, clipping, optimiser; weights in float32, autocast to the dtype. Rows are of one mesh
 each, or packed with meshes of --mesh_faces on average; labels are the tokens learnt from. The original packs nothing:
 its labels/s count what is no padding where each row holds one such mesh. Compiled: the whole network; blocks: each
-block by itself, as train.py does. Two figures are two measurements. Memory is the GPU's peak.
+block by itself, as train.py does. Steps follow each other as in training, without a wait between them. Two figures are
+two measurements. Memory is the GPU's peak. Kernels: what the GPU works in a step, by torch's profiler, and how many.
 """
 MAX_GRAD_NORM = 1.0
+STEPS_TOGETHER = 4  # on a GPU, between two looks at the clock
+SHOWN_KERNELS, SHOWN_NAME = 24, 100
 
 
 class Rows(NamedTuple):
@@ -191,13 +196,31 @@ def add_figures(
 
     for _ in range(options.warmup):
         step()
-    seconds, memory = measure(step, device, options.repeats)
+    together = STEPS_TOGETHER if device.type == "cuda" else 1
+    seconds, memory = measure(lambda: [step() for _ in range(together)], device, options.repeats)
+    seconds = [each / together for each in seconds]
     if not last_loss.isfinite():
         raise WrongResult(f"the loss became {float(last_loss)}")
     row["tokens_per_second"] = [rows.input_ids.numel() / each for each in seconds]
     row["labels_per_second"] = [useful * rows.num_labels / each for each in seconds]
     row["milliseconds_per_step"] = [1000 * each for each in seconds]
     row["memory_gib"] = gibibytes(memory)
+    if options.profile:
+        add_profile(row, step)
+
+
+def add_profile(row: Row, step: Callable[[], None]) -> None:
+    """Writes into the row, and shows, what the GPU works in a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [each for each in profile.key_averages() if each.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda each: -each.self_device_time_total)
+    row["kernel_milliseconds"] = sum(each.self_device_time_total for each in kernels) / 1000
+    row["launches"] = sum(each.count for each in kernels)
+    print(f"  {row['kernel_milliseconds']:.2f} ms in {row['launches']} kernels, of them")
+    for each in kernels[:SHOWN_KERNELS]:
+        print(f"  {each.self_device_time_total / 1000:8.2f} ms {each.count:5d} x {each.key[:SHOWN_NAME]}")
 
 
 def ours(
@@ -255,7 +278,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mesh_faces", type=int, help="mean faces of the meshes that rows are packed with")
     parser.add_argument("--optim", default="adamw_torch", choices=OPTIMIZERS, help="of our steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--profile", action="store_true", help="show what the kernels of a step take, on a GPU")
     options = common.parse_options(parser, PRESETS, arguments)
+    if options.profile and options.device.type != "cuda":
+        parser.error("--profile needs a GPU")
     device, packed = options.device, options.mesh_faces is not None
     if packed and not 1 <= options.mesh_faces <= options.faces:
         parser.error(f"--mesh_faces must be from 1 to --faces ({options.faces}), got {options.mesh_faces}")
