@@ -28,6 +28,7 @@ SIZES = {
     "demo": {"hidden_size": 128, "num_attention_heads": 4, "stage_layers": [4, 4, 8, 4, 4]},
 }
 SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 0.95}
+MOST_THREADS = 8  # beside a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Row = dict[str, Any]
@@ -70,6 +71,9 @@ def parse_options(
     for name, value in {**SIZES[options.preset], **presets[options.preset]}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.device.type == "cuda":
+        # What is right is computed on the CPU, in many small steps, which more threads make slower.
+        torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
     return options
 
 

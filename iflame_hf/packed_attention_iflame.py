@@ -102,6 +102,22 @@ def _laid_end_to_end(offsets: torch.Tensor, offsets_on_host: torch.Tensor):
     return offsets, offsets, longest, longest, 0.0, True
 
 
+def _flash(query, key, value, offsets, offsets_on_host, scale):
+    flat = (x.flatten(0, 1) for x in (query, key, value))
+    packing = _laid_end_to_end(offsets, offsets_on_host)
+    output, sums, *_ = torch.ops.aten._flash_attention_forward(*flat, *packing, False, scale=scale)
+    return output.view(query.shape), sums
+
+
+def _flash_backward(grad, query, key, value, output, sums, offsets, offsets_on_host, scale):
+    flat = (x.flatten(0, 1) for x in (grad, query, key, value, output))
+    packing = _laid_end_to_end(offsets, offsets_on_host)
+    # Of random numbers, which nothing here draws.
+    unused = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
+    grads = torch.ops.aten._flash_attention_backward(*flat, sums, *packing, *unused, scale=scale)
+    return tuple(each.view(query.shape) for each in grads)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def _attention(
     query: torch.Tensor,
@@ -115,10 +131,7 @@ def _attention(
     if not _has_flash(query):
         output = _mesh_after_mesh(query, key, value, _lengths(offsets_on_host), scale)
         return output, query.new_empty(0, dtype=torch.float32)
-    flat = (x.flatten(0, 1) for x in (query, key, value))
-    packing = _laid_end_to_end(offsets, offsets_on_host)
-    output, sums, *_ = torch.ops.aten._flash_attention_forward(*flat, *packing, False, scale=scale)
-    return output.view(query.shape), sums
+    return _flash(query, key, value, offsets, offsets_on_host, scale)
 
 
 @_attention.register_fake
@@ -142,12 +155,7 @@ def _attention_backward(
     """The gradients of query, key and value."""
     if not _has_flash(query):
         return _mesh_after_mesh_backward(grad, query, key, value, output, _lengths(offsets_on_host), scale)
-    flat = (x.flatten(0, 1) for x in (grad, query, key, value, output))
-    packing = _laid_end_to_end(offsets, offsets_on_host)
-    # Of random numbers, which nothing here draws.
-    unused = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
-    grads = torch.ops.aten._flash_attention_backward(*flat, sums, *packing, *unused, scale=scale)
-    return tuple(each.view(query.shape) for each in grads)
+    return _flash_backward(grad, query, key, value, output, sums, offsets, offsets_on_host, scale)
 
 
 @_attention_backward.register_fake
