@@ -21,7 +21,7 @@ from .cache_iflame import StaticIFlameCache
 from .choosing_iflame import Choice, KernelChooser, RowsBegin, Settings
 from .host_choosing_iflame import HostChooser
 from .host_steps_iflame import HostSteps
-from .kernels_iflame import compiled_ahead, triton
+from .kernels_iflame import compiled_ahead, why_no_kernels
 from .packing_iflame import copy_weights, pack_weights
 from .sampling_iflame import NOT_FINITE
 from .steps_iflame import KernelSteps
@@ -264,11 +264,9 @@ def why_no_engine(model: Any) -> str | None:
     if device.type == "cuda":
         if model.lm_head.weight.dtype == torch.float64:
             return "float64 on a GPU"
-        if triton is None:
-            return "a missing package: pip install triton"
-        if torch.version.hip:
-            return "a GPU that is not NVIDIA's"
-        if torch.cuda.get_device_capability(device)[0] < 8:
+        if reason := why_no_kernels():
+            return reason
+        if torch.cuda.get_device_capability(device)[0] < 8:  # where there are GPUs of several kinds
             return "a GPU of a compute capability below 8.0"
         if model.config.head_dim & (model.config.head_dim - 1) or model.config.head_dim < 16:
             return f"heads of {model.config.head_dim} channels"

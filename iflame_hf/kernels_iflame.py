@@ -13,12 +13,15 @@ units. Activations that go from phase to phase are float32; products take them i
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 try:
     import triton
@@ -28,6 +31,27 @@ except ImportError:  # optional
 
 
 _is_compiling_ahead = ContextVar("_is_compiling_ahead", default=False)
+
+
+@functools.cache
+def _fault_of_triton() -> str | None:
+    if triton is None:
+        return "a missing package: pip install triton"
+    try:
+        # Triton compiles what calls the driver, in C, when it is first asked for it.
+        target = triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"a GPU on which triton does not run: {reason} (it needs a C compiler and Python's headers)"
+    if target.backend != "cuda":
+        return "a GPU that is not NVIDIA's"
+    return "a GPU of a compute capability below 8.0" if target.arch < 80 else None
+
+
+@torch.compiler.assume_constant_result
+def why_no_kernels() -> str | None:
+    """Why Triton's kernels cannot run on this machine's GPU, or None. It is found out once."""
+    return _fault_of_triton()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

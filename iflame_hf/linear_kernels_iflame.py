@@ -240,7 +240,7 @@ def choose_tiles(size: int, dtype: torch.dtype) -> Tiles:
     if dtype != torch.bfloat16:
         return Tiles(32, min(size, 32), stages=2)
     if size <= 32:
-        return Tiles(64, size)
+        return Tiles(32, size, warps=1)
     return Tiles(64, 64 if size == 64 else 32, stages=2)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .kernels_iflame import why_no_kernels
 from .layout_iflame import MeshBounds
 from .linear_kernels_iflame import LARGEST_HEAD_SIZE, triton_linear_attention
 
@@ -323,6 +324,8 @@ def _triton_requires(call: LinearAttentionCall) -> str | None:
         )
     if call.device_type not in ("cpu", "cuda"):
         return f"linear_attn_implementation='triton' does not run on a {call.device_type} device: use 'auto'"
+    if call.device_type == "cuda" and (reason := why_no_kernels()):
+        return f"linear_attn_implementation='triton' cannot run, because of {reason}: use 'auto' or 'chunked'"
     return _gpu_only("triton", call)
 
 
@@ -400,7 +403,7 @@ IMPLEMENTATIONS = {
     ),
 }
 # What "auto" takes on a CUDA GPU: the first that is installed and can compute the call.
-PREFERENCE = ("lightning_attn", "fla", "chunked")
+PREFERENCE = ("triton", "lightning_attn", "fla", "chunked")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from linear_attention_formula import SLOPES, agreement, attention_formula, bounds_from, random_inputs
 from small_models import relative_error, small_model
 
-from iflame_hf import IFlameForCausalLM, ops_iflame
+from iflame_hf import IFlameForCausalLM, kernels_iflame, ops_iflame
 from iflame_hf.layout_iflame import MeshBounds
 from iflame_hf.ops_iflame import (
     CHUNK_SIZE,
@@ -382,6 +382,10 @@ def call(device="cuda", size=32, length=90, has_state=False, several=False, comp
 @pytest.mark.parametrize(
     ("installed", "arguments", "chosen"),
     [
+        ("triton fla lightning_attn chunked", {}, "triton"),
+        ("triton fla lightning_attn chunked", {"several": True, "has_state": True, "compiled": True}, "triton"),
+        ("triton fla lightning_attn chunked", {"size": 192}, "fla"),
+        ("triton chunked", {"device": "cpu"}, "chunked"),
         ("fla lightning_attn chunked", {}, "lightning_attn"),
         ("fla lightning_attn chunked", {"several": True}, "fla"),
         ("fla lightning_attn chunked", {"has_state": True}, "fla"),
@@ -399,6 +403,7 @@ def call(device="cuda", size=32, length=90, has_state=False, several=False, comp
 )
 def test_auto_is_on_a_gpu_the_first_that_is_installed_and_can_do_the_call(monkeypatch, installed, arguments, chosen):
     monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: name in installed.split())
+    monkeypatch.setattr(ops_iflame, "why_no_kernels", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_linear_attention("auto", call(**arguments)) == chosen
@@ -424,7 +429,8 @@ def test_the_step_of_an_implementation_is_its_own_unless_a_mesh_begins(name):
     assert choose_linear_attention(name, call(length=1)) == "eager"
 
 
-def test_triton_refuses_heads_that_are_too_large_for_its_kernels_and_takes_every_other_call():
+def test_triton_refuses_heads_that_are_too_large_for_its_kernels_and_takes_every_other_call(monkeypatch):
+    monkeypatch.setattr(ops_iflame, "why_no_kernels", lambda: None)
     with pytest.raises(ValueError, match=r"up to 128 channels, and hidden_size / num_attention_heads is 192"):
         choose_linear_attention("triton", call(size=192))
     with pytest.raises(ValueError, match="does not run on a mps device"):
@@ -432,6 +438,31 @@ def test_triton_refuses_heads_that_are_too_large_for_its_kernels_and_takes_every
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_linear_attention("triton", call(several=True, has_state=True, compiled=True)) == "triton"
+
+
+class NoCompiler:
+    """What stands for Triton where it cannot build what it needs."""
+
+    class runtime:
+        class driver:
+            @property
+            def active(self):
+                raise RuntimeError("Failed to find C compiler. Please specify via CC\nor else.")
+
+    runtime.driver = runtime.driver()
+
+
+@pytest.mark.parametrize(("triton", "reason"), [(NoCompiler, "Failed to find C compiler"), (None, "pip install")])
+def test_where_triton_cannot_run_auto_takes_what_can_and_triton_says_why(monkeypatch, triton, reason):
+    monkeypatch.setattr(kernels_iflame, "triton", triton)
+    monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: name in ("triton", "chunked"))
+    kernels_iflame._fault_of_triton.cache_clear()
+    try:
+        assert choose_linear_attention("auto", call()) == "chunked"
+        with pytest.raises(ValueError, match=f"'triton' cannot run, because of .*{reason}"):
+            choose_linear_attention("triton", call())
+    finally:
+        kernels_iflame._fault_of_triton.cache_clear()
 
 
 def test_lightning_attn_refuses_head_sizes_that_its_kernel_does():
