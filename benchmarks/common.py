@@ -21,6 +21,7 @@ import transformers
 from benchmarks.oracle import WrongResult
 from iflame_hf import IFlameConfig
 from iflame_hf.configuration_iflame import LINEAR_ATTENTION_IMPLEMENTATIONS
+from iflame_hf.format_iflame import known_format
 
 # The published size, and one that a laptop's CPU measures in seconds.
 SIZES = {
@@ -119,10 +120,13 @@ def find_device(name: str) -> torch.device:
 
 
 def build_config(options: argparse.Namespace) -> IFlameConfig:
+    """Of the sizes in the options, for meshes as long as they say."""
+    tokens = known_format().num_tokens(getattr(options, "faces", 0), start=True, end=True)
     return IFlameConfig(
         hidden_size=options.hidden_size,
         num_attention_heads=options.num_attention_heads,
         stage_layers=options.stage_layers,
+        max_position_embeddings=max(IFlameConfig().max_position_embeddings, tokens),
     )
 
 

@@ -33,7 +33,7 @@ for each in ${STAGES:-tests generate train}; do
   case $each in
     # most of the time is compilation, so several processes share the GPU
     tests) stage tests env OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=4 "$python" -m pytest -q -m gpu --durations=5 $workers \
-      -p no:cacheprovider tests/test_gpu.py tests/test_gpu_engine.py tests/test_packed_attention.py ;;
+      -p no:cacheprovider tests/test_gpu.py tests/test_gpu_engine.py tests/test_packed_attention.py tests/test_gpu_launch.py ;;
     # a single step is the recurrence, whatever the implementation: one is enough
     generate) stage generate "$python" benchmarks/bench_generate.py --preset published --batch_size 1 64 $reference ;;
     many) stage many "$python" benchmarks/bench_many.py --preset published --rows 512 --meshes 4000 ;;

@@ -185,6 +185,13 @@ def test_a_size_that_is_not_that_of_the_model_to_start_from_is_refused(model, gi
     assert str(model) in str(refused.value)
 
 
+@pytest.mark.parametrize("row_length", [918, 144_018])
+def test_a_mesh_may_be_as_long_as_a_row(model, row_length):
+    for start in (["--hidden_size", "32"], ["--model_name_or_path", str(model)]):
+        _, made = create_model(parse_arguments([*start, "--row_length", str(row_length)]))
+        assert made.config.max_position_embeddings == max(90_000, row_length)
+
+
 def test_sizes_of_a_file_count_as_given_and_those_of_the_model_itself_are_no_contradiction(model, tmp_path):
     start = ["--model_name_or_path", str(model)]
     with pytest.raises(ValueError, match="hidden_size 64 .*num_attention_heads 8 "):

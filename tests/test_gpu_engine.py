@@ -111,6 +111,17 @@ def test_meshes_of_refilled_rows_are_those_that_are_made_alone(model):
         assert parted <= 2
 
 
+@pytest.mark.parametrize("rows", [4, 40, 256])
+def test_refilled_rows_in_a_short_type_make_exactly_what_fresh_rows_of_that_number_make(model, rows):
+    model, most = copy.deepcopy(model).to(torch.bfloat16), 3 * rows
+    refilled = {mesh.seed: mesh.ids for mesh in generate_meshes(model, range(most), rows=rows, max_faces=30)}
+    fresh = {}
+    for first in range(0, most, rows):
+        for mesh in generate_meshes(model, range(first, first + rows), rows=rows, max_faces=30):
+            fresh[mesh.seed] = mesh.ids
+    assert [seed for seed in range(most) if not torch.equal(refilled[seed], fresh[seed])] == []
+
+
 def hangs_on_rounding(model, seed, ids, others):
     """Whether two meshes of a seed part where its random number lies on the border between two tokens."""
     place = int((ids[: len(others)] != others[: len(ids)]).nonzero()[0])

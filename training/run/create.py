@@ -97,6 +97,8 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
             **implementations,
         )
         model = IFlameForCausalLM(config)
+    # A mesh may be as long as a row; nothing is allocated for it.
+    model.config.max_position_embeddings = max(model.config.max_position_embeddings, arguments.data.row_length)
     if sizes.gradient_checkpointing:
         enable_activation_checkpointing(model)
     return tokenizer, model
