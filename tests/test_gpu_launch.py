@@ -35,18 +35,20 @@ def meshes_of(model_folder, out, processes):
     command += ["--out", str(out), "--num", str(NUM), "--rows", str(ROWS), "--max_faces", "60"]
     ranks = environments_of_ranks(processes) if processes > 1 else [{}]
     shared = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    said = out.with_suffix(".txt")
-    with said.open("w") as file:
-        running = [subprocess.Popen(command, stdout=file, stderr=file, env={**shared, **each}) for each in ranks]
-        ends_at = time.monotonic() + TIME_LIMIT
-        try:
-            for process in running:
-                process.wait(max(0, ends_at - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            for process in running:
-                process.send_signal(signal.SIGABRT)
-        statuses = [process.wait() for process in running]
-    assert not any(statuses), f"{statuses}\n{said.read_text()}"
+    said = [out.with_suffix(f".{rank}.txt") for rank in range(processes)]
+    running = []
+    for path, rank in zip(said, ranks, strict=True):
+        with path.open("w") as file:
+            running.append(subprocess.Popen(command, stdout=file, stderr=file, env={**shared, **rank}))
+    ends_at = time.monotonic() + TIME_LIMIT
+    try:
+        for process in running:
+            process.wait(max(0, ends_at - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for process in running:
+            process.send_signal(signal.SIGABRT)
+    statuses = [process.wait() for process in running]
+    assert not any(statuses), "\n".join([str(statuses), *(path.read_text() for path in said)])
     return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".glb", ".jsonl")}
 
 
