@@ -1,6 +1,9 @@
 """Options from a yaml file and the command line."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,3 +223,14 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="is no iFlame model: its model_type is 'llama'"):
         create_model(parse_arguments(["--model_name_or_path", str(tmp_path)]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP there")
+@pytest.mark.parametrize(("given", "spins"), [({}, "1500"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_for_one_another_soon_sleep(given, spins):
+    """As OpenMP itself says when torch loads it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
+    script = CONFIGS.parent / "train.py"
+    said = subprocess.run([sys.executable, script, "--help"], env=environment, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said.stderr and said.returncode == 0

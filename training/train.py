@@ -7,6 +7,7 @@ Train iFlame with Accelerate.
 Without arguments a small model learns meshes of furniture and buildings that are generated on the spot.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
+if "OMP_WAIT_POLICY" not in os.environ:
+    # torch's threads on a CPU wait for one another many times in a step. They are to sleep after microseconds and not
+    # milliseconds: where another program wants a core, the thread that was put aside then finds one. Torch reads this
+    # when it is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1500")
 
 import torch
 from accelerate import Accelerator
