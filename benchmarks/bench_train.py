@@ -53,8 +53,8 @@ COLUMNS = {
     "row_tokens": "tokens a row",
     "tokens_per_second": "tokens/s",
     "milliseconds_per_step": "ms/step",
-    "kernel_milliseconds": "kernels ms",
-    "launches": "launches",
+    "gpu_milliseconds": "GPU ms",
+    "gpu_operations": "GPU operations",
     "labels_per_second": "labels/s",
     "first_step_seconds": "first step s",
     "memory_gib": "GiB",
@@ -64,7 +64,7 @@ A step: forward, loss, backward, clipping, optimiser; weights in float32, autoca
 each, or packed with meshes of --mesh_faces on average; labels are the tokens learnt from. The original packs nothing:
 its labels/s count what is no padding where each row holds one such mesh. Compiled: the whole network; blocks: each
 block by itself, as train.py does. Steps follow each other as in training, without a wait between them. Two figures are
-two measurements. Memory is the GPU's peak. Kernels: what the GPU works in a step, by torch's profiler, and how many.
+two measurements. Memory is the GPU's peak. GPU ms: what it works in a step, copies included, by torch's profiler.
 """
 MAX_GRAD_NORM = 1.0
 STEPS_TOGETHER = 4  # on a GPU, between two looks at the clock
@@ -214,11 +214,12 @@ def add_profile(row: Row, step: Callable[[], None]) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    kernels = [each for each in profile.key_averages() if each.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = torch.autograd.DeviceType.CUDA
+    kernels = [each for each in profile.key_averages() if each.device_type == on_gpu and not each.is_user_annotation]
     kernels.sort(key=lambda each: -each.self_device_time_total)
-    row["kernel_milliseconds"] = sum(each.self_device_time_total for each in kernels) / 1000
-    row["launches"] = sum(each.count for each in kernels)
-    print(f"  {row['kernel_milliseconds']:.2f} ms in {row['launches']} kernels, of them")
+    row["gpu_milliseconds"] = sum(each.self_device_time_total for each in kernels) / 1000
+    row["gpu_operations"] = sum(each.count for each in kernels)
+    print(f"  {row['gpu_milliseconds']:.2f} ms in {row['gpu_operations']} operations, of them")
     for each in kernels[:SHOWN_KERNELS]:
         print(f"  {each.self_device_time_total / 1000:8.2f} ms {each.count:5d} x {each.key[:SHOWN_NAME]}")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -42,7 +43,9 @@ def _fault_of_triton() -> str | None:
         target = triton.runtime.driver.active.get_current_target()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return f"a GPU on which triton does not run: {reason} (it needs a C compiler and Python's headers)"
+        reason = f"{reason} (it needs a C compiler and Python's headers)"
+        warnings.warn(f"triton does not run, so training and generate() are slower: {reason}", stacklevel=2)
+        return f"a GPU on which triton does not run: {reason}"
     if target.backend != "cuda":
         return "a GPU that is not NVIDIA's"
     return "a GPU of a compute capability below 8.0" if target.arch < 80 else None

@@ -262,7 +262,7 @@ def _segments(like: torch.Tensor) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """How products are computed whose operands are float32 to the kernel."""
-    if dtype == torch.bfloat16 or torch.version.hip is not None:
+    if dtype == torch.bfloat16:
         return "ieee"
     return "tf32" if dtype == torch.float16 else "tf32x3"
 

@@ -23,6 +23,7 @@ from .ops_iflame import (
     apply_rotary,
     attention_backends_for_any_length,
     check_linear_attention_implementation,
+    in_autocasts_dtype,
     linear_attention,
     linear_attention_step,
 )
@@ -358,11 +359,8 @@ class IFlameModel(IFlamePreTrainedModel):
             )
 
         levels = level_inputs(config, inputs_embeds, attention_mask, position_ids, cache, layout)
-        hidden_states = self.embed_norm(inputs_embeds)
-        device = hidden_states.device.type
-        if torch.is_autocast_enabled(device):
-            # What blocks add to one another is in the type of their products: half the memory to read and write.
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        # What blocks add to one another is in the type of their products: half the memory to read and write.
+        hidden_states = in_autocasts_dtype(self.embed_norm(inputs_embeds))
         trace = Trace([hidden_states], []) if output_hidden_states or output_attentions else None
         with nullcontext() if cache is None else attention_backends_for_any_length(hidden_states.device):
             hidden_states = self._hourglass(0, hidden_states, levels, cache, trace)

@@ -74,6 +74,14 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
+def in_autocasts_dtype(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of autocast, where that is on, as its products have it; float64 stays."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 def attention_backends_for_any_length(device: torch.device) -> AbstractContextManager:
     """
     Within it torch's scaled_dot_product_attention leaves out cuDNN, which builds a plan for every new length of the
@@ -407,9 +415,14 @@ PREFERENCE = ("triton", "lightning_attn", "fla", "chunked")
 
 
 @functools.cache
+def _finds(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@torch.compiler.assume_constant_result
 def _is_installed(name: str) -> bool:
     package = IMPLEMENTATIONS[name].package
-    return package is None or importlib.util.find_spec(package[0]) is not None
+    return package is None or _finds(package[0])
 
 
 def _how_to_install(name: str) -> str:

@@ -5,6 +5,7 @@ On a GPU that can, it is torch's flash attention of lengths laid end to end; els
 of one mesh after the other.
 """
 
+import inspect
 import re
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -13,12 +14,19 @@ import torch
 from torch.nn import functional as F
 
 from .layout_iflame import MeshBounds
+from .ops_iflame import in_autocasts_dtype
 
 # Code that is loaded from a model's folder is another module with the same name of the file.
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 # Earlier versions of torch return the sums of rows in another shape.
 HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
+# What the operators read on the host is of one batch: a CUDA graph would do the same with every other one.
+TAGS = {}
+if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(torch.library.custom_op).parameters:
+    TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)}
+# Queries whose scores with all keys before them the gradient holds at a time.
+BLOCK = 512
 
 # B batch, T items, H heads, D head size, M meshes of all rows
 
@@ -43,10 +51,8 @@ def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
     """Causal attention within each mesh, of (B, T, H, D) items; o (B, T, H, D). Under autocast in its dtype."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    if torch.compiler.is_compiling() or _has_flash(query):
+    query, key, value = map(in_autocasts_dtype, (query, key, value))
+    if torch.compiler.is_compiling() or (_has_flash(query) and torch.backends.cuda.flash_sdp_enabled()):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         return _attention(query, key, value, packing.offsets, packing.offsets_on_host, scale)[0]
     return _mesh_after_mesh(query, key, value, _lengths(packing.offsets_on_host), scale)
@@ -54,15 +60,14 @@ def packed_attention(
 
 def _has_flash(query: torch.Tensor) -> bool:
     """Whether torch has flash attention of lengths laid end to end, with gradients, for such a query."""
-    return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and HAS_VARLEN
-        and not torch.version.hip
-        and torch.cuda.get_device_capability(query.device)[0] >= 8
-    )
+    size = query.shape[-1]
+    if not (HAS_VARLEN and query.device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()):
+        return False
+    if query.dtype not in (torch.float16, torch.bfloat16) or size % 8 or torch.version.hip:
+        return False
+    capability = torch.cuda.get_device_capability(query.device)
+    # The backward pass of larger heads needs the shared memory of a data centre's GPU.
+    return capability >= (8, 0) and (size <= 192 or (size <= 256 and capability in ((8, 0), (9, 0))))
 
 
 def _lengths(offsets_on_host: torch.Tensor) -> list[int]:
@@ -80,17 +85,27 @@ def _mesh_after_mesh(query, key, value, lengths, scale):
 
 
 def _mesh_after_mesh_backward(grad, query, key, value, output, lengths, scale):
-    """An operator's implementation is below autograd, so here is the gradient of softmax(scale QK^T) V spelled out."""
+    """An operator's implementation is below autograd, so here is the gradient of softmax(scale QK^T) V spelled out, in
+    float32 at least and for a block of queries at a time."""
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    work = torch.promote_types(query.dtype, torch.float32)
     parts = (x.flatten(0, 1).split(lengths) for x in (grad, query, key, value, output, *grads))
-    for mesh in zip(*parts, strict=True):
-        g, q, k, v, o, *made = (x.transpose(0, 1) for x in mesh)
-        unseen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
-        shares = (q @ k.mT * scale).masked_fill(unseen, float("-inf")).softmax(dim=-1)
-        # The sum over what a query reads of share x gradient is the gradient's part along the output.
-        scores = shares * (g @ v.mT - (g * o).sum(dim=-1, keepdim=True)) * scale
-        for place, values in zip(made, (scores @ k, scores.mT @ q, shares.mT @ g), strict=True):
-            place.copy_(values)
+    for *mesh, to_query, to_key, to_value in zip(*parts, strict=True):
+        g, q, k, v, o = (x.transpose(0, 1).to(work) for x in mesh)  # (H, L, D)
+        q, sums = q * scale, (g * o).sum(dim=-1, keepdim=True)
+        index = torch.arange(q.shape[1], device=q.device)
+        of_query, of_key, of_value = (torch.zeros_like(q) for _ in range(3))
+        for first in range(0, q.shape[1], BLOCK):
+            rows, seen = slice(first, first + BLOCK), slice(0, min(first + BLOCK, q.shape[1]))
+            unseen = index[seen] > index[rows, None]
+            shares = (q[:, rows] @ k[:, seen].mT).masked_fill(unseen, float("-inf")).softmax(dim=-1)
+            # The sum over what a query reads of share x gradient is the gradient's part along the output.
+            scores = shares * (g[:, rows] @ v[:, seen].mT - sums[:, rows])
+            of_query[:, rows] = scores @ k[:, seen] * scale
+            of_key[:, seen] += scores.mT @ q[:, rows]
+            of_value[:, seen] += shares.mT @ g[:, rows]
+        for place, values in ((to_query, of_query), (to_key, of_key), (to_value, of_value)):
+            place.copy_(values.transpose(0, 1))
     return tuple(grads)
 
 
@@ -118,7 +133,7 @@ def _flash_backward(grad, query, key, value, output, sums, offsets, offsets_on_h
     return tuple(each.view(query.shape) for each in grads)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=(), **TAGS)
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -140,7 +155,7 @@ def _(query, key, value, offsets, offsets_on_host, scale):
     return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(sums, dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=(), **TAGS)
 def _attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,

@@ -225,6 +225,14 @@ def test_autocast_trains_float32_weights_with_a_loss_close_to_float32(kind):
     assert_same_gradients(gradients(model, output.loss), expected_gradients, 0.2)
 
 
+def test_autocast_leaves_a_model_in_float64_as_it_is():
+    model, inputs = small_model().double(), inputs_of(PACKED[0])
+    expected = model(**inputs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**inputs).logits
+    assert found.dtype == torch.float64 and torch.equal(found, expected)
+
+
 class CountingBackend:
     """A backend of torch.compile that counts the graphs it is given, and compiles them with another."""
 

@@ -12,6 +12,7 @@ from iflame_hf.packed_attention_iflame import (
     _flash,
     _flash_backward,
     _mesh_after_mesh,
+    _mesh_after_mesh_backward,
     packed_attention,
 )
 
@@ -43,6 +44,21 @@ def results(function, inputs):
     return [output, *torch.autograd.grad((output * weights).sum(), leaves)]
 
 
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(each, torch.Tensor):
+                self.numel = max(self.numel, each.untyped_storage().nbytes() // each.element_size())
+        return made
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize("length", [72, 65])  # the last mesh of a row may have nothing at a level
 @pytest.mark.parametrize("compiled", [False, True])
@@ -61,6 +77,49 @@ def test_it_is_the_softmax_over_the_items_of_a_mesh(level, length, compiled):
     found = results(used, inputs)
     expected = results(lambda *qkv: all_pairs(*qkv, bounds, 0.3), inputs)
     assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_its_own_gradient_is_as_near_to_the_softmax_as_torchs_without_the_square_of_a_mesh(dtype):
+    items = 1300  # blocks of 512 queries, and a part of one
+    random = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, items, 2, 20, generator=random).to(dtype) for _ in range(3)]
+    begins = torch.zeros(1, items, dtype=torch.bool)
+    begins[0, 20] = True
+    bounds, lengths = RowLayout.of_begins(begins, items, (1,)).bounds(), [20, items - 20]
+    exact = results(lambda *qkv: all_pairs(*qkv, bounds, 0.3), inputs)
+    output, *plain = results(lambda *qkv: _mesh_after_mesh(*qkv, lengths, 0.3), inputs)
+    grad = torch.linspace(-1, 2, output.numel(), dtype=dtype).view_as(output)
+    with Largest() as largest:
+        found = _mesh_after_mesh_backward(grad, *inputs, output.detach(), lengths, 0.3)
+    assert largest.numel <= 2 * 512 * items < 2 * (items - 20) ** 2
+    for value, torchs, expected in zip(found, plain, exact[1:], strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, expected) < 1.5 * relative_error(torchs, expected) + 1e-6 < 0.1
+
+
+def test_one_compiled_graph_serves_every_packing():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(packed_attention, backend=counter, fullgraph=True, dynamic=False)
+    for rows in ([(8,), (8,)], [(1, 7), (2, 2, 4)], [(1,) * 8, (3, 5)]):
+        bounds = layout_of(rows).bounds()
+        inputs = torch.randn(3, *bounds.meshes.shape, 2, 4, dtype=torch.float64)
+        found = compiled(*inputs, Packing.of(bounds, 2 * FACES), 0.3)
+        assert torch.allclose(found, all_pairs(*inputs, bounds, 0.3), atol=1e-12)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cuda_graph_of_one_packing_is_not_another_ones(dtype):
+    torch._dynamo.reset()
+    compiled = torch.compile(packed_attention, mode="reduce-overhead")
+    for rows in [[(8,), (8,)]] * 3 + [[(1, 7), (2, 2, 4)], [(1,) * 8, (3, 5)]]:
+        bounds = layout_of(rows).to("cuda").bounds()
+        inputs = torch.randn(3, *bounds.meshes.shape, 2, 32, device="cuda").to(dtype)
+        found = compiled(*inputs, Packing.of(bounds, 2 * FACES), 0.3)
+        assert relative_error(found, all_pairs(*inputs, bounds, 0.3)) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.gpu
@@ -125,21 +184,6 @@ def test_under_autocast_it_has_autocasts_type():
         found = packed_attention(*inputs, Packing.of(bounds, 3 * FACES), 0.4)
     assert found.dtype == torch.bfloat16
     assert relative_error(found, all_pairs(*inputs, bounds, 0.4)) < 2e-2
-
-
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that is made."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for each in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(each, torch.Tensor):
-                self.numel = max(self.numel, each.untyped_storage().nbytes() // each.element_size())
-        return made
 
 
 @pytest.mark.parametrize("described", ["layout", "positions"])

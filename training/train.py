@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
-if "OMP_WAIT_POLICY" not in os.environ:
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     # torch's threads on a CPU wait for one another many times in a step. They are to sleep after microseconds and not
     # milliseconds: where another program wants a core, the thread that was put aside then finds one. Torch reads this
     # when it is loaded.
