@@ -46,6 +46,8 @@ NOT_PROVOKED = {
     "We couldn't connect to": "needs a network that fails; transformers says it, offline too",
     "the package for FlashAttention2 doesn't seem to be installed": "transformers says it where flash-attn is missing",
     "… holds the checkpoints of another run": "tests/test_train.py provokes it",
+    "triton does not run": "it is a warning; tests/test_ops.py provokes it",
+    "the decode engine does not do a GPU on which triton does not run": "needs a GPU",
 }
 
 
@@ -65,6 +67,10 @@ def provoke(message, folder, part, monkeypatch):
     elif message.startswith("linear_attn_implementation='lightning_attn' needs"):
         monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: False)
         model(linear_attn_implementation="lightning_attn")
+    elif message.startswith("linear_attn_implementation='triton' cannot run"):
+        monkeypatch.setattr(ops_iflame, "why_no_kernels", lambda: "a GPU on which triton does not run")
+        call = ops_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
+        ops_iflame.choose_linear_attention("triton", call)
     elif message.startswith("lightning_attn computes heads"):
         call = ops_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
         ops_iflame.choose_linear_attention("lightning_attn", call)
