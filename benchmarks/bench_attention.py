@@ -22,9 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import common
 from benchmarks.common import Row, gibibytes, measure
 from benchmarks.oracle import require_close
+from iflame_hf.implementations_iflame import IMPLEMENTATIONS
 from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.levels_iflame import block_mask
-from iflame_hf.ops_iflame import IMPLEMENTATIONS, alibi_slopes
+from iflame_hf.ops_iflame import alibi_slopes
 from training.run.ending import ends_in_words
 
 # B batch, T items, H heads, D head size

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from iflame_hf import IFlameConfig
-from iflame_hf.ops_iflame import alibi_slopes, linear_attention
+from iflame_hf.implementations_iflame import linear_attention
+from iflame_hf.ops_iflame import alibi_slopes
 
 # B batch, T queries, P keys before the first query, H heads, D head size
 

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from .configuration_iflame import IFlameConfig
+from .implementations_iflame import LinearAttentionCall, choose_linear_attention
 from .layout_iflame import MeshBounds, RowLayout, fresh_rows, leading_zeros, not_whole_faces
-from .ops_iflame import LinearAttentionCall, alibi_slopes, choose_linear_attention, rotary_tables
+from .ops_iflame import alibi_slopes, rotary_tables
 from .packed_attention_iflame import Packing
 from .states_iflame import Slots
 

@@ -17,16 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_iflame import IFlameCache
 from .configuration_iflame import STAGE_LEVELS, IFlameConfig
 from .generation_iflame import IFlameGenerationMixin
+from .implementations_iflame import check_linear_attention_implementation, linear_attention, linear_attention_step
 from .layout_iflame import RowLayout
 from .levels_iflame import LevelInputs, level_inputs
-from .ops_iflame import (
-    apply_rotary,
-    attention_backends_for_any_length,
-    check_linear_attention_implementation,
-    in_autocasts_dtype,
-    linear_attention,
-    linear_attention_step,
-)
+from .ops_iflame import apply_rotary, attention_backends_for_any_length, in_autocasts_dtype
 from .packed_attention_iflame import packed_attention
 from .products_iflame import joined_linear, may_join, swiglu
 from .states_iflame import OpenGroup, is_writable

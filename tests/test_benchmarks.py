@@ -13,7 +13,8 @@ from benchmarks.models import draw_models, mesh_labels
 from benchmarks.oracle import Oracle, WrongResult, require_close
 from iflame_hf import IFlameConfig
 from iflame_hf.engine_iflame import DecodeEngine, Types
-from iflame_hf.ops_iflame import IMPLEMENTATIONS, recurrent_linear_attention, recurrent_linear_attention_step
+from iflame_hf.implementations_iflame import IMPLEMENTATIONS
+from iflame_hf.ops_iflame import recurrent_linear_attention, recurrent_linear_attention_step
 from training.convert_checkpoint import BLOCK_NAMES, OTHER_NAMES, SKIP_WEIGHTS, STAGES
 from training.rows.pack import pack
 

@@ -11,14 +11,10 @@ from torch.nn import functional as F
 from transformers.utils import is_flash_attn_2_available
 
 from iflame_hf import StaticIFlameCache, linear_kernels_iflame
+from iflame_hf.implementations_iflame import fla_linear_attention, lightning_linear_attention
 from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.linear_kernels_iflame import triton_linear_attention
-from iflame_hf.ops_iflame import (
-    alibi_slopes,
-    fla_linear_attention,
-    lightning_linear_attention,
-    recurrent_linear_attention,
-)
+from iflame_hf.ops_iflame import alibi_slopes, recurrent_linear_attention
 from iflame_hf.states_iflame import RecurrentState
 from training.optim.average import MovingAverage
 from training.optim.groups import create_optimizer

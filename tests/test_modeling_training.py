@@ -13,7 +13,8 @@ from small_models import PAD, mesh_rows, relative_error, small_model, switch_che
 from torch.nn import functional as F
 
 from iflame_hf import modeling_iflame
-from iflame_hf.ops_iflame import alibi_slopes, linear_attention
+from iflame_hf.implementations_iflame import linear_attention
+from iflame_hf.ops_iflame import alibi_slopes
 
 PACKED = ["one mesh a row", "packed"]
 

@@ -10,20 +10,22 @@ import torch
 from linear_attention_formula import SLOPES, agreement, attention_formula, bounds_from, random_inputs
 from small_models import relative_error, small_model
 
-from iflame_hf import IFlameForCausalLM, kernels_iflame, ops_iflame
-from iflame_hf.layout_iflame import MeshBounds
-from iflame_hf.ops_iflame import (
-    CHUNK_SIZE,
+from iflame_hf import IFlameForCausalLM, implementations_iflame, kernels_iflame
+from iflame_hf.implementations_iflame import (
     LinearAttentionCall,
-    alibi_slopes,
-    apply_rotary,
     check_linear_attention_implementation,
     choose_linear_attention,
-    chunked_linear_attention,
     fla_linear_attention,
     lightning_linear_attention,
     linear_attention,
     linear_attention_step,
+)
+from iflame_hf.layout_iflame import MeshBounds
+from iflame_hf.ops_iflame import (
+    CHUNK_SIZE,
+    alibi_slopes,
+    apply_rotary,
+    chunked_linear_attention,
     recurrent_linear_attention,
     recurrent_linear_attention_step,
     rotary_tables,
@@ -35,9 +37,9 @@ PLAIN = [recurrent_linear_attention, chunked_linear_attention]
 @pytest.fixture(autouse=True)
 def known_packages():
     """What is installed is asked once in a process; tests that pretend must not leave their answer behind."""
-    ops_iflame._finds.cache_clear()
+    implementations_iflame._finds.cache_clear()
     yield
-    ops_iflame._finds.cache_clear()
+    implementations_iflame._finds.cache_clear()
 
 
 def published_alibi_slopes(heads):
@@ -402,8 +404,8 @@ def call(device="cuda", size=32, length=90, has_state=False, several=False, comp
     ],
 )
 def test_auto_is_on_a_gpu_the_first_that_is_installed_and_can_do_the_call(monkeypatch, installed, arguments, chosen):
-    monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: name in installed.split())
-    monkeypatch.setattr(ops_iflame, "why_no_kernels", lambda: None)
+    monkeypatch.setattr(implementations_iflame, "_is_installed", lambda name: name in installed.split())
+    monkeypatch.setattr(implementations_iflame, "why_no_kernels", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_linear_attention("auto", call(**arguments)) == chosen
@@ -430,7 +432,7 @@ def test_the_step_of_an_implementation_is_its_own_unless_a_mesh_begins(name):
 
 
 def test_triton_refuses_heads_that_are_too_large_for_its_kernels_and_takes_every_other_call(monkeypatch):
-    monkeypatch.setattr(ops_iflame, "why_no_kernels", lambda: None)
+    monkeypatch.setattr(implementations_iflame, "why_no_kernels", lambda: None)
     with pytest.raises(ValueError, match=r"up to 128 channels, and hidden_size / num_attention_heads is 192"):
         choose_linear_attention("triton", call(size=192))
     with pytest.raises(ValueError, match="does not run on a mps device"):
@@ -455,7 +457,7 @@ class NoCompiler:
 @pytest.mark.parametrize(("triton", "reason"), [(NoCompiler, "Failed to find C compiler"), (None, "pip install")])
 def test_where_triton_cannot_run_auto_takes_what_can_and_triton_says_why(monkeypatch, triton, reason):
     monkeypatch.setattr(kernels_iflame, "triton", triton)
-    monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: name in ("triton", "chunked"))
+    monkeypatch.setattr(implementations_iflame, "_is_installed", lambda name: name in ("triton", "chunked"))
     kernels_iflame._fault_of_triton.cache_clear()
     try:
         with pytest.warns(match=f"slower: .*{reason}") if triton else nullcontext():

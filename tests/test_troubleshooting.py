@@ -15,7 +15,7 @@ from small_models import BOS, small_model
 from transformers import DynamicCache, pipeline
 from transformers.dynamic_module_utils import resolve_trust_remote_code
 
-from iflame_hf import IFlameForCausalLM, IFlameTokenizer, names, ops_iflame
+from iflame_hf import IFlameForCausalLM, IFlameTokenizer, implementations_iflame, names
 from training.arguments import parse_arguments
 from training.procedural.make import ProceduralMesh, make_dataset
 from training.rows.map import MeshRows, ProceduralMeshes, mesh_sizes, require_usable
@@ -61,19 +61,19 @@ def provoke(message, folder, part, monkeypatch):
         return IFlameForCausalLM.from_pretrained(folder, **options)
 
     if message.startswith("linear_attn_implementation='fla' runs"):
-        ops_iflame.linear_attention(one, one, one, torch.ones(1), implementation="fla")
+        implementations_iflame.linear_attention(one, one, one, torch.ones(1), implementation="fla")
     elif message.startswith("attn_implementation='flex_attention'"):
         model(attn_implementation="flex_attention")(ids)
     elif message.startswith("linear_attn_implementation='lightning_attn' needs"):
-        monkeypatch.setattr(ops_iflame, "_is_installed", lambda name: False)
+        monkeypatch.setattr(implementations_iflame, "_is_installed", lambda name: False)
         model(linear_attn_implementation="lightning_attn")
     elif message.startswith("linear_attn_implementation='triton' cannot run"):
-        monkeypatch.setattr(ops_iflame, "why_no_kernels", lambda: "a GPU on which triton does not run")
-        call = ops_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
-        ops_iflame.choose_linear_attention("triton", call)
+        monkeypatch.setattr(implementations_iflame, "why_no_kernels", lambda: "a GPU on which triton does not run")
+        call = implementations_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
+        implementations_iflame.choose_linear_attention("triton", call)
     elif message.startswith("lightning_attn computes heads"):
-        call = ops_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
-        ops_iflame.choose_linear_attention("lightning_attn", call)
+        call = implementations_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
+        implementations_iflame.choose_linear_attention("lightning_attn", call)
     elif message.startswith("The repository"):
         resolve_trust_remote_code(False, "user/name", has_local_code=False, has_remote_code=True)
     elif message.startswith("the prompt of row 0 is not"):
