@@ -68,6 +68,8 @@ def load_generator(
         raise CommandError(f"the model {model} cannot be loaded: {reason}") from error
     if missing := sorted(loading["missing_keys"]):
         raise CommandError(f"the model {model} cannot be used: its weights lack {', '.join(missing[:3])}")
+    if device is not None:  # of several processes a pipeline leaves its model where it is
+        weights = weights.to(device)
     return pipeline("mesh-generation", model=weights.eval(), tokenizer=tokenizer, device=device)
 
 

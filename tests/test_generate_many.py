@@ -17,6 +17,7 @@ from sampling_processes import Sampler, wait_for_meshes
 from small_models import BOS, EOS, PAD, small_model
 from transformers import StoppingCriteria
 
+from iflame_cli import making
 from iflame_hf import GeneratedMesh, IFlameTokenizer, generate_meshes, many_iflame
 from iflame_hf.many_iflame import default_rows
 from training import generate
@@ -237,6 +238,13 @@ def test_two_processes_make_the_same_files_byte_for_byte(whole, model_folder, tm
     said = sampler.finish(*sampler.start_ranks([command_line(model_folder, tmp_path / "out", rows=3)] * 2))
     assert "24 meshes to make with 2 x cpu" in said and f"meshes are in {tmp_path / 'out'}" in said
     assert files_of(tmp_path / "out") == files_of(whole)
+
+
+def test_a_process_of_several_has_its_model_on_its_device(model_folder, one_process_group, monkeypatch):
+    """transformers' pipeline leaves it where it is."""
+    monkeypatch.setattr(making, "check_device", lambda name: None)
+    generator = making.load_generator(str(model_folder), device="meta")
+    assert generator.model.device == generator.device == torch.device("meta")
 
 
 def test_machines_may_have_a_folder_each(whole, model_folder, tmp_path):

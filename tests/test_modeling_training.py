@@ -294,15 +294,6 @@ def test_a_compiled_model_masks_padding_on_the_left():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def one_process_group():
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo backend")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_blocks_sharded_by_fsdp_give_the_same_gradients(one_process_group, kind, checkpointing):

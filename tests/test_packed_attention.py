@@ -40,7 +40,7 @@ def all_pairs(query, key, value, bounds, scale):
 def results(function, inputs):
     leaves = [x.detach().requires_grad_() for x in inputs]
     output = function(*leaves)
-    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
+    weights = torch.linspace(-1, 2, output.numel(), device=output.device).to(output.dtype).view_as(output)
     return [output, *torch.autograd.grad((output * weights).sum(), leaves)]
 
 
