@@ -8,6 +8,7 @@ has no figures if they fail.
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from iflame_hf.layout_iflame import RowLayout
 from training.convert_checkpoint import convert_weights
 from training.optim.groups import OPTIMIZERS, create_optimizer
 from training.rows.pack import EXTRA_FACES, IGNORED, best_fit, pack, row_inputs
+from training.run.captured import CapturedLearner, why_no_graph
 from training.run.create import compile_blocks
 from training.run.ending import ends_in_words
 
@@ -48,6 +50,7 @@ TEST_FACES, TEST_MESH_FACES, TEST_ROWS = 30, 8, 2
 COLUMNS = {
     "model": "model",
     "step": "step",
+    "graphs": "graphs",
     "dtype": "dtype",
     "batch_size": "rows",
     "row_tokens": "tokens a row",
@@ -64,7 +67,8 @@ A step: forward, loss, backward, clipping, optimiser; weights in float32, autoca
 each, or packed with meshes of --mesh_faces on average; labels are the tokens learnt from. The original packs nothing:
 its labels/s count what is no padding where each row holds one such mesh. Compiled: the whole network; blocks: each
 block by itself, as train.py does. Steps follow each other as in training, without a wait between them. Two figures are
-two measurements. Memory is the GPU's peak. GPU ms: what it works in a step, copies included, by torch's profiler.
+two measurements. Memory is the GPU's peak from the first step on. GPU ms: what it works in a step, copies included, by
+torch's profiler. Graphs: steps are CUDA graphs, as train.py's are where they can.
 """
 MAX_GRAD_NORM = 1.0
 STEPS_TOGETHER = 4  # on a GPU, between two looks at the clock
@@ -173,30 +177,53 @@ def add_figures(
     else:
         optimizer = create_optimizer(network, options.optim, 1e-4, 0.1, fused=True)
 
-    def backward() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(run, rows)
-        loss.backward()
-        return loss.detach()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    graphs = row["model"] != "original" and options.cuda_graphs
+    graphs = graphs and why_no_graph(network.config, device, dtype) is None
+    row["graphs"] = "yes" if graphs else "no"
+    if graphs:
+        learner = CapturedLearner(run, optimizer, MAX_GRAD_NORM, autocast)
+        batch, labels = [rows._asdict()], rows.num_labels
+
+        def backward() -> torch.Tensor:
+            return learner.backward(batch, labels)
+
+        def step() -> None:
+            nonlocal last_loss
+            last_loss = backward()
+            learner.update(last_loss)
+
+    else:
+
+        def backward() -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast():
+                loss = loss_of(run, rows)
+            loss.backward()
+            return loss.detach()
+
+        def step() -> None:
+            nonlocal last_loss
+            last_loss = backward()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+            if row["model"] != "original":  # as train.py does
+                optimizer.found_inf = (~norm.isfinite()).float()
+            optimizer.step()
 
     started = time.perf_counter()
     last_loss = backward()
     common.synchronize(device)
     row["first_step_seconds"] = time.perf_counter() - started
     require_first({name: parameter.grad for name, parameter in network.named_parameters()})
-
-    def step() -> None:
-        nonlocal last_loss
-        last_loss = backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
-        if row["model"] != "original":  # as train.py does
-            optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
+    if graphs:
+        learner.sums.zero_()
 
     for _ in range(options.warmup):
         step()
     together = STEPS_TOGETHER if device.type == "cuda" else 1
+    most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     seconds, memory = measure(lambda: [step() for _ in range(together)], device, options.repeats)
     seconds = [each / together for each in seconds]
     if not last_loss.isfinite():
@@ -204,7 +231,7 @@ def add_figures(
     row["tokens_per_second"] = [rows.input_ids.numel() / each for each in seconds]
     row["labels_per_second"] = [useful * rows.num_labels / each for each in seconds]
     row["milliseconds_per_step"] = [1000 * each for each in seconds]
-    row["memory_gib"] = gibibytes(memory)
+    row["memory_gib"] = gibibytes(None if most is None else max(most, memory))
     if options.profile:
         add_profile(row, step)
 
@@ -278,7 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--step", nargs="+", default=["eager"], choices=STEPS, help="one or several, each measured")
     parser.add_argument("--mesh_faces", type=int, help="mean faces of the meshes that rows are packed with")
     parser.add_argument("--optim", default="adamw_torch", choices=OPTIMIZERS, help="of our steps")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument(
+        "--cuda_graphs", action=argparse.BooleanOptionalAction, default=True, help="make our steps CUDA graphs"
+    )
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--profile", action="store_true", help="show what the kernels of a step take, on a GPU")
     options = common.parse_options(parser, PRESETS, arguments)
     if options.profile and options.device.type != "cuda":

@@ -114,6 +114,33 @@ class RowLayout:
 
         return self._map(move)
 
+    def with_room(self, meshes: int) -> "RowLayout":
+        """
+        The same layout, filled up with empty meshes to so many, of which any may be as long as a row: what is told of
+        it on the host holds for every layout of the same rows with at most as many meshes. Attributes of empty meshes
+        are -1.
+
+        Raises:
+            ValueError: there are more already, or it is not known how many.
+        """
+        if self.num_meshes is None or meshes < self.num_meshes:
+            raise ValueError(f"a layout of {self.num_meshes} meshes has no room among {meshes}")
+        missing = meshes - self.num_meshes
+
+        def filled(offsets: torch.Tensor) -> torch.Tensor:
+            return torch.cat([offsets, offsets[:, -1:].expand(-1, missing)], dim=1)
+
+        return replace(
+            self,
+            offsets=filled(self.offsets),
+            offsets_on_host=filled(self.offsets_on_host),
+            longest=tuple(self.length // stride for stride in self.strides),
+            attributes={
+                name: torch.cat([values, values.new_full((missing, *values.shape[1:]), -1)])
+                for name, values in self.attributes.items()
+            },
+        )
+
     def pin_memory(self) -> "RowLayout":
         """The same layout in page-locked memory, from which a copy to a GPU waits for nothing."""
         return self._map(lambda tensor: None if tensor is None else tensor.pin_memory())

@@ -39,12 +39,14 @@ class Packing(NamedTuple):
 
     offsets: torch.Tensor  # (most + 1,) int32: where each mesh begins, then B x T over and over
     offsets_on_host: torch.Tensor  # the same on the CPU
+    limits: torch.Tensor  # (2,) int64, on the CPU: how many meshes there may be, and items of the longest
 
     @classmethod
     def of(cls, bounds: MeshBounds, most: int) -> "Packing":
         """Of bounds that are known on the CPU too, of at most so many meshes."""
         end, missing = bounds.meshes.numel(), most + 1 - len(bounds.offsets)
-        return cls(*(F.pad(each, (0, missing), value=end) for each in (bounds.offsets, bounds.offsets_on_host)))
+        offsets = (F.pad(each, (0, missing), value=end) for each in (bounds.offsets, bounds.offsets_on_host))
+        return cls(*offsets, torch.tensor([len(bounds.offsets) - 1, bounds.longest]))
 
 
 def packed_attention(
@@ -54,18 +56,21 @@ def packed_attention(
     query, key, value = map(in_autocasts_dtype, (query, key, value))
     if torch.compiler.is_compiling() or (_has_flash(query) and torch.backends.cuda.flash_sdp_enabled()):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        return _attention(query, key, value, packing.offsets, packing.offsets_on_host, scale)[0]
+        return _attention(query, key, value, *packing, scale)[0]
     return _mesh_after_mesh(query, key, value, _lengths(packing.offsets_on_host), scale)
 
 
 def _has_flash(query: torch.Tensor) -> bool:
-    """Whether torch has flash attention of lengths laid end to end, with gradients, for such a query."""
-    size = query.shape[-1]
-    if not (HAS_VARLEN and query.device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()):
+    return has_flash(query.device, query.dtype, query.shape[-1])
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether torch has flash attention of lengths laid end to end, with gradients, for heads of such a size."""
+    if not (HAS_VARLEN and device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()):
         return False
-    if query.dtype not in (torch.float16, torch.bfloat16) or size % 8 or torch.version.hip:
+    if dtype not in (torch.float16, torch.bfloat16) or size % 8 or torch.version.hip:
         return False
-    capability = torch.cuda.get_device_capability(query.device)
+    capability = torch.cuda.get_device_capability(device)
     # The backward pass of larger heads needs the shared memory of a data centre's GPU.
     return capability >= (8, 0) and (size <= 192 or (size <= 256 and capability in ((8, 0), (9, 0))))
 
@@ -109,24 +114,23 @@ def _mesh_after_mesh_backward(grad, query, key, value, output, lengths, scale):
     return tuple(grads)
 
 
-def _laid_end_to_end(offsets: torch.Tensor, offsets_on_host: torch.Tensor):
+def _laid_end_to_end(offsets: torch.Tensor, limits: torch.Tensor):
     """What flash attention is told of the meshes; the host knows it, so that nothing waits for the device."""
-    lengths = offsets_on_host.diff()
-    meshes, longest = 1 + int(lengths.nonzero()[-1]), int(lengths.max())
+    meshes, longest = limits.tolist()
     offsets = offsets[: meshes + 1]
     return offsets, offsets, longest, longest, 0.0, True
 
 
-def _flash(query, key, value, offsets, offsets_on_host, scale):
+def _flash(query, key, value, offsets, limits, scale):
     flat = (x.flatten(0, 1) for x in (query, key, value))
-    packing = _laid_end_to_end(offsets, offsets_on_host)
+    packing = _laid_end_to_end(offsets, limits)
     output, sums, *_ = torch.ops.aten._flash_attention_forward(*flat, *packing, False, scale=scale)
     return output.view(query.shape), sums
 
 
-def _flash_backward(grad, query, key, value, output, sums, offsets, offsets_on_host, scale):
+def _flash_backward(grad, query, key, value, output, sums, offsets, limits, scale):
     flat = (x.flatten(0, 1) for x in (grad, query, key, value, output))
-    packing = _laid_end_to_end(offsets, offsets_on_host)
+    packing = _laid_end_to_end(offsets, limits)
     # Of random numbers, which nothing here draws.
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
     grads = torch.ops.aten._flash_attention_backward(*flat, sums, *packing, *unused, scale=scale)
@@ -140,17 +144,18 @@ def _attention(
     value: torch.Tensor,
     offsets: torch.Tensor,
     offsets_on_host: torch.Tensor,
+    limits: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o (B, T, H, D), and for flash attention's backward pass the logarithms of sums (H, B x T), else nothing."""
     if not _has_flash(query):
         output = _mesh_after_mesh(query, key, value, _lengths(offsets_on_host), scale)
         return output, query.new_empty(0, dtype=torch.float32)
-    return _flash(query, key, value, offsets, offsets_on_host, scale)
+    return _flash(query, key, value, offsets, limits, scale)
 
 
 @_attention.register_fake
-def _(query, key, value, offsets, offsets_on_host, scale):
+def _(query, key, value, offsets, offsets_on_host, limits, scale):
     sums = (query.shape[2], query.shape[0] * query.shape[1]) if _has_flash(query) else (0,)
     return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(sums, dtype=torch.float32)
 
@@ -165,30 +170,31 @@ def _attention_backward(
     sums: torch.Tensor,
     offsets: torch.Tensor,
     offsets_on_host: torch.Tensor,
+    limits: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value."""
     if not _has_flash(query):
         return _mesh_after_mesh_backward(grad, query, key, value, output, _lengths(offsets_on_host), scale)
-    return _flash_backward(grad, query, key, value, output, sums, offsets, offsets_on_host, scale)
+    return _flash_backward(grad, query, key, value, output, sums, offsets, limits, scale)
 
 
 @_attention_backward.register_fake
-def _(grad, query, key, value, output, sums, offsets, offsets_on_host, scale):
+def _(grad, query, key, value, output, sums, offsets, offsets_on_host, limits, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
 def _save(ctx, inputs, output):
-    query, key, value, offsets, offsets_on_host, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, offsets, offsets_on_host)
+    query, key, value, *packing, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, *packing)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, _):
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     grads = _attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

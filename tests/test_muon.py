@@ -83,10 +83,27 @@ def test_a_matrix_without_a_gradient_stays():
 
 
 def test_singular_values_come_near_one_whatever_the_shape():
+    random = torch.Generator().manual_seed(0)
     for shape in set(SHAPES):
-        found = orthogonalise(torch.randn(3, *shape), COEFFICIENTS, 5, 1e-7)
-        values = torch.linalg.svdvals(found.float())
-        assert found.shape == (3, *shape) and 0.3 < values.min() and values.max() < 1.3
+        left, values, right = torch.linalg.svd(torch.randn(3, *shape, generator=random), full_matrices=False)
+        matrices = left * torch.linspace(0.05, 1, values.shape[-1]) @ right
+        found = torch.linalg.svdvals(orthogonalise(matrices, COEFFICIENTS, 5, 1e-7))
+        assert 0.3 < found.min() and found.max() < 1.3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(512, 1365), (1365, 512), (512, 512), (24, 17), (17, 24)])
+def test_on_a_gpu_they_are_those_of_float64_to_the_precision_of_bfloat16(shape):
+    a, b, c = COEFFICIENTS
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    x = matrices.double()
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    found = orthogonalise(matrices.to("cuda"), COEFFICIENTS, 5, 1e-7)
+    assert found.shape == matrices.shape and found.dtype == torch.bfloat16
+    assert (found.cpu() - x).norm() / x.norm() < 0.02
 
 
 def test_off_a_cpu_the_products_are_in_bfloat16_as_torchs_are():

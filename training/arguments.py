@@ -133,6 +133,7 @@ class TrainArguments:
     fp16: bool = option(False, "Compute in float16 with weights in float32.")
     torch_compile: bool = option(False, "Compile every block with torch.compile, once.")
     torch_compile_mode: str | None = option(None, "torch.compile's mode.")
+    cuda_graphs: bool = option(True, "Let a GPU repeat whole steps from CUDA graphs, where it can.")
     use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
     seed: int = option(42, "Of the fresh weights, the order of the data, its augmentation and the samples.")
     logging_steps: int = option(10, "Write the loss every so many steps.")

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -24,9 +23,8 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -44,10 +42,10 @@ from training.run.create import (
     create_accelerator,
     create_model,
     create_optimization,
-    device_leaves_out_steps,
 )
 from training.run.ending import ends_in_words
 from training.run.interruption import Interruption, Stopped
+from training.run.learner import Learner, prepare
 from training.run.log import Line, RunLog, Window
 from training.run.milestones import Milestones
 from training.run.outcome import report_outcome
@@ -112,7 +110,8 @@ class Run:
         self.steps = Steps(arguments, self.progress, optimizer, data.rows.rows_in_epoch, accelerator.num_processes)
         if options.torch_compile:
             compile_blocks(model, options.torch_compile_mode)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.learner: Learner
+        self.model, self.optimizer, self.learner = prepare(accelerator, model, optimizer, options, self.log.report)
         self.average = average
         weights = Weights(accelerator, self.model, average)
         self.writer = ModelWriter(weights, tokenizer, self.output_dir, self.progress, self.log)
@@ -171,7 +170,7 @@ class Run:
             stop = self.milestones.catch_up(self.place, save=True) or stop
         while progress.step < steps.last and not stop:
             began = time.monotonic()
-            loss = self.backward(batch, labels)
+            loss = self.learner.backward(batch, labels)
             learnt, self.place = labels, place
             if progress.step + 1 < steps.last:
                 # While the device is at work on this step: the rows of the next one.
@@ -236,50 +235,16 @@ class Run:
         self.steps.end_after(last)
         return labels, asked > 0 or failed > 0
 
-    def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
-        """
-        Gradients of the sum of the losses of all rows of all processes, divided once by the number of their labels.
-        Returns this process's part of that loss, which the device may still have to compute.
-        """
-        accelerator, device = self.accelerator, self.accelerator.device
-        total = torch.zeros((), device=device)
-        num_items = torch.full((), labels, device=device)
-        for index, rows in enumerate(batch):
-            rows = send_to_device(rows, device, non_blocking=True)
-            last = index == len(batch) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                with accelerator.autocast():
-                    loss = self.model(**rows, use_cache=False, num_items_in_batch=num_items).loss
-                # The mean over processes is what gradients are synchronised to; their sum is wanted.
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
-        return total
-
     def update(self, loss: torch.Tensor) -> torch.Tensor:
         """
         Clip the gradients and step the optimiser; where the gradient is not finite the step is left out, while the
         learning rate and the moving average go on. Returns (2,) the norm of the gradient and the loss of all
         processes, which the device may still have to compute.
         """
-        accelerator = self.accelerator
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm or float("inf"))
-        if isinstance(norm, DTensor):  # of weights that are sharded
-            norm = norm.full_tensor()
-        total = accelerator.reduce(loss, "sum")
-        found = torch.stack([norm.to(total.device), total])
-        if device_leaves_out_steps(accelerator):
-            self.optimizer.optimizer.found_inf = (~found.isfinite().all()).float()
-            self.optimizer.step()
-        elif accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
-            self.optimizer.step()
-            if accelerator.optimizer_step_was_skipped:
-                found = torch.full_like(found, torch.nan)
-        elif found.isfinite().all():
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        found = self.learner.update(loss)
         self.steps.schedule.step()
         if self.average is not None:
-            self.average.update_parameters(accelerator.unwrap_model(self.model))
+            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
         return found
 
     def stop(self) -> None:

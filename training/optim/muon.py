@@ -4,7 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.nn import functional as F
 from torch.optim import Muon
+
+# Of the columns of matrices in products on a GPU.
+MULTIPLE = 16
 
 
 class BatchedMuon(Muon):
@@ -47,7 +51,7 @@ class BatchedMuon(Muon):
     @staticmethod
     def _step_together(group, parameters, gradients, buffers, found_inf) -> None:
         """The step of matrices of one shape; names and order are those of torch's `_single_tensor_muon`."""
-        lr, momentum = float(group["lr"]), group["momentum"]
+        lr, momentum = group["lr"], group["momentum"]
         own, gradients, buffers = ([_own_part(x) for x in each] for each in (parameters, gradients, buffers))
         taken = 1.0
         if found_inf is not None:
@@ -66,7 +70,11 @@ class BatchedMuon(Muon):
         if group["adjust_lr_fn"] == "match_rms_adamw":
             ratio = 0.2 * max(rows, columns) ** 0.5
         torch._foreach_mul_(own, 1 - lr * group["weight_decay"] * taken)
-        torch._foreach_add_(own, updates, alpha=-lr * ratio)
+        if isinstance(lr, torch.Tensor):
+            torch._foreach_mul_(updates, -lr * ratio)
+            torch._foreach_add_(own, updates)
+        else:
+            torch._foreach_add_(own, updates, alpha=-lr * ratio)
 
 
 def orthogonalise(
@@ -80,6 +88,9 @@ def orthogonalise(
     forty times the time of float32; those with AVX512_BF16 gain nothing by it. Only AMX makes it faster, by less than
     what a step of training takes, and processes that train together must all compute the same.
 
+    On a GPU matrices are filled up with columns of zeros, which stay zeros: an odd number of them makes products up to
+    four times as slow.
+
     Args:
         matrices: (N, R, C), each taken by itself.
         coefficients: a, b, c of X <- a X + (b A + c A A) X with A = X X^T.
@@ -88,15 +99,24 @@ def orthogonalise(
         (N, R, C), float32 on a CPU, else bfloat16
     """
     a, b, c = coefficients
-    x = matrices.to(torch.float32 if matrices.device.type == "cpu" else torch.bfloat16)
+    on_cpu = matrices.device.type == "cpu"
+    x = matrices.to(torch.float32 if on_cpu else torch.bfloat16)
     tall = matrices.shape[1] > matrices.shape[2]
     if tall:
         x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    columns = x.shape[2]
+    spare = 0 if on_cpu else -columns % MULTIPLE
+    norm = x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    if spare:
+        x = F.pad(x, (0, spare))
+    elif tall and not on_cpu:
+        x = x.contiguous()
+    x = x / norm
     for _ in range(steps):
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
+    x = x[..., :columns]
     return x.mT if tall else x
 
 

@@ -1,0 +1,175 @@
+"""Steps that are CUDA graphs learn what steps that Accelerate takes do."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from accelerate import Accelerator
+from small_models import mesh_rows, small_model
+
+from iflame_hf.layout_iflame import RowLayout
+from training.arguments import parse_arguments
+from training.optim.groups import create_optimizer
+from training.run import learner
+from training.run.captured import CapturedLearner, kind_of, why_not_captured, with_rounded_room
+from training.run.learner import AcceleratedLearner
+
+ROWS, FACES, STRIDES = 3, 12, (1, 3, 9)
+CLIP = 0.5
+
+
+def batch_of(seed, packed=True):
+    """Rows of a few meshes each, as a packer makes them."""
+    random = torch.Generator().manual_seed(seed)
+    begins = (torch.rand(ROWS, FACES, generator=random) < 0.2) & torch.tensor(packed)
+    ids = mesh_rows(ROWS, faces=FACES - 1, seed=seed)
+    layout = RowLayout.of_begins(begins, ids.shape[1], STRIDES)
+    labels = ids.masked_fill(layout.positions() < 9, -100)
+    return {"input_ids": ids, "labels": labels, "layout": layout}
+
+
+def learnt(make, optim, device="cpu", steps=5, packed=True, dtype=torch.float32, **sizes):
+    """What each step of a learner found, and the weights after them. A step is poisoned, another has two batches."""
+    model = small_model(**sizes).to(device).train()
+    optimizer = create_optimizer(model, optim, 0.0, 0.1, fused=True)
+    accelerator = Accelerator(cpu=device == "cpu")
+    autocast = functools.partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)
+    if make is AcceleratedLearner:
+        prepared = accelerator.prepare(model, optimizer)
+        chosen = AcceleratedLearner(accelerator, *prepared, CLIP)
+        accelerator.autocast = autocast
+    else:
+        chosen = make(model, optimizer, CLIP, autocast)
+    found = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        batch = [batch_of(10 * step + each, packed) for each in range(1 + (step == 2))]
+        labels = sum(int((rows["labels"] != -100).sum()) for rows in batch)
+        if step == 3:
+            labels = 0
+        loss = chosen.backward(batch, labels).clone()
+        found.append(torch.stack([loss, *chosen.update(loss)]).cpu())
+    return torch.stack(found), {name: value.detach().cpu() for name, value in model.named_parameters()}, chosen
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
+def test_steps_on_one_buffer_of_gradients_learn_what_accelerates_do(optim):
+    expected, weights, _ = learnt(AcceleratedLearner, optim)
+    found, moved, _ = learnt(functools.partial(CapturedLearner, captures=False), optim)
+    assert torch.allclose(found[[0, 1, 2, 4]], expected[[0, 1, 2, 4]], rtol=1e-5)
+    assert not found[3].isfinite().any() and not expected[3].isfinite().all()
+    begun = dict(small_model().named_parameters())
+    for name, weight in weights.items():
+        assert (moved[name] - weight).norm() <= 1e-4 * (weight - begun[name]).norm(), name
+
+
+def test_few_kinds_of_rows_serve_all_batches():
+    kinds = {kind_of(with_rounded_room(batch_of(seed))) for seed in range(50)}
+    assert kinds == {((ROWS, 9 * FACES), 32)}
+    rows = batch_of(0)
+    rounded = with_rounded_room(rows)["layout"]
+    assert torch.equal(rounded.offsets[:, : rows["layout"].num_meshes + 1], rows["layout"].offsets)
+    assert (rounded.offsets[:, rows["layout"].num_meshes :] == rows["layout"].offsets[:, -1:]).all()
+    assert rounded.longest == (9 * FACES, 3 * FACES, FACES)
+    single = batch_of(0, packed=False)
+    assert kind_of(with_rounded_room(single)) == ((ROWS, 9 * FACES), ROWS)
+    many = {**rows, "layout": RowLayout.of_begins(torch.ones(ROWS, FACES, dtype=torch.bool), 9 * FACES, STRIDES)}
+    assert kind_of(with_rounded_room(many)) == ((ROWS, 9 * FACES), 64)
+
+
+def test_the_model_computes_the_same_with_room_for_more_meshes():
+    model, rows = small_model(), batch_of(1)
+    expected = model(**rows, use_cache=False)
+    found = model(**with_rounded_room(rows), use_cache=False)
+    assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
+
+
+def options_of(**options):
+    return parse_arguments([f"--{name}={value}" for name, value in options.items()]).train
+
+
+class Cuda:
+    """What is asked of an accelerator, as on a GPU."""
+
+    device, scaler, distributed_type, mixed_precision = torch.device("cuda"), None, "NO", "bf16"
+
+
+def test_who_trains_otherwise_than_in_graphs_is_told_why(monkeypatch):
+    monkeypatch.setattr("training.run.captured.has_flash", lambda device, dtype, size: dtype == torch.bfloat16)
+    monkeypatch.setattr("iflame_hf.implementations_iflame.why_no_kernels", lambda: None)
+    model, accelerator = small_model(), Cuda()
+    assert why_not_captured(model, options_of(), accelerator) is None
+    assert "max-autotune" in why_not_captured(
+        model, options_of(torch_compile=True, torch_compile_mode="max-autotune"), accelerator
+    )
+    accelerator.mixed_precision = "no"
+    assert "--bf16" in why_not_captured(model, options_of(), accelerator)
+    accelerator.mixed_precision, accelerator.scaler = "fp16", object()
+    assert "scaler" in why_not_captured(model, options_of(), accelerator)
+    accelerator.mixed_precision, accelerator.scaler = "bf16", None
+    model.config.linear_attn_implementation = "fla"
+    assert "'fla'" in why_not_captured(model, options_of(), accelerator)
+    model.set_attn_implementation("eager")
+    assert "'eager'" in why_not_captured(model, options_of(), accelerator)
+    assert "cpu" in why_not_captured(model, options_of(), Accelerator(cpu=True))
+    said = []
+    prepared = learner.prepare(
+        Accelerator(cpu=True), model, create_optimizer(model, "muon", 1e-3, 0.1), options_of(), said.append
+    )
+    assert type(prepared[2]) is AcceleratedLearner and said == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
+def test_captured_steps_learn_what_steps_that_are_run_do(optim, packed, compiled, monkeypatch):
+    if compiled:
+        import training.run.create as create
+
+        torch.compiler.reset()
+        monkeypatch.setattr(
+            CapturedLearner,
+            "_learn",
+            functools.partialmethod(_after_compiling, CapturedLearner._learn, create.compile_blocks),
+        )
+    options = {"device": "cuda", "steps": 9, "packed": packed, "dtype": torch.bfloat16}
+    options |= {"hidden_size": 128, "heads": 4}
+    expected, weights, _ = learnt(functools.partial(CapturedLearner, captures=False), optim, **options)
+    found, moved, used = learnt(CapturedLearner, optim, **options)
+    assert len(used._graphs) == 2 and used.captures
+    finite = [step for step in range(9) if step != 3]
+    assert torch.allclose(found[finite], expected[finite], rtol=2e-2)
+    assert not found[3].isfinite().any()
+    begun = dict(small_model(hidden_size=128, heads=4).named_parameters())
+    for name, weight in weights.items():
+        assert (moved[name] - weight).norm() <= 0.1 * (weight - begun[name]).norm() + 1e-6, name
+
+
+def _after_compiling(self, learn, compile_blocks, rows):
+    if not hasattr(self, "is_compiled"):
+        compile_blocks(self.model)
+        self.is_compiled = True
+    return learn(self, rows)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_nothing_in_a_captured_step():
+    model = small_model(hidden_size=128, heads=4).to("cuda").train()
+    optimizer = create_optimizer(model, "muon", 1e-3, 0.1, fused=True)
+    chosen = CapturedLearner(model, optimizer, CLIP, functools.partial(torch.autocast, "cuda", torch.bfloat16))
+    batches = [copy.deepcopy(batch_of(seed)) for seed in range(5)]
+    for batch in batches[:2]:
+        chosen.update(chosen.backward([batch], 200))
+    pinned = [
+        {name: value.pin_memory() for name, value in {**batch, "layout": batch["layout"]}.items()} for batch in batches
+    ]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in pinned[2:]:
+            chosen.update(chosen.backward([batch], 200))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,228 @@
+"""
+Steps as CUDA graphs: the host asks for a whole step at once, and the GPU works without waiting for it.
+
+A graph does the same each time, on memory that stays where it is, and so everything that changes from step to step is
+a tensor: rows are copied to where the graph reads them, learning rates too, gradients lie in one buffer. Rows of one
+length have one shape; how many meshes they hold is rounded up, so that few graphs serve all batches.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from iflame_hf import IFlameConfig, IFlameForCausalLM
+from iflame_hf.implementations_iflame import LinearAttentionCall, choose_linear_attention
+from iflame_hf.layout_iflame import RowLayout
+from iflame_hf.packed_attention_iflame import has_flash
+from training.arguments import TrainArguments
+from training.rows.load import Batch
+from training.run.create import device_leaves_out_steps
+
+# Packed rows have room for so many meshes at least.
+LEAST_MESHES = 32
+# Bytes at which each parameter's gradient begins.
+ALIGNMENT = 256
+# torch.compile makes graphs of its own in these modes.
+MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def why_not_captured(model: IFlameForCausalLM, options: TrainArguments, accelerator: Accelerator) -> str | None:
+    """Why the steps of a run cannot be CUDA graphs, or None."""
+    if not device_leaves_out_steps(accelerator):
+        return "weights that are sharded, or a gradient scaler"
+    if options.torch_compile and options.torch_compile_mode in MODES_WITH_GRAPHS:
+        return f"torch_compile_mode={options.torch_compile_mode}"
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return why_no_graph(model.config, accelerator.device, dtype)
+
+
+def why_no_graph(config: IFlameConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the gradients of such a model, with products in such a type, cannot be a CUDA graph, or None."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"the device {device.type}"
+    if config._attn_implementation != "sdpa":
+        return f"attn_implementation={config._attn_implementation!r}"
+    if not has_flash(device, dtype, config.head_dim):
+        return "attention of packed rows, which needs --bf16 and torch's flash attention"
+    call = LinearAttentionCall(device.type, config.head_dim, length=2)
+    linear = choose_linear_attention(config.linear_attn_implementation, call)
+    return None if linear in ("triton", "chunked") else f"linear_attn_implementation={linear!r}"
+
+
+class CapturedLearner:
+    """
+    A learner (`training.run.learner.Learner`) on a GPU. Batches and updates of each kind are run once as they are, are
+    captured when they come again, and replayed from then on.
+
+    Args:
+        model: whose trainable parameters are all on one device. Their gradients belong to this object.
+        optimizer: whose `found_inf` leaves out steps. Its learning rates may be changed between steps; its state and
+            everything else stay as they are once there was a step.
+        max_grad_norm: infinite: gradients are not clipped.
+        autocast: makes the context of the forward pass.
+        num_processes: that learn together, each on its GPU; they begin with the weights of the first.
+        captures: else steps are run as they are each time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        autocast: Callable[[], AbstractContextManager],
+        num_processes: int = 1,
+        captures: bool = True,
+    ):
+        self.model, self.optimizer, self.max_grad_norm, self.autocast = model, optimizer, max_grad_norm, autocast
+        self.num_processes, self.captures = num_processes, captures
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.device = device = parameters[0].device
+        if num_processes > 1:
+            broadcast([parameter.data for parameter in parameters])
+        starts, end = [], 0
+        for parameter in parameters:
+            starts.append(end)
+            end += -(-parameter.numel() * 4 // ALIGNMENT) * (ALIGNMENT // 4)
+        # All gradients, and at the end the loss: what processes add up goes from one to the other in one piece.
+        self.sums = torch.zeros(end + 1, device=device)
+        self.gradients, self.loss = self.sums[:end], self.sums[end]
+        for start, parameter in zip(starts, parameters, strict=True):
+            parameter.grad = self.sums[start : start + parameter.numel()].view_as(parameter)
+        self.num_items = torch.zeros((), dtype=torch.long, device=device)
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._rows: dict[Hashable, Batch] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._seen: set[Hashable] = set()
+        self._pool: Any = None
+
+    def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
+        total = torch.zeros((), device=self.device)
+        self.num_items.fill_(labels)
+        for rows in batch:
+            rows = with_rounded_room(rows)
+            kind = kind_of(rows)
+            total += self._run(kind, self._learn, self._in_place(kind, rows))
+        return total
+
+    def update(self, loss: torch.Tensor) -> torch.Tensor:
+        self.loss.copy_(loss)
+        if self.num_processes > 1:
+            torch.distributed.all_reduce(self.sums)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        return self._run("update", self._step)
+
+    def _learn(self, rows: Batch) -> torch.Tensor:
+        with self.autocast():
+            loss = self.model(**rows, use_cache=False, num_items_in_batch=self.num_items).loss
+        loss.backward()
+        return loss.detach()
+
+    def _step(self) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(self.gradients)
+        found = torch.stack([norm, self.loss])
+        # As torch.nn.utils.clip_grad_norm_.
+        self.gradients.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.found_inf = (~found.isfinite().all()).float()
+        with self._rates_of_now():
+            self.optimizer.step()
+        self.sums.zero_()
+        return found
+
+    @contextmanager
+    def _rates_of_now(self) -> Iterator[None]:
+        """Within it the optimiser reads its learning rates on the device."""
+        groups = self.optimizer.param_groups
+        own = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
+            if "capturable" in group:
+                group["capturable"] = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        try:
+            yield
+        finally:
+            for group, values in zip(groups, own, strict=True):
+                group.update(values)
+
+    def _in_place(self, kind: Hashable, rows: Batch) -> Batch:
+        """The rows where a graph of their kind reads them."""
+        if not self.captures:
+            return _moved(rows, self.device)
+        if kind not in self._rows:
+            self._rows[kind] = _with_tensors(rows, [each.to(self.device, copy=True) for each in _tensors(rows)])
+            return self._rows[kind]
+        for place, values in zip(_tensors(self._rows[kind]), _tensors(rows), strict=True):
+            place.copy_(values, non_blocking=True)
+        return self._rows[kind]
+
+    def _run(self, kind: Hashable, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+        """What a function returns, in memory that its next call may overwrite."""
+        if self.captures and kind in self._seen and kind not in self._graphs:
+            try:
+                self._graphs[kind] = self._captured(function, *arguments)
+            except RuntimeError as error:
+                self.captures = False
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"a step cannot be a CUDA graph, steps are slower without: {reason}", stacklevel=2)
+        self._seen.add(kind)
+        if kind not in self._graphs:
+            return function(*arguments)
+        graph, output = self._graphs[kind]
+        graph.replay()
+        return output
+
+    def _captured(self, function: Callable[..., torch.Tensor], *arguments: Any):
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what steps held that were no graphs: a graph has memory of its own
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # Other threads, such as the one that pins memory for the next rows, may do what they like.
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            output = function(*arguments)
+        return graph, output
+
+
+def with_rounded_room(rows: Batch) -> Batch:
+    """Rows whose layout is one of few: without attributes, and with room for a power of two of meshes if packed."""
+    layout = rows.get("layout")
+    if layout is None:
+        return rows
+    layout = replace(layout, attributes={})
+    if layout.num_meshes != layout.shape[0]:
+        layout = layout.with_room(max(LEAST_MESHES, 1 << (layout.num_meshes - 1).bit_length()))
+        if layout.offsets.device.type == "cpu" and torch.cuda.is_available():
+            layout = replace(layout, offsets=layout.offsets.pin_memory())
+    return {**rows, "layout": layout}
+
+
+def kind_of(rows: Batch) -> Hashable:
+    """Rows of one kind are learnt from by the same graph."""
+    return rows["input_ids"].shape, None if rows.get("layout") is None else rows["layout"].num_meshes
+
+
+_OF_LAYOUT = ("face_positions", "face_meshes", "offsets")
+
+
+def _tensors(rows: Batch) -> list[torch.Tensor]:
+    of_layout = () if rows.get("layout") is None else _OF_LAYOUT
+    return [rows["input_ids"], rows["labels"], *(getattr(rows["layout"], name) for name in of_layout)]
+
+
+def _with_tensors(rows: Batch, tensors: list[torch.Tensor]) -> Batch:
+    input_ids, labels, *of_layout = tensors
+    layout: RowLayout | None = rows.get("layout")
+    if layout is not None:
+        layout = replace(layout, **dict(zip(_OF_LAYOUT, of_layout, strict=True)))
+    return {"input_ids": input_ids, "labels": labels, "layout": layout}
+
+
+def _moved(rows: Batch, device: torch.device) -> Batch:
+    return _with_tensors(rows, [each.to(device, non_blocking=True) for each in _tensors(rows)])
