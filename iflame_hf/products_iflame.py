@@ -29,8 +29,10 @@ def may_join(hidden_states: torch.Tensor, *layers: nn.Module, bias: bool) -> boo
 
 
 def _is_exporting() -> bool:
-    # torch before 2.7 does not tell exporting from compiling
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    # Within torch.compile is_exporting() is True in earlier versions of torch, and the flag that it reads is not. Before
+    # 2.7 there is neither.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_compiling() if flag is None else flag
 
 
 def _is_plain(layer: nn.Module) -> bool:

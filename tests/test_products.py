@@ -116,6 +116,22 @@ def test_layers_with_another_bias_than_their_product_has_are_called(bias):
     assert not may_join(x, nn.Linear(4, 4, bias=bias), bias=not bias)
 
 
+@pytest.mark.parametrize("items", [LEAST_ITEMS, LEAST_ITEMS - 1])
+def test_a_compiled_graph_has_joined_layers_too(items):
+    linears = []
+
+    def look(graph, _):
+        linears.append(sum(node.target in (F.linear, torch._C._nn.linear) for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    mlp = small_model().model.layers[0].mlp
+    x = torch.randn(1, items, mlp.gate_proj.in_features)
+    compiled = torch.compile(mlp, backend=look, fullgraph=True)
+    assert relative_error(compiled(x), mlp(x)) < 1e-5
+    assert linears == [2 if items == LEAST_ITEMS else 3]
+
+
 def test_few_items_are_not_worth_a_copy_of_the_weights():
     assert not may_join(torch.zeros(1, LEAST_ITEMS - 1, 4), nn.Linear(4, 4), bias=True)
 

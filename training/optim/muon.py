@@ -62,19 +62,20 @@ class BatchedMuon(Muon):
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         whole = _gather(torch.stack(updates), parameters[0])
         whole = orthogonalise(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        if found_inf is not None:
-            whole = whole * taken.to(whole.dtype)
-        updates = list(_scatter(whole, parameters[0]).to(own[0].dtype).unbind())
+        # One copy in the order of the parameters: of others torch takes them one by one.
+        whole = _scatter(whole, parameters[0])
+        updates = list(torch.empty(whole.shape, dtype=own[0].dtype, device=whole.device).copy_(whole).unbind())
         rows, columns = parameters[0].shape
         ratio = max(1, rows / columns) ** 0.5
         if group["adjust_lr_fn"] == "match_rms_adamw":
             ratio = 0.2 * max(rows, columns) ** 0.5
         torch._foreach_mul_(own, 1 - lr * group["weight_decay"] * taken)
-        if isinstance(lr, torch.Tensor):
-            torch._foreach_mul_(updates, -lr * ratio)
+        scale = -lr * ratio * taken
+        if isinstance(scale, torch.Tensor):
+            torch._foreach_mul_(updates, scale)
             torch._foreach_add_(own, updates)
         else:
-            torch._foreach_add_(own, updates, alpha=-lr * ratio)
+            torch._foreach_add_(own, updates, alpha=scale)
 
 
 def orthogonalise(
