@@ -23,6 +23,7 @@ import torch
 
 from .kernels_iflame import launch
 from .layout_iflame import MeshBounds
+from .ops_iflame import count_flops
 
 try:
     import triton
@@ -33,6 +34,8 @@ except ImportError:  # optional
 # B batch, T items of a level, H heads, D head size, N segments of a row
 
 LARGEST_HEAD_SIZE = 128
+# Items of a chunk for which operations are counted.
+FLOPS_CHUNK = 32
 # Rows are cut until there are so many programs for each multiprocessor of a GPU, of which two or three run at a time.
 PROGRAMS_A_MULTIPROCESSOR = 6
 # Every copy of this code, installed or from the Hub, has operators of its own.
@@ -405,6 +408,20 @@ def _differentiate(ctx, grad, grad_state, _):
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _flops(q_shape, *_, **__) -> int:
+    """Of scores and what they weight within a chunk, of what a state says, and of what is added to it, twice."""
+    batch, length, heads, size = q_shape
+    return 2 * batch * length * heads * size * (2 * FLOPS_CHUNK + 3 * size)
+
+
+def _flops_backward(grad_shape, *_, **__) -> int:
+    batch, length, heads, size = grad_shape
+    return 2 * batch * length * heads * size * (6 * FLOPS_CHUNK + 7 * size)
+
+
+count_flops(NAMESPACE, attention=_flops, attention_backward=_flops_backward)
 
 
 def triton_linear_attention(

@@ -7,11 +7,13 @@ Linear ("lightning") attention of one head with decay rate s (arXiv 2307.14995; 
 without scale or feature map. Every implementation has the signature of `recurrent_linear_attention`.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .layout_iflame import MeshBounds
 
@@ -20,6 +22,15 @@ from .layout_iflame import MeshBounds
 CHUNK_SIZE = 64
 
 LinearAttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def count_flops(namespace: str, **formulas: Callable[..., int]) -> None:
+    """Tells torch, by name, how many operations operators of a namespace take, from the shapes of their arguments: for
+    its FlopCounterMode, and for torch.compile where it chooses what to compute again."""
+    for name, formula in formulas.items():
+        operator = getattr(getattr(torch.ops, namespace), name)
+        flop_registry.pop(operator, None)  # where code from the Hub is loaded a second time
+        register_flop_formula(operator)(formula)
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> torch.Tensor:

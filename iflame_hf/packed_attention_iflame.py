@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .layout_iflame import MeshBounds
-from .ops_iflame import in_autocasts_dtype
+from .ops_iflame import count_flops, in_autocasts_dtype
 
 # Code that is loaded from a model's folder is another module with the same name of the file.
 NAMESPACE = re.sub(r"\W", "_", __name__)
@@ -198,3 +198,17 @@ def _differentiate(ctx, grad, _):
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _flops(query_shape, *_, **__) -> int:
+    """Of two products of all pairs, at most: shapes do not say how long meshes are."""
+    batch, length, heads, size = query_shape
+    return 2 * batch * heads * length * length * size
+
+
+def _flops_backward(grad_shape, *_, **__) -> int:
+    batch, length, heads, size = grad_shape
+    return 5 * batch * heads * length * length * size
+
+
+count_flops(NAMESPACE, attention=_flops, attention_backward=_flops_backward)

@@ -29,8 +29,7 @@ def may_join(hidden_states: torch.Tensor, *layers: nn.Module, bias: bool) -> boo
 
 
 def _is_exporting() -> bool:
-    # Within torch.compile is_exporting() is True in earlier versions of torch, and the flag that it reads is not. Before
-    # 2.7 there is neither.
+    # Before torch 2.13 is_exporting() is True within torch.compile, and the flag is not; before 2.7 there is neither.
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_compiling() if flag is None else flag
 

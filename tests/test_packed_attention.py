@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 from small_models import mesh_rows, relative_error, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.packed_attention_iflame import (
@@ -169,6 +170,17 @@ def test_the_operator_is_what_torch_wants_of_one():
         for _ in range(3)
     ]
     torch.library.opcheck(_attention, (*inputs, *Packing.of(bounds, 3 * FACES), 0.4))
+
+
+def test_torch_counts_its_operations():
+    bounds = layout_of(PACKED).bounds()
+    inputs = torch.randn(3, *bounds.meshes.shape, 2, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        output, _ = _attention(*inputs, *Packing.of(bounds, 3 * FACES), 0.4)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    pairs = 3 * 2 * 72 * 72  # of all rows and heads
+    assert forward.get_total_flops() == 2 * 2 * pairs * 8 / 2 and backward.get_total_flops() == 5 * 2 * pairs * 8 / 2
 
 
 def test_a_packing_has_one_shape_however_many_meshes_there_are():
