@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--optim", default="muon", choices=bench_train.OPTIMIZERS)
     parser.add_argument("--mesh_faces", type=int, help="mean faces of the meshes that rows are packed with")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
-    parser.set_defaults(profile=False, cuda_graphs=True)
+    parser.set_defaults(profile=False, cuda_graphs=True, activation_memory_budget=1.0)
     parser.add_argument("--sample_rows", type=int, help="rows of generate()")
     parser.add_argument("--sample_faces", type=int, help="faces of each")
     parser.add_argument("--data", metavar="DIR", help="what training/prepare_data.py wrote: train each variant on it")

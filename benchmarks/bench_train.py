@@ -171,7 +171,7 @@ def add_figures(
     device, dtype = options.device, common.DTYPES[options.dtype]
     run = torch.compile(network) if row["step"] == "compiled" else network
     if row["step"] == "blocks":
-        compile_blocks(network)
+        compile_blocks(network, memory_budget=options.activation_memory_budget)
     if row["model"] == "original":
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
     else:
@@ -307,6 +307,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--optim", default="adamw_torch", choices=OPTIMIZERS, help="of our steps")
     parser.add_argument(
         "--cuda_graphs", action=argparse.BooleanOptionalAction, default=True, help="make our steps CUDA graphs"
+    )
+    parser.add_argument(
+        "--activation_memory_budget", type=float, default=1.0, help="of compiled blocks, as of training/train.py"
     )
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--profile", action="store_true", help="show what the kernels of a step take, on a GPU")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GradientCheckpointingLayer, PreTrainedModel, initialization
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .block_kernels_iflame import has_block_kernels, rms_norm, turned_heads
 from .cache_iflame import IFlameCache
 from .configuration_iflame import STAGE_LEVELS, IFlameConfig
 from .generation_iflame import IFlameGenerationMixin
@@ -50,6 +51,8 @@ class IFlameRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and has_block_kernels(hidden_states):  # compiled, it is one with others
+            return rms_norm(hidden_states, self.weight, self.eps)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
 
 
@@ -105,6 +108,8 @@ class IFlameAttention(nn.Module):
         if may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj, bias=False):
             width = 2 * self.q_proj.out_features
             projected = joined_linear(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+            if has_block_kernels(projected):
+                return turned_heads(projected, level.cos, level.sin)
             # A copy, or all three would be kept for the backward pass as long as the values.
             turning, value = projected[..., :width], projected[..., width:].contiguous()
         else:

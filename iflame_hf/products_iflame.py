@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .block_kernels_iflame import has_block_kernels, silu_product_down
+
 # With fewer items of input, copying weights costs more than the product gains.
 LEAST_ITEMS = 1024
 MULTIPLE = 16
@@ -58,6 +60,9 @@ def swiglu(hidden_states: torch.Tensor, gate: nn.Linear, up: nn.Linear, down: nn
     no_weights, no_biases = gate.weight.new_zeros(spare, gate.in_features), gate.bias.new_zeros(spare)
     weights = torch.cat([gate.weight, no_weights, up.weight, no_weights])
     biases = torch.cat([gate.bias, no_biases, up.bias, no_biases])
-    gates, ups = F.linear(hidden_states, weights, biases).chunk(2, dim=-1)
     outward = F.pad(down.weight, (0, spare)) if spare else down.weight
+    if has_block_kernels(hidden_states):
+        projected = F.linear(hidden_states, weights)
+        return silu_product_down(projected, biases, outward.to(projected.dtype), down.bias)
+    gates, ups = F.linear(hidden_states, weights, biases).chunk(2, dim=-1)
     return F.linear(F.silu(gates) * ups, outward, down.bias)

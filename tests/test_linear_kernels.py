@@ -1,12 +1,10 @@
 """Linear attention in Triton, run by its interpreter, against a formula in float64 and torch's own checks."""
 
-import importlib.util
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted_module import interpreted
 from linear_attention_formula import SLOPES, agreement, attention_formula, bounds_from, random_inputs
 from small_models import relative_error
 
@@ -17,15 +15,8 @@ pytest.importorskip("triton")
 
 @pytest.fixture(scope="module")
 def kernels():
-    """A copy of the module whose kernels are interpreted: Triton looks at the variable when a kernel is defined."""
-    name = "iflame_hf.interpreted_linear_kernels"
-    spec = importlib.util.spec_from_file_location(name, Path(linear_kernels_iflame.__file__))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    yield module
-    del sys.modules[name]
+    with interpreted(linear_kernels_iflame) as module:
+        yield module
 
 
 @pytest.fixture(params=[1, 3], ids=["one segment", "three segments"])

@@ -133,6 +133,11 @@ class TrainArguments:
     fp16: bool = option(False, "Compute in float16 with weights in float32.")
     torch_compile: bool = option(False, "Compile every block with torch.compile, once.")
     torch_compile_mode: str | None = option(None, "torch.compile's mode.")
+    activation_memory_budget: float = option(
+        1.0,
+        "With torch_compile: of what the backward pass may keep, the share that blocks do keep; the rest is computed "
+        "again.",
+    )
     cuda_graphs: bool = option(True, "Let a GPU repeat whole steps from CUDA graphs, where it can.")
     use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
     seed: int = option(42, "Of the fresh weights, the order of the data, its augmentation and the samples.")
@@ -186,6 +191,10 @@ class Arguments:
                     raise ValueError(f"{name} must be at least {least}, got {value}")
         if train.ema_decay is not None and not 0 < train.ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, got {train.ema_decay}")
+        if not 0 <= train.activation_memory_budget <= 1:
+            raise ValueError(
+                f"activation_memory_budget must be from 0 to 1, got {train.activation_memory_budget}: 1 keeps most"
+            )
         if train.load_best_model_at_end and (not train.save_steps or train.save_steps % (train.eval_steps or 1)):
             raise ValueError(
                 "load_best_model_at_end needs an evaluation of every checkpoint: give a save_steps above 0 that is a "

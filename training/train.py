@@ -109,7 +109,7 @@ class Run:
         optimizer, average = create_optimization(options, model, accelerator)
         self.steps = Steps(arguments, self.progress, optimizer, data.rows.rows_in_epoch, accelerator.num_processes)
         if options.torch_compile:
-            compile_blocks(model, options.torch_compile_mode)
+            compile_blocks(model, options.torch_compile_mode, memory_budget=options.activation_memory_budget)
         self.learner: Learner
         self.model, self.optimizer, self.learner = prepare(accelerator, model, optimizer, options, self.log.report)
         self.average = average

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -168,14 +169,21 @@ def device_leaves_out_steps(accelerator: Accelerator) -> bool:
     return accelerator.device.type in ("cpu", "cuda") and not are_sharded(accelerator) and accelerator.scaler is None
 
 
-def compile_blocks(model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor") -> None:
+def compile_blocks(
+    model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor", memory_budget: float = 1.0
+) -> None:
     """
     Compile every block by itself: there are few different ones (two kinds of attention at three lengths), so that
     compiling takes a fraction of the time that the whole network would, while little is left to fuse between them.
 
     Rows have one length, so the shapes of the first step are those of all; evaluation and training compile apart, and
     so do rows of one mesh and of several.
+
+    Args:
+        memory_budget: of what the backward pass may keep, the share that it does keep; the rest is computed again,
+            first what takes the fewest operations. It holds for all that is compiled from then on.
     """
+    torch._functorch.config.activation_memory_budget = memory_budget
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_BLOCKS)
     for block in model.model.layers:
         block.compile(mode=mode, backend=backend, dynamic=False)

@@ -1,0 +1,163 @@
+"""What stands between the products of a block, by Triton's interpreter, against formulas in float64."""
+
+import pytest
+import torch
+from interpreted_module import interpreted
+from small_models import mesh_rows, relative_error, small_model
+from torch.nn import functional as F
+
+from iflame_hf import block_kernels_iflame, modeling_iflame, products_iflame
+from iflame_hf.ops_iflame import apply_rotary, rotary_tables
+
+pytest.importorskip("triton")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="module")
+def copy():
+    with interpreted(block_kernels_iflame) as module:
+        module.STRIPES = 2  # of few items, too, a program takes several blocks
+        yield module
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def place(request, copy):
+    """The kernels, and the device that they run on."""
+    return (copy if request.param == "cpu" else block_kernels_iflame), request.param
+
+
+def run(function, inputs, dtype, device):
+    """Outputs and gradients, of inputs in a type on a device."""
+    leaves = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.linspace(-1, 2, x.numel(), dtype=torch.float64).view(x.shape).to(x) for x in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+
+
+def agreement(found, expected, dtype):
+    for value, exact in zip(found, expected, strict=True):
+        assert value.dtype == dtype and relative_error(value.cpu(), exact) < ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "length", "heads", "size"), [(2, 7, 2, 8), (1, 9, 3, 12), (3, 5, 1, 32)])
+@pytest.mark.parametrize("tables", ["one", "each"])
+def test_heads_are_turned_as_the_tables_say(place, dtype, batch, length, heads, size, tables):
+    kernels, device = place
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, length, 3 * heads * size, generator=random).to(dtype)
+    positions = torch.randint(0, 50, (1 if tables == "one" else batch, length), generator=random)
+    cos, sin = (each.to(device) for each in rotary_tables(positions, size, 100.0))
+
+    def formula(x):
+        query, key, value = x.unflatten(-1, (-1, size)).chunk(3, dim=-2)
+        turned = []
+        for part in (query, key):
+            first, second = part.chunk(2, dim=-1)
+            c, s = cos.cpu().double(), sin.cpu().double()
+            turned.append(torch.cat([first * c + second * s, second * c - first * s], dim=-1))
+        return *turned, value
+
+    found = run(lambda x: kernels.turned_heads(x, cos, sin), [x], dtype, device)
+    agreement(found, run(formula, [x], torch.float64, "cpu"), dtype)
+    torch.testing.assert_close(
+        found[0], apply_rotary(x.to(device)[..., : heads * size].unflatten(-1, (heads, size)), cos, sin)
+    )
+
+
+def test_gradients_of_heads_may_have_any_strides(place):
+    kernels, device = place
+    x = torch.randn(2, 7, 3 * 2 * 8, device=device, requires_grad=True)
+    cos, sin = rotary_tables(torch.arange(7, device=device)[None], 8, 100.0)
+    grads = torch.randn(3, 2, 2, 7, 8, device=device)  # heads first, as torch's attention gives them
+    strided = [each.transpose(1, 2) for each in grads]
+    strided[1] = strided[1].mT.contiguous().mT  # not even the last dimension is dense
+    found = torch.autograd.grad(kernels.turned_heads(x, cos, sin), x, strided)
+    expected = torch.autograd.grad(kernels.turned_heads(x, cos, sin), x, [each.contiguous() for each in strided])
+    assert torch.equal(*found, *expected)
+
+
+def gated(x, bias, weight, down_bias):
+    gate, up = (x + bias).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, weight, down_bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "units"), [((2, 40), 48), ((1, 5), 16), ((3, 37), 144)])
+def test_a_gated_product_is_that_of_float64(place, dtype, shape, units):
+    kernels, device = place
+    random = torch.Generator().manual_seed(1)
+    sizes = (*shape, 2 * units), (2 * units,), (24, units), (24,)
+    inputs = [torch.randn(size, generator=random).to(dtype) for size in sizes]
+    agreement(run(kernels.silu_product_down, inputs, dtype, device), run(gated, inputs, torch.float64, "cpu"), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "channels"), [((2, 40), 48), ((1, 1), 16), ((3, 37), 130)])
+def test_a_norm_is_that_of_float64(place, dtype, shape, channels):
+    kernels, device = place
+    random = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(*shape, channels, generator=random).to(dtype), torch.randn(channels, generator=random)
+    weight = weight.to(dtype)
+    found = run(lambda x, weight: kernels.rms_norm(x, weight, 1e-5), [x, weight], dtype, device)
+    expected = run(lambda x, weight: F.rms_norm(x, (channels,), weight, 1e-5), [x, weight], torch.float64, "cpu")
+    agreement(found, expected, dtype)
+
+
+@pytest.mark.parametrize("name", ["_turn", "_turn_back", "_silu_product", "_silu_product_backward", "_normalise"])
+def test_the_operators_are_what_torch_wants_of_one(copy, name):
+    cos = torch.rand(1, 5, 4)
+    arguments = {
+        "_turn": (torch.randn(2, 5, 48), cos, cos),
+        "_turn_back": (*torch.randn(3, 2, 5, 2, 8), cos, cos),
+        "_silu_product": (torch.randn(2, 5, 32), torch.randn(32)),
+        "_silu_product_backward": (torch.randn(10, 16), torch.randn(2, 5, 32), torch.randn(32)),
+        "_normalise": (torch.randn(2, 5, 8), torch.randn(8), 1e-5),
+    }
+    torch.library.opcheck(getattr(copy, name), arguments[name])
+
+
+def test_the_same_numbers_come_of_every_run(place):
+    kernels, device = place
+    inputs = [torch.randn(size, device=device) for size in ((2, 40, 96), (96,), (24, 48), (24,))]
+    first, second = (run(kernels.silu_product_down, inputs, torch.float32, device) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def in_the_network(copy, monkeypatch):
+    """The network takes the kernels, however few the items; says how often."""
+    calls = []
+    monkeypatch.setattr(products_iflame, "LEAST_ITEMS", 1)
+    for module, names in ((modeling_iflame, ["rms_norm", "turned_heads"]), (products_iflame, ["silu_product_down"])):
+        monkeypatch.setattr(module, "has_block_kernels", lambda x: True)
+        for name in names:
+            function = getattr(copy, name)
+            monkeypatch.setattr(module, name, lambda *a, _of=function, _as=name: calls.append(_as) or _of(*a))
+    return calls
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_network_whose_blocks_take_them_is_the_same_network(how, in_the_network, monkeypatch):
+    ids = mesh_rows(2, faces=5)
+
+    def logits_and_gradients(model):
+        output = model(ids, labels=ids, use_cache=False)
+        return [output.logits, *torch.autograd.grad(output.loss, list(model.parameters()))]
+
+    model = small_model().train()
+    if how == "compiled":
+        torch._dynamo.reset()
+        for block in model.model.layers:
+            block.compile(backend="aot_eager", dynamic=False)
+    found = logits_and_gradients(model)
+    assert {*in_the_network} == {"turned_heads", "silu_product_down", "rms_norm"}
+    assert (in_the_network.count("rms_norm") == 1) == (how == "compiled")  # that of the embedding, outside of blocks
+    monkeypatch.setattr(modeling_iflame, "has_block_kernels", lambda x: False)
+    monkeypatch.setattr(products_iflame, "has_block_kernels", lambda x: False)
+    for value, expected in zip(found, logits_and_gradients(small_model().train()), strict=True):
+        assert relative_error(value, expected) < 1e-5
