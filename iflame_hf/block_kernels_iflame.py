@@ -64,8 +64,8 @@ def turn(
     BM: tl.constexpr,
     BP: tl.constexpr,
 ):
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    pair = tl.program_id(0) * BP + tl.arange(0, BP)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    pair = tl.program_id(1) * BP + tl.arange(0, BP)
     live = (row < rows)[:, None] & (pair < 3 * C // 2)
     place = pair % HALF
     at = row.to(tl.int64)[:, None] * (3 * C) + (pair // HALF) * (2 * HALF) + place
@@ -104,8 +104,8 @@ def turn_back(
     BM: tl.constexpr,
     BP: tl.constexpr,
 ):
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    pair = tl.program_id(0) * BP + tl.arange(0, BP)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    pair = tl.program_id(1) * BP + tl.arange(0, BP)
     part = tl.program_id(2)
     live = (row < rows)[:, None] & (pair < C // 2)
     place, head = pair % HALF, pair // HALF
@@ -141,8 +141,8 @@ def silu_product(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    unit = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    unit = tl.program_id(1) * BN + tl.arange(0, BN)
     is_unit = unit < P
     live = (row < rows)[:, None] & is_unit
     at = row.to(tl.int64)[:, None] * (2 * P) + unit
@@ -260,7 +260,7 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     with torch.cuda.device_of(x):
         launch(
             turn,
-            (_blocks(3 * channels // 2, 256), _blocks(rows, 4)),
+            (_blocks(rows, 4), _blocks(3 * channels // 2, 256)),
             *(x, cos, sin, output, rows, x.shape[1], 0 if len(cos) == 1 else x.shape[1]),
             C=channels, HALF=half, BM=4, BP=256, num_warps=4,
         )  # fmt: skip
@@ -281,7 +281,7 @@ def _turn_back(
     with torch.cuda.device_of(q):
         launch(
             turn_back,
-            (_blocks(heads * size // 2, 256), _blocks(batch * length, 4), 3),
+            (_blocks(batch * length, 4), _blocks(heads * size // 2, 256), 3),
             *(q, k, v, cos, sin, output, batch * length, length, 0 if len(cos) == 1 else length),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             C=heads * size, HALF=size // 2, BM=4, BP=256, num_warps=4,
@@ -300,7 +300,7 @@ def _silu_product(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     output = x.new_empty(*x.shape[:-1], units)
     with torch.cuda.device_of(x):
         launch(
-            silu_product, (_blocks(units, 128), _blocks(rows, 16)), x, bias, output, rows,
+            silu_product, (_blocks(rows, 16), _blocks(units, 128)), x, bias, output, rows,
             P=units, BM=16, BN=128, num_warps=4,
         )  # fmt: skip
     return output

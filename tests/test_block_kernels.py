@@ -108,6 +108,23 @@ def test_a_norm_is_that_of_float64(place, dtype, shape, channels):
     agreement(found, expected, dtype)
 
 
+@pytest.mark.gpu
+def test_there_may_be_very_many_items():
+    """A GPU runs at most 65,535 programs along all dimensions but the first."""
+    rows = 16 * 65_535 + 5
+    x = torch.randn(1, rows, 32, device="cuda")
+    bias, weight, down_bias = (torch.randn(size, device="cuda") for size in ((32,), (8, 16), (8,)))
+    found = block_kernels_iflame.silu_product_down(x, bias, weight, down_bias)
+    assert relative_error(found, gated(x, bias, weight, down_bias)) < 1e-5
+    assert relative_error(block_kernels_iflame.rms_norm(x, bias, 1e-5), F.rms_norm(x, (32,), bias, 1e-5)) < 1e-5
+    x = x[..., :24].contiguous().requires_grad_()
+    cos, sin = rotary_tables(torch.arange(rows, device="cuda")[None], 8, 100.0)
+    query, key, value = block_kernels_iflame.turned_heads(x, cos, sin)
+    assert relative_error(query, apply_rotary(x[..., :8].unflatten(-1, (1, 8)), cos, sin)) < 1e-5
+    (back,) = torch.autograd.grad([query, key, value], x, [query, key, value])
+    assert relative_error(back, x) < 1e-5  # a rotation's gradient turns back
+
+
 @pytest.mark.parametrize("name", ["_turn", "_turn_back", "_silu_product", "_silu_product_backward", "_normalise"])
 def test_the_operators_are_what_torch_wants_of_one(copy, name):
     cos = torch.rand(1, 5, 4)
