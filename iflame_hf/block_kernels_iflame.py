@@ -197,6 +197,8 @@ def silu_product_backward(
 @_jit
 def normalise(
     x_ptr,  # (rows, C)
+    other_ptr,  # what is added to x before, if ADDS
+    total_ptr,  # receives the sum
     weight_ptr,  # (C,) float32
     out_ptr,
     scale_ptr,  # (rows,) float32: one over the root of the mean square
@@ -205,11 +207,18 @@ def normalise(
     C: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     row, channel = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BC)
     live = (row < rows)[:, None] & (channel < C)
     at = row.to(tl.int64)[:, None] * C + channel
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    if ADDS:
+        x += tl.load(other_ptr + at, mask=live, other=0.0).to(tl.float32)
+        # What follows is of the sum as it is kept.
+        rounded = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + at, rounded, mask=live)
+        x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.reduce(x * x, 1, _add) / C + eps)
     tl.store(scale_ptr + row, scale, mask=row < rows)
     weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0)
@@ -219,15 +228,18 @@ def normalise(
 @_jit
 def normalise_backward(
     grad_ptr,
+    to_total_ptr,  # the gradient of x from elsewhere, if ADDS
     x_ptr,
     weight_ptr,
     scale_ptr,
+    out_ptr,  # x normalised, once more
     to_x_ptr,
     to_weight_ptr,  # (R, C) float32: of each stripe
     rows,
     C: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     channel = tl.arange(0, BC)
     weight = tl.load(weight_ptr + channel, mask=channel < C, other=0.0)
@@ -239,9 +251,13 @@ def normalise_backward(
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) * scale
         grad = tl.load(grad_ptr + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, x * weight, mask=live)
         of_weight += grad * x
         grad *= weight
-        tl.store(to_x_ptr + at, scale * (grad - x * (tl.reduce(grad * x, 1, _add) / C)[:, None]), mask=live)
+        to_x = scale * (grad - x * (tl.reduce(grad * x, 1, _add) / C)[:, None])
+        if ADDS:
+            to_x += tl.load(to_total_ptr + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(to_x_ptr + at, to_x, mask=live)
     tl.store(to_weight_ptr + tl.program_id(0) * C + channel, tl.reduce(of_weight, 0, _add), mask=channel < C)
 
 
@@ -334,41 +350,46 @@ def _(grad, x, bias):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::normalise", mutates_args=())
-def _normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _normalise(
+    x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, or its sum with `other`, normalised; the scales (rows,); and the sum (empty if there is none)."""
     rows, channels = _rows(x), x.shape[-1]
     output, scale = torch.empty_like(x), weight.new_empty(rows)
+    total = x.new_empty(0) if other is None else torch.empty_like(x)
     with torch.cuda.device_of(x):
         launch(
-            normalise, (_blocks(rows, 4),), x, weight, output, scale, rows, eps,
-            C=channels, BC=triton.next_power_of_2(channels), BM=4, num_warps=4,
+            normalise, (_blocks(rows, 4),), x, other, total, weight, output, scale, rows, eps,
+            C=channels, BC=triton.next_power_of_2(channels), BM=4, ADDS=other is not None, num_warps=4,
         )  # fmt: skip
-    return output, scale
+    return output, scale, total
 
 
 @_normalise.register_fake
-def _(x, weight, eps):
-    return torch.empty_like(x), weight.new_empty(_rows(x))
+def _(x, other, weight, eps):
+    return torch.empty_like(x), weight.new_empty(_rows(x)), x.new_empty(0) if other is None else torch.empty_like(x)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::normalise_backward", mutates_args=())
 def _normalise_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: torch.Tensor, to_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x normalised once more, and the gradients of x, to which `to_total` is added, and of the weight."""
     rows, channels = _rows(x), x.shape[-1]
-    to_x = torch.empty_like(x)
+    output, to_x = torch.empty_like(x), torch.empty_like(x)
     stripes = min(8 * STRIPES, _blocks(rows, 4))
     to_weight = weight.new_empty(stripes, channels)
     with torch.cuda.device_of(x):
         launch(
-            normalise_backward, (stripes,), grad, x, weight, scale, to_x, to_weight, rows,
-            C=channels, BC=triton.next_power_of_2(channels), BM=4, num_warps=4,
+            normalise_backward, (stripes,), grad, to_total, x, weight, scale, output, to_x, to_weight, rows,
+            C=channels, BC=triton.next_power_of_2(channels), BM=4, ADDS=to_total is not None, num_warps=4,
         )  # fmt: skip
-    return to_x, to_weight.sum(dim=0)
+    return output, to_x, to_weight.sum(dim=0)
 
 
 @_normalise_backward.register_fake
-def _(grad, x, weight, scale):
-    return torch.empty_like(x), torch.empty_like(weight)
+def _(grad, to_total, x, weight, scale):
+    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight)
 
 
 class _Heads(torch.autograd.Function):
@@ -398,16 +419,25 @@ class _SiluProductDown(torch.autograd.Function):
         return to_x, to_bias, grad.mT @ product, grad.sum(dim=0, dtype=torch.float32)
 
 
-class _Norm(torch.autograd.Function):
+class _NormedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        output, scale = _normalise(x, weight, eps)
-        ctx.save_for_backward(x, weight, scale)
-        return output
+    def forward(ctx: Any, x: torch.Tensor, other: torch.Tensor | None, norm: torch.Tensor, eps: float, weight):
+        normed, scale, total = _normalise(x, other, norm, eps)
+        ctx.save_for_backward(x if other is None else total, norm, scale, weight)
+        ctx.set_materialize_grads(False)
+        ctx.adds = other is not None
+        return F.linear(normed, weight), total if ctx.adds else None
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_normalise_backward(grad.contiguous(), *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: torch.Tensor | None, to_total: torch.Tensor | None):
+        x, norm, scale, weight = ctx.saved_tensors
+        if grad is None:  # nobody asks for the product
+            return to_total, to_total if ctx.adds else None, None, None, None
+        grad = grad.reshape(-1, grad.shape[-1])
+        to_total = None if to_total is None else to_total.contiguous()
+        normed, to_x, to_norm = _normalise_backward(grad @ weight, to_total, x, norm, scale)
+        to_weight = grad.mT @ normed.view(-1, normed.shape[-1])
+        return to_x, to_x if ctx.adds else None, to_norm, None, to_weight
 
 
 def turned_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -428,6 +458,13 @@ def silu_product_down(
     return _SiluProductDown.apply(x.contiguous(), bias.float(), weight, down_bias.float())
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of (B, T, C), in x's type."""
-    return _Norm.apply(x.contiguous(), weight.float(), eps)
+def normed_linear(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
+    """W n of (B, T, C) items, n their RMSNorm; `weight` (N, C) in x's type. What is normalised is not kept."""
+    return _NormedLinear.apply(x.contiguous(), None, norm.float(), eps, weight)[0]
+
+
+def add_normed_linear(
+    x: torch.Tensor, other: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of x + `other`, and that sum."""
+    return _NormedLinear.apply(x.contiguous(), other.contiguous(), norm.float(), eps, weight)

@@ -1,7 +1,6 @@
 """
 The iFlame network (arXiv 2503.16653): an hourglass over coordinates, vertices and faces whose blocks have linear
-attention and, every fourth, full attention. One body of code serves training, prefill and single steps; what differs
-between them is data.
+attention and, every fourth, full attention.
 """
 
 import warnings
@@ -10,21 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import GradientCheckpointingLayer, PreTrainedModel, initialization
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel, initialization
 
-from .block_kernels_iflame import has_block_kernels, rms_norm, turned_heads
+from .blocks_iflame import IFlameBlock, IFlameRMSNorm, IFlameUpsample
 from .cache_iflame import IFlameCache
 from .configuration_iflame import STAGE_LEVELS, IFlameConfig
 from .generation_iflame import IFlameGenerationMixin
-from .implementations_iflame import check_linear_attention_implementation, linear_attention, linear_attention_step
+from .implementations_iflame import check_linear_attention_implementation
 from .layout_iflame import RowLayout
-from .levels_iflame import LevelInputs, level_inputs
-from .ops_iflame import apply_rotary, attention_backends_for_any_length, in_autocasts_dtype
-from .packed_attention_iflame import packed_attention
-from .products_iflame import joined_linear, may_join, swiglu
-from .states_iflame import OpenGroup, is_writable
+from .levels_iflame import level_inputs
+from .ops_iflame import attention_backends_for_any_length, in_autocasts_dtype
+from .states_iflame import OpenGroup
 from .versions_iflame import CACHE_NAME, IFlameCausalLMOutput, IFlameModelOutput, one_cache
 
 if TYPE_CHECKING:
@@ -40,195 +35,6 @@ class Trace(NamedTuple):
 
     hidden_states: list[torch.Tensor]
     attentions: list[torch.Tensor]
-
-
-class IFlameRMSNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467); the mean square is taken in float32."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and has_block_kernels(hidden_states):  # compiled, it is one with others
-            return rms_norm(hidden_states, self.weight, self.eps)
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
-
-
-class IFlameMLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202) with biases."""
-
-    def __init__(self, config: IFlameConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.down_proj.writes_residual = True
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if may_join(hidden_states, self.gate_proj, self.up_proj, self.down_proj, bias=True):
-            return swiglu(hidden_states, self.gate_proj, self.up_proj, self.down_proj)
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Causal softmax attention spelled out.
-
-    query, key, value (B, H, T or P + T, D) -> output (B, T, H, D), weights (B, H, T, P + T).
-    """
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is None:
-        before = key.shape[2] - query.shape[2]
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(before)
-    scores = scores.masked_fill(~attention_mask, float("-inf"))
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
-
-
-class IFlameAttention(nn.Module):
-    """Projections and rotary embedding that both kinds of attention share."""
-
-    is_causal = True
-
-    def __init__(self, config: IFlameConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        # A mark for _init_weights, which transformers calls for modules with parameters of their own only.
-        self.o_proj.writes_residual = True
-
-    def project(self, hidden_states: torch.Tensor, level: LevelInputs):
-        """(B, T, C) -> query, key, value, each (B, T, H, D)."""
-        if may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj, bias=False):
-            width = 2 * self.q_proj.out_features
-            projected = joined_linear(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-            if has_block_kernels(projected):
-                return turned_heads(projected, level.cos, level.sin)
-            # A copy, or all three would be kept for the backward pass as long as the values.
-            turning, value = projected[..., :width], projected[..., width:].contiguous()
-        else:
-            turning = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states)], dim=-1)
-            value = self.v_proj(hidden_states)
-        heads = (-1, self.head_dim)
-        turned = apply_rotary(turning.unflatten(-1, heads), level.cos, level.sin)
-        return *turned.chunk(2, dim=-2), value.unflatten(-1, heads)
-
-
-class IFlameFullAttention(IFlameAttention):
-    """Causal softmax attention, through transformers' attention interface."""
-
-    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
-        query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level))
-        if cache is not None:
-            key, value = cache.layers[self.layer_idx].update(key, value, level.slots)
-        if level.packing is not None:
-            items = (x.transpose(1, 2) for x in (query, key, value))
-            output = packed_attention(*items, level.packing, self.head_dim**-0.5)
-            return self.o_proj(output.flatten(-2)), None
-        implementation = level.attention_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            level.attention_mask,
-            scaling=self.head_dim**-0.5,
-            dropout=0.0,
-            **level.attention_kwargs,
-        )
-        return self.o_proj(output.reshape(hidden_states.shape)), weights if implementation == "eager" else None
-
-
-class IFlameLinearAttention(IFlameAttention):
-    """Linear attention with a fixed decay for each head, then RMSNorm over all channels."""
-
-    def __init__(self, config: IFlameConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
-        query, key, value = self.project(hidden_states, level)
-        memory = None if cache is None else cache.layers[self.layer_idx]
-        output = self._attend(query, key, value, level, memory)
-        return self.o_proj(self.norm(output.flatten(-2)).to(hidden_states.dtype)), None
-
-    def _attend(self, query, key, value, level, memory):
-        """Linear attention of (B, T, H, D) items; the state is that of `memory`, if there is one."""
-        state = memory.state if memory is not None and level.has_state else None
-        if query.shape[1] == 1 and state is not None and level.bounds is None and not state.requires_grad:
-            if not (torch.is_grad_enabled() and key.requires_grad):
-                if not is_writable(state):
-                    memory.state = state = state.clone()
-                return linear_attention_step(query, key, value, level.slopes, state, level.linear_implementation)
-        output, state = linear_attention(
-            query,
-            key,
-            value,
-            level.slopes,
-            state,
-            level.bounds,
-            need_state=memory is not None,
-            implementation=level.linear_implementation,
-        )
-        if memory is not None:
-            memory.write(state)
-            if level.has_begun is not None:
-                memory.clear_rows(level.has_begun)
-        return output
-
-
-class IFlameBlock(GradientCheckpointingLayer):
-    """A pre-norm block: attention, then SwiGLU."""
-
-    def __init__(self, config: IFlameConfig, layer_idx: int):
-        super().__init__()
-        full = config.layer_types[layer_idx] == "full_attention"
-        self.self_attn = (IFlameFullAttention if full else IFlameLinearAttention)(config, layer_idx)
-        self.mlp = IFlameMLP(config)
-        self.input_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None = None):
-        """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), level, cache)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
-
-
-class IFlameUpsample(nn.Module):
-    """
-    Hands the outputs of a level up to the finer level above: repeat for each item of a group, shift right by all of
-    them but one, scale, add.
-
-    Args:
-        group_size: items of the finer level in a group: 3.
-    """
-
-    def __init__(self, group_size: int):
-        super().__init__()
-        self.group_size = group_size
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, hidden_states, coarse, offset: int, positions: torch.Tensor | None):
-        """
-        Args:
-            hidden_states: (B, T, C) outputs of the encoder of the finer level.
-            coarse: (B, 1 + G, C) the last output handed up before, then those of the G groups that are complete now.
-            offset: members of the open group before the first of the T items.
-            positions: (B, T) positions in the mesh, or None: those before the end of its first group get nothing.
-        """
-        first = offset + 1
-        handed = coarse.repeat_interleave(self.group_size, dim=1)[:, first : first + hidden_states.shape[1]]
-        if positions is not None:
-            handed = handed.masked_fill((positions < self.group_size - 1)[..., None], 0.0)
-        return hidden_states + self.scale.to(handed.dtype) * handed
 
 
 class IFlamePreTrainedModel(PreTrainedModel):

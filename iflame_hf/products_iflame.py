@@ -6,17 +6,31 @@ would. Weights and biases are joined, and filled up with zeros, in the call: the
 what belongs to each of them, such as its gradient, an adapter or an optimiser's state, stay as they are.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .block_kernels_iflame import has_block_kernels, silu_product_down
+from .block_kernels_iflame import add_normed_linear, has_block_kernels, normed_linear, silu_product_down
+from .ops_iflame import in_autocasts_dtype
 
 # With fewer items of input, copying weights costs more than the product gains.
 LEAST_ITEMS = 1024
 MULTIPLE = 16
 
 # B batch, T items of a level, C channels, I inner units, P the same filled up to a multiple of 16
+
+
+class Norm(NamedTuple):
+    """An RMSNorm that a product applies by the way."""
+
+    weight: torch.Tensor  # (C,)
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Norm":
+        return cls(module.weight, module.eps)
 
 
 def may_join(hidden_states: torch.Tensor, *layers: nn.Module, bias: bool) -> bool:
@@ -27,7 +41,17 @@ def may_join(hidden_states: torch.Tensor, *layers: nn.Module, bias: bool) -> boo
     """
     if _is_exporting() or hidden_states.shape[:-1].numel() < LEAST_ITEMS:
         return False
-    return all(_is_plain(layer) and (layer.bias is not None) == bias for layer in layers)
+    return all(is_plain(layer, nn.Linear) and (layer.bias is not None) == bias for layer in layers)
+
+
+def may_fuse(hidden_states: torch.Tensor, norm: nn.Module, kind: type) -> bool:
+    """
+    Whether products of such items may normalise them by the way, as a module of class `kind` would: where there are
+    kernels for it and the norm is nothing else. torch.compile makes one of a norm and what stands around it by itself.
+    """
+    if torch.compiler.is_compiling() or not has_block_kernels(hidden_states):
+        return False
+    return is_plain(norm, kind) and in_autocasts_dtype(hidden_states) is hidden_states
 
 
 def _is_exporting() -> bool:
@@ -36,13 +60,18 @@ def _is_exporting() -> bool:
     return torch.compiler.is_compiling() if flag is None else flag
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    return (
-        type(layer) is nn.Linear
-        and type(layer.weight) in (nn.Parameter, torch.Tensor)
-        and "forward" not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and not layer._backward_pre_hooks
+def is_plain(layer: nn.Module, kind: type) -> bool:
+    """Whether a module of class `kind` is nothing but its weight and bias."""
+    return type(layer) is kind and type(layer.weight) in (nn.Parameter, torch.Tensor) and not has_hooks(layer)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -51,18 +80,43 @@ def joined_linear(hidden_states: torch.Tensor, *layers: nn.Linear) -> torch.Tens
     return F.linear(hidden_states, torch.cat([layer.weight for layer in layers]))
 
 
+def normed_joined_linear(hidden_states: torch.Tensor, norm: Norm, *layers: nn.Linear) -> torch.Tensor:
+    """The same of items that `norm` normalises by the way; only where it may be fused."""
+    weights = torch.cat([layer.weight for layer in layers]).to(hidden_states.dtype)
+    return normed_linear(hidden_states, *norm, weights)
+
+
 def swiglu(hidden_states: torch.Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> torch.Tensor:
     """
     down(silu(gate(x)) * up(x)) of (B, T, C), in two products over P inner units. Those that are not there have weights
     and biases of zero, and silu(0) * 0 = 0.
     """
+    weights, biases = _inward(gate, up)
+    if has_block_kernels(hidden_states):
+        projected = F.linear(hidden_states, weights)
+        return silu_product_down(projected, biases, _outward(down).to(projected.dtype), down.bias)
+    gates, ups = F.linear(hidden_states, weights, biases).chunk(2, dim=-1)
+    return F.linear(F.silu(gates) * ups, _outward(down), down.bias)
+
+
+def add_normed_swiglu(
+    residual: torch.Tensor, added: torch.Tensor, norm: Norm, gate: nn.Linear, up: nn.Linear, down: nn.Linear
+) -> torch.Tensor:
+    """h + swiglu(norm(h)), h = residual + added; only where the norm may be fused."""
+    weights, biases = _inward(gate, up)
+    projected, residual = add_normed_linear(residual, added, *norm, weights.to(residual.dtype))
+    return residual + silu_product_down(projected, biases, _outward(down).to(projected.dtype), down.bias)
+
+
+def _inward(gate: nn.Linear, up: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (2P, C) and biases (2P,) of both."""
     spare = -gate.out_features % MULTIPLE
     no_weights, no_biases = gate.weight.new_zeros(spare, gate.in_features), gate.bias.new_zeros(spare)
     weights = torch.cat([gate.weight, no_weights, up.weight, no_weights])
-    biases = torch.cat([gate.bias, no_biases, up.bias, no_biases])
-    outward = F.pad(down.weight, (0, spare)) if spare else down.weight
-    if has_block_kernels(hidden_states):
-        projected = F.linear(hidden_states, weights)
-        return silu_product_down(projected, biases, outward.to(projected.dtype), down.bias)
-    gates, ups = F.linear(hidden_states, weights, biases).chunk(2, dim=-1)
-    return F.linear(F.silu(gates) * ups, outward, down.bias)
+    return weights, torch.cat([gate.bias, no_biases, up.bias, no_biases])
+
+
+def _outward(down: nn.Linear) -> torch.Tensor:
+    """The weight (C, P)."""
+    spare = -down.in_features % MULTIPLE
+    return F.pad(down.weight, (0, spare)) if spare else down.weight

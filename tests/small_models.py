@@ -3,7 +3,7 @@
 import torch
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM
-from iflame_hf.modeling_iflame import IFlameRMSNorm, IFlameUpsample
+from iflame_hf.blocks_iflame import IFlameRMSNorm, IFlameUpsample
 
 PAD, BOS, EOS = 129, 130, 131
 

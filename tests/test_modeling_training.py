@@ -12,7 +12,7 @@ import torch.distributed
 from small_models import PAD, mesh_rows, relative_error, small_model, switch_checkpointing
 from torch.nn import functional as F
 
-from iflame_hf import modeling_iflame
+from iflame_hf import blocks_iflame
 from iflame_hf.implementations_iflame import linear_attention
 from iflame_hf.ops_iflame import alibi_slopes
 
@@ -193,7 +193,7 @@ def test_decay_rates_angles_and_states_are_float32_in_half_precision(monkeypatch
         given.append((slopes, state))
         return linear_attention(query, key, value, slopes, state, bounds, need_state, implementation)
 
-    monkeypatch.setattr(modeling_iflame, "linear_attention", recorded)
+    monkeypatch.setattr(blocks_iflame, "linear_attention", recorded)
     # twelve heads have decay rates that half precision would round
     model = small_model(heads=12, hidden_size=48)
     rows = mesh_rows(1, faces=2)

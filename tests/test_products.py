@@ -144,7 +144,7 @@ def joins(monkeypatch):
     for name in ("joined_linear", "swiglu"):
         function = getattr(products_iflame, name)
         monkeypatch.setattr(
-            "iflame_hf.modeling_iflame." + name, lambda *a, _of=function, _name=name: calls.append(_name) or _of(*a)
+            "iflame_hf.blocks_iflame." + name, lambda *a, _of=function, _name=name: calls.append(_name) or _of(*a)
         )
     return calls
 

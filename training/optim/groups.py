@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from iflame_hf.modeling_iflame import IFlameRMSNorm, IFlameUpsample
+from iflame_hf.blocks_iflame import IFlameRMSNorm, IFlameUpsample
 
 OPTIMIZERS = ("muon", "adamw_torch")
 # The group of a parameter by the class of its module, or one that is derived from, and its name there. Only the head's

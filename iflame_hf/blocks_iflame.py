@@ -1,0 +1,242 @@
+"""
+The blocks of the network: RMSNorm, both kinds of attention, SwiGLU, and what hands outputs up to a finer level. One
+body of code serves training, prefill and single steps; what differs between them is data.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .block_kernels_iflame import has_block_kernels, turned_heads
+from .cache_iflame import IFlameCache
+from .configuration_iflame import IFlameConfig
+from .implementations_iflame import linear_attention, linear_attention_step
+from .levels_iflame import LevelInputs
+from .ops_iflame import apply_rotary
+from .packed_attention_iflame import packed_attention
+from .products_iflame import (
+    Norm,
+    add_normed_swiglu,
+    has_hooks,
+    joined_linear,
+    may_fuse,
+    may_join,
+    normed_joined_linear,
+    swiglu,
+)
+from .states_iflame import is_writable
+
+# B batch, T items of a level, H heads, D head size, C channels
+
+
+class IFlameRMSNorm(nn.Module):
+    """RMSNorm (arXiv 1910.07467); the mean square is taken in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
+class IFlameMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) with biases."""
+
+    def __init__(self, config: IFlameConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj.writes_residual = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if may_join(hidden_states, self.gate_proj, self.up_proj, self.down_proj, bias=True):
+            return swiglu(hidden_states, self.gate_proj, self.up_proj, self.down_proj)
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+    def add(self, residual: torch.Tensor, added: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """h + self(norm(h)), h = residual + added."""
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if may_fuse(residual, norm, IFlameRMSNorm) and may_join(residual, *layers, bias=True) and not has_hooks(self):
+            return add_normed_swiglu(residual, added, Norm.of(norm), *layers)
+        residual = residual + added
+        return residual + self(norm(residual))
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Causal softmax attention spelled out.
+
+    query, key, value (B, H, T or P + T, D) -> output (B, T, H, D), weights (B, H, T, P + T).
+    """
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is None:
+        before = key.shape[2] - query.shape[2]
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(before)
+    scores = scores.masked_fill(~attention_mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class IFlameAttention(nn.Module):
+    """Projections and rotary embedding that both kinds of attention share."""
+
+    is_causal = True
+
+    def __init__(self, config: IFlameConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        # A mark for _init_weights, which transformers calls for modules with parameters of their own only.
+        self.o_proj.writes_residual = True
+
+    def joins(self, hidden_states: torch.Tensor) -> bool:
+        """Whether query, key and value of such items are one product."""
+        return may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj, bias=False)
+
+    def project(self, hidden_states: torch.Tensor, level: LevelInputs, norm: Norm | None):
+        """(B, T, C) -> query, key, value, each (B, T, H, D); `norm` is what they are still to be normalised by."""
+        layers = self.q_proj, self.k_proj, self.v_proj
+        if norm is not None:
+            return turned_heads(normed_joined_linear(hidden_states, norm, *layers), level.cos, level.sin)
+        if self.joins(hidden_states):
+            width = 2 * self.q_proj.out_features
+            projected = joined_linear(hidden_states, *layers)
+            if has_block_kernels(projected):
+                return turned_heads(projected, level.cos, level.sin)
+            # A copy, or all three would be kept for the backward pass as long as the values.
+            turning, value = projected[..., :width], projected[..., width:].contiguous()
+        else:
+            turning = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states)], dim=-1)
+            value = self.v_proj(hidden_states)
+        heads = (-1, self.head_dim)
+        turned = apply_rotary(turning.unflatten(-1, heads), level.cos, level.sin)
+        return *turned.chunk(2, dim=-2), value.unflatten(-1, heads)
+
+
+class IFlameFullAttention(IFlameAttention):
+    """Causal softmax attention, through transformers' attention interface."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None, norm: Norm | None = None
+    ):
+        query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level, norm))
+        if cache is not None:
+            key, value = cache.layers[self.layer_idx].update(key, value, level.slots)
+        if level.packing is not None:
+            items = (x.transpose(1, 2) for x in (query, key, value))
+            output = packed_attention(*items, level.packing, self.head_dim**-0.5)
+            return self.o_proj(output.flatten(-2)), None
+        implementation = level.attention_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            level.attention_mask,
+            scaling=self.head_dim**-0.5,
+            dropout=0.0,
+            **level.attention_kwargs,
+        )
+        return self.o_proj(output.reshape(hidden_states.shape)), weights if implementation == "eager" else None
+
+
+class IFlameLinearAttention(IFlameAttention):
+    """Linear attention with a fixed decay for each head, then RMSNorm over all channels."""
+
+    def __init__(self, config: IFlameConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None, norm: Norm | None = None
+    ):
+        query, key, value = self.project(hidden_states, level, norm)
+        memory = None if cache is None else cache.layers[self.layer_idx]
+        output = self._attend(query, key, value, level, memory).flatten(-2)
+        if may_join(output, self.o_proj, bias=False) and may_fuse(output, self.norm, IFlameRMSNorm):
+            return normed_joined_linear(output, Norm.of(self.norm), self.o_proj), None
+        return self.o_proj(self.norm(output).to(hidden_states.dtype)), None
+
+    def _attend(self, query, key, value, level, memory):
+        """Linear attention of (B, T, H, D) items; the state is that of `memory`, if there is one."""
+        state = memory.state if memory is not None and level.has_state else None
+        if query.shape[1] == 1 and state is not None and level.bounds is None and not state.requires_grad:
+            if not (torch.is_grad_enabled() and key.requires_grad):
+                if not is_writable(state):
+                    memory.state = state = state.clone()
+                return linear_attention_step(query, key, value, level.slopes, state, level.linear_implementation)
+        output, state = linear_attention(
+            query,
+            key,
+            value,
+            level.slopes,
+            state,
+            level.bounds,
+            need_state=memory is not None,
+            implementation=level.linear_implementation,
+        )
+        if memory is not None:
+            memory.write(state)
+            if level.has_begun is not None:
+                memory.clear_rows(level.has_begun)
+        return output
+
+
+class IFlameBlock(GradientCheckpointingLayer):
+    """A pre-norm block: attention, then SwiGLU."""
+
+    def __init__(self, config: IFlameConfig, layer_idx: int):
+        super().__init__()
+        full = config.layer_types[layer_idx] == "full_attention"
+        self.self_attn = (IFlameFullAttention if full else IFlameLinearAttention)(config, layer_idx)
+        self.mlp = IFlameMLP(config)
+        self.input_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None = None):
+        """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
+        norm = self.input_layernorm
+        if may_fuse(hidden_states, norm, IFlameRMSNorm) and self.self_attn.joins(hidden_states):
+            attended, weights = self.self_attn(hidden_states, level, cache, Norm.of(norm))
+        else:
+            attended, weights = self.self_attn(norm(hidden_states), level, cache)
+        return self.mlp.add(hidden_states, attended, self.post_attention_layernorm), weights
+
+
+class IFlameUpsample(nn.Module):
+    """
+    Hands the outputs of a level up to the finer level above: repeat for each item of a group, shift right by all of
+    them but one, scale, add.
+
+    Args:
+        group_size: items of the finer level in a group: 3.
+    """
+
+    def __init__(self, group_size: int):
+        super().__init__()
+        self.group_size = group_size
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden_states, coarse, offset: int, positions: torch.Tensor | None):
+        """
+        Args:
+            hidden_states: (B, T, C) outputs of the encoder of the finer level.
+            coarse: (B, 1 + G, C) the last output handed up before, then those of the G groups that are complete now.
+            offset: members of the open group before the first of the T items.
+            positions: (B, T) positions in the mesh, or None: those before the end of its first group get nothing.
+        """
+        first = offset + 1
+        handed = coarse.repeat_interleave(self.group_size, dim=1)[:, first : first + hidden_states.shape[1]]
+        if positions is not None:
+            handed = handed.masked_fill((positions < self.group_size - 1)[..., None], 0.0)
+        return hidden_states + self.scale.to(handed.dtype) * handed
