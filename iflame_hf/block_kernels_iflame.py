@@ -1,5 +1,6 @@
 """
-What stands between the products of a block, in Triton: rotary embedding, SwiGLU and RMSNorm, forward and backward.
+What stands between the products of a block, in Triton: SwiGLU and RMSNorm, forward and backward;
+rotary_kernels_iflame.py has rotary embedding.
 
 Each reads and writes what it must once, computes in float32 and keeps nothing that can be had again in passing. Sums
 over all items, for the gradients of biases and of a norm's weights, are taken in stripes of items that are then added
@@ -22,7 +23,7 @@ try:
 except ImportError:  # optional
     triton = tl = None
 
-# B batch, T items, C channels, H heads, D head size, P inner units, R stripes of items
+# B batch, T items, C channels, N outputs, P inner units, R stripes of items
 
 # With fewer items a step waits for launches anyway.
 LEAST_ITEMS = 1024
@@ -42,93 +43,12 @@ def has_block_kernels(x: torch.Tensor) -> bool:
 def _jit(function):
     if triton is None:
         return function
-    return triton.jit(function, do_not_specialize=["rows", "length"])
+    return triton.jit(function, do_not_specialize=["rows"])
 
 
 @_jit
 def _add(x, y):
     return x + y
-
-
-@_jit
-def turn(
-    x_ptr,  # (rows, 3C): query, key and value
-    cos_ptr,  # (B or 1, T, D / 2) float32
-    sin_ptr,
-    out_ptr,  # as x
-    rows,
-    length,  # T
-    table,  # items of the tables from one row of the batch to the next
-    C: tl.constexpr,
-    HALF: tl.constexpr,
-    BM: tl.constexpr,
-    BP: tl.constexpr,
-):
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    pair = tl.program_id(1) * BP + tl.arange(0, BP)
-    live = (row < rows)[:, None] & (pair < 3 * C // 2)
-    place = pair % HALF
-    at = row.to(tl.int64)[:, None] * (3 * C) + (pair // HALF) * (2 * HALF) + place
-    x1 = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + at + HALF, mask=live, other=0.0).to(tl.float32)
-    turns = live & (pair < C)
-    angle = ((row // length) * table + row % length)[:, None] * HALF + place
-    cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
-    tl.store(out_ptr + at, x1 * cos + x2 * sin, mask=live)
-    tl.store(out_ptr + at + HALF, x2 * cos - x1 * sin, mask=live)
-
-
-@_jit
-def turn_back(
-    q_ptr,  # gradients, (B, T, H, D) of any strides but the last
-    k_ptr,
-    v_ptr,
-    cos_ptr,
-    sin_ptr,
-    out_ptr,  # (rows, 3C)
-    rows,
-    length,
-    table,
-    q_batch,
-    q_item,
-    q_head,
-    k_batch,
-    k_item,
-    k_head,
-    v_batch,
-    v_item,
-    v_head,
-    C: tl.constexpr,
-    HALF: tl.constexpr,
-    BM: tl.constexpr,
-    BP: tl.constexpr,
-):
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    pair = tl.program_id(1) * BP + tl.arange(0, BP)
-    part = tl.program_id(2)
-    live = (row < rows)[:, None] & (pair < C // 2)
-    place, head = pair % HALF, pair // HALF
-    batch, item = (row // length).to(tl.int64), row % length
-    if part == 0:
-        at = q_ptr + (batch * q_batch + item * q_item)[:, None] + head * q_head + place
-        x1 = tl.load(at, mask=live, other=0.0).to(tl.float32)
-        x2 = tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
-    elif part == 1:
-        at = k_ptr + (batch * k_batch + item * k_item)[:, None] + head * k_head + place
-        x1 = tl.load(at, mask=live, other=0.0).to(tl.float32)
-        x2 = tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
-    else:
-        at = v_ptr + (batch * v_batch + item * v_item)[:, None] + head * v_head + place
-        x1 = tl.load(at, mask=live, other=0.0).to(tl.float32)
-        x2 = tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
-    turns = live & (part < 2)
-    angle = ((row // length) * table + item)[:, None] * HALF + place
-    cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
-    to = out_ptr + row.to(tl.int64)[:, None] * (3 * C) + part * C + head * (2 * HALF) + place
-    tl.store(to, x1 * cos - x2 * sin, mask=live)
-    tl.store(to + HALF, x2 * cos + x1 * sin, mask=live)
 
 
 @_jit
@@ -261,62 +181,62 @@ def normalise_backward(
     tl.store(to_weight_ptr + tl.program_id(0) * C + channel, tl.reduce(of_weight, 0, _add), mask=channel < C)
 
 
-def _blocks(count: int, size: int) -> int:
+@_jit
+def add_rows(
+    x_ptr,  # (rows, C)
+    out_ptr,  # (R, C) float32: of each stripe
+    rows,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    total = tl.full((BM, BN), 0.0, tl.float32)
+    for first in range(tl.program_id(1) * BM, rows, tl.num_programs(1) * BM):
+        row = first + tl.arange(0, BM)
+        live = (row < rows)[:, None] & (column < C)
+        total += tl.load(x_ptr + row.to(tl.int64)[:, None] * C + column, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + tl.program_id(1) * C + column, tl.reduce(total, 0, _add), mask=column < C)
+
+
+def blocks(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def _rows(x: torch.Tensor) -> int:
+def count_rows(x: torch.Tensor) -> int:
     return x.shape[:-1].numel()
 
 
-@torch.library.custom_op(f"{NAMESPACE}::turn", mutates_args=())
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    rows, channels, half = _rows(x), x.shape[-1] // 3, cos.shape[-1]
-    output = torch.empty_like(x)
+def _added_rows(x: torch.Tensor) -> torch.Tensor:
+    """The sum (C,) of rows (N, C), in float32."""
+    rows, columns = x.shape
+    if rows > LEAST_ITEMS:
+        stripes = x.new_empty(STRIPES, columns, dtype=torch.float32)
+        launch(add_rows, (blocks(columns, 64), STRIPES), x, stripes, rows, C=columns, BM=32, BN=64, num_warps=4)
+        x, rows = stripes, STRIPES
+    total = x.new_empty(columns, dtype=torch.float32)
+    launch(add_rows, (blocks(columns, 16), 1), x, total, rows, C=columns, BM=128, BN=16, num_warps=4)
+    return total
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sum_of_rows", mutates_args=())
+def _sum_of_rows(x: torch.Tensor) -> torch.Tensor:
     with torch.cuda.device_of(x):
-        launch(
-            turn,
-            (_blocks(rows, 4), _blocks(3 * channels // 2, 256)),
-            *(x, cos, sin, output, rows, x.shape[1], 0 if len(cos) == 1 else x.shape[1]),
-            C=channels, HALF=half, BM=4, BP=256, num_warps=4,
-        )  # fmt: skip
-    return output
+        return _added_rows(x)
 
 
-@_turn.register_fake
-def _(x, cos, sin):
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::turn_back", mutates_args=())
-def _turn_back(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    batch, length, heads, size = q.shape
-    output = q.new_empty(batch, length, 3 * heads * size)
-    with torch.cuda.device_of(q):
-        launch(
-            turn_back,
-            (_blocks(batch * length, 4), _blocks(heads * size // 2, 256), 3),
-            *(q, k, v, cos, sin, output, batch * length, length, 0 if len(cos) == 1 else length),
-            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            C=heads * size, HALF=size // 2, BM=4, BP=256, num_warps=4,
-        )  # fmt: skip
-    return output
-
-
-@_turn_back.register_fake
-def _(q, k, v, cos, sin):
-    return q.new_empty(*q.shape[:2], 3 * q.shape[2] * q.shape[3])
+@_sum_of_rows.register_fake
+def _(x):
+    return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::silu_product", mutates_args=())
 def _silu_product(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    rows, units = _rows(x), x.shape[-1] // 2
+    rows, units = count_rows(x), x.shape[-1] // 2
     output = x.new_empty(*x.shape[:-1], units)
     with torch.cuda.device_of(x):
         launch(
-            silu_product, (_blocks(rows, 16), _blocks(units, 128)), x, bias, output, rows,
+            silu_product, (blocks(rows, 16), blocks(units, 128)), x, bias, output, rows,
             P=units, BM=16, BN=128, num_warps=4,
         )  # fmt: skip
     return output
@@ -332,16 +252,16 @@ def _silu_product_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The product once more, (rows, P), and the gradients of x and of the bias."""
-    rows, units = _rows(x), x.shape[-1] // 2
+    rows, units = count_rows(x), x.shape[-1] // 2
     output, to_x = torch.empty_like(grad), torch.empty_like(x)
-    stripes = min(STRIPES, _blocks(rows, 16))
+    stripes = min(STRIPES, blocks(rows, 16))
     to_bias = bias.new_empty(stripes, 2 * units)
     with torch.cuda.device_of(x):
         launch(
-            silu_product_backward, (_blocks(units, 128), stripes), grad, x, bias, output, to_x, to_bias, rows,
+            silu_product_backward, (blocks(units, 128), stripes), grad, x, bias, output, to_x, to_bias, rows,
             P=units, BM=16, BN=128, num_warps=4,
         )  # fmt: skip
-    return output, to_x, to_bias.sum(dim=0)
+        return output, to_x, _added_rows(to_bias)
 
 
 @_silu_product_backward.register_fake
@@ -354,12 +274,12 @@ def _normalise(
     x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, or its sum with `other`, normalised; the scales (rows,); and the sum (empty if there is none)."""
-    rows, channels = _rows(x), x.shape[-1]
+    rows, channels = count_rows(x), x.shape[-1]
     output, scale = torch.empty_like(x), weight.new_empty(rows)
     total = x.new_empty(0) if other is None else torch.empty_like(x)
     with torch.cuda.device_of(x):
         launch(
-            normalise, (_blocks(rows, 4),), x, other, total, weight, output, scale, rows, eps,
+            normalise, (blocks(rows, 4),), x, other, total, weight, output, scale, rows, eps,
             C=channels, BC=triton.next_power_of_2(channels), BM=4, ADDS=other is not None, num_warps=4,
         )  # fmt: skip
     return output, scale, total
@@ -367,7 +287,11 @@ def _normalise(
 
 @_normalise.register_fake
 def _(x, other, weight, eps):
-    return torch.empty_like(x), weight.new_empty(_rows(x)), x.new_empty(0) if other is None else torch.empty_like(x)
+    return (
+        torch.empty_like(x),
+        weight.new_empty(count_rows(x)),
+        x.new_empty(0) if other is None else torch.empty_like(x),
+    )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::normalise_backward", mutates_args=())
@@ -375,34 +299,21 @@ def _normalise_backward(
     grad: torch.Tensor, to_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x normalised once more, and the gradients of x, to which `to_total` is added, and of the weight."""
-    rows, channels = _rows(x), x.shape[-1]
+    rows, channels = count_rows(x), x.shape[-1]
     output, to_x = torch.empty_like(x), torch.empty_like(x)
-    stripes = min(8 * STRIPES, _blocks(rows, 4))
+    stripes = min(8 * STRIPES, blocks(rows, 4))
     to_weight = weight.new_empty(stripes, channels)
     with torch.cuda.device_of(x):
         launch(
             normalise_backward, (stripes,), grad, to_total, x, weight, scale, output, to_x, to_weight, rows,
             C=channels, BC=triton.next_power_of_2(channels), BM=4, ADDS=to_total is not None, num_warps=4,
         )  # fmt: skip
-    return output, to_x, to_weight.sum(dim=0)
+        return output, to_x, _added_rows(to_weight)
 
 
 @_normalise_backward.register_fake
 def _(grad, to_total, x, weight, scale):
     return torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight)
-
-
-class _Heads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(cos, sin)
-        size = 2 * cos.shape[-1]
-        return _turn(x, cos, sin).unflatten(-1, (-1, size)).chunk(3, dim=-2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = [each if each.stride(-1) == 1 else each.contiguous() for each in grads]
-        return _turn_back(*grads, *ctx.saved_tensors), None, None
 
 
 class _SiluProductDown(torch.autograd.Function):
@@ -414,9 +325,9 @@ class _SiluProductDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, bias, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1]).contiguous()
         product, to_x, to_bias = _silu_product_backward(grad @ weight, x, bias)
-        return to_x, to_bias, grad.mT @ product, grad.sum(dim=0, dtype=torch.float32)
+        return to_x, to_bias, grad.mT @ product, _sum_of_rows(grad)
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -438,14 +349,6 @@ class _NormedLinear(torch.autograd.Function):
         normed, to_x, to_norm = _normalise_backward(grad @ weight, to_total, x, norm, scale)
         to_weight = grad.mT @ normed.view(-1, normed.shape[-1])
         return to_x, to_x if ctx.adds else None, to_norm, None, to_weight
-
-
-def turned_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """
-    Query, key and value (B, T, 3C), side by side, to heads (B, T, H, D) each, the former two turned as `apply_rotary`
-    turns them by tables (B or 1, T, 1, D / 2); views of one tensor.
-    """
-    return _Heads.apply(x.contiguous(), cos.squeeze(2).contiguous(), sin.squeeze(2).contiguous())
 
 
 def silu_product_down(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .block_kernels_iflame import has_block_kernels, turned_heads
+from .block_kernels_iflame import has_block_kernels
 from .cache_iflame import IFlameCache
 from .configuration_iflame import IFlameConfig
 from .implementations_iflame import linear_attention, linear_attention_step
@@ -26,6 +26,7 @@ from .products_iflame import (
     normed_joined_linear,
     swiglu,
 )
+from .rotary_kernels_iflame import turned_heads
 from .states_iflame import is_writable
 
 # B batch, T items of a level, H heads, D head size, C channels

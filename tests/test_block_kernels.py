@@ -1,12 +1,14 @@
 """What stands between the products of a block, by Triton's interpreter, against formulas in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from interpreted_module import interpreted
 from small_models import mesh_rows, relative_error, small_model, switch_checkpointing
 from torch.nn import functional as F
 
-from iflame_hf import block_kernels_iflame, blocks_iflame, products_iflame
+from iflame_hf import block_kernels_iflame, blocks_iflame, products_iflame, rotary_kernels_iflame
 from iflame_hf.ops_iflame import apply_rotary, rotary_tables
 
 pytest.importorskip("triton")
@@ -14,19 +16,20 @@ pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+ON_A_GPU = SimpleNamespace(**{**vars(rotary_kernels_iflame), **vars(block_kernels_iflame)})
 
 
 @pytest.fixture(scope="module")
 def copy():
-    with interpreted(block_kernels_iflame) as module:
+    with interpreted(block_kernels_iflame) as module, interpreted(rotary_kernels_iflame) as rotary:
         module.STRIPES = 2  # of few items, too, a program takes several blocks
-        yield module
+        yield SimpleNamespace(**{**vars(rotary), **vars(module)})
 
 
 @pytest.fixture(params=["cpu", CUDA])
 def place(request, copy):
     """The kernels, and the device that they run on."""
-    return (copy if request.param == "cpu" else block_kernels_iflame), request.param
+    return (copy if request.param == "cpu" else ON_A_GPU), request.param
 
 
 def run(function, inputs, dtype, device):
@@ -137,20 +140,22 @@ def test_there_may_be_very_many_items():
     rows = 16 * 65_535 + 5
     x = torch.randn(1, rows, 32, device="cuda")
     bias, weight, down_bias = (torch.randn(size, device="cuda") for size in ((32,), (8, 16), (8,)))
-    found = block_kernels_iflame.silu_product_down(x, bias, weight, down_bias)
+    found = ON_A_GPU.silu_product_down(x, bias, weight, down_bias)
     assert relative_error(found, gated(x, bias, weight, down_bias)) < 1e-5
     weight = torch.eye(32, device="cuda")
-    found = block_kernels_iflame.normed_linear(x, bias, 1e-5, weight)
+    found = ON_A_GPU.normed_linear(x, bias, 1e-5, weight)
     assert relative_error(found, F.linear(F.rms_norm(x, (32,), bias, 1e-5), weight)) < 1e-5
     x = x[..., :24].contiguous().requires_grad_()
     cos, sin = rotary_tables(torch.arange(rows, device="cuda")[None], 8, 100.0)
-    query, key, value = block_kernels_iflame.turned_heads(x, cos, sin)
+    query, key, value = ON_A_GPU.turned_heads(x, cos, sin)
     assert relative_error(query, apply_rotary(x[..., :8].unflatten(-1, (1, 8)), cos, sin)) < 1e-5
     (back,) = torch.autograd.grad([query, key, value], x, [query, key, value])
     assert relative_error(back, x) < 1e-5  # a rotation's gradient turns back
 
 
-@pytest.mark.parametrize("name", ["_turn", "_turn_back", "_silu_product", "_silu_product_backward", "_normalise"])
+@pytest.mark.parametrize(
+    "name", ["_turn", "_turn_back", "_silu_product", "_silu_product_backward", "_normalise", "_sum_of_rows"]
+)
 def test_the_operators_are_what_torch_wants_of_one(copy, name):
     cos = torch.rand(1, 5, 4)
     arguments = {
@@ -158,9 +163,19 @@ def test_the_operators_are_what_torch_wants_of_one(copy, name):
         "_turn_back": (*torch.randn(3, 2, 5, 2, 8), cos, cos),
         "_silu_product": (torch.randn(2, 5, 32), torch.randn(32)),
         "_silu_product_backward": (torch.randn(10, 16), torch.randn(2, 5, 32), torch.randn(32)),
+        "_sum_of_rows": (torch.randn(10, 16),),
         "_normalise": (torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(8), 1e-5),
     }
     torch.library.opcheck(getattr(copy, name), arguments[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3), (130, 70), (1030, 20)])
+def test_rows_are_added_up_in_float32(place, dtype, shape):
+    kernels, device = place
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    found = kernels._sum_of_rows(x)
+    assert found.dtype == torch.float32 and relative_error(found, x.double().sum(dim=0)) < 1e-5
 
 
 def test_the_same_numbers_come_of_every_run(place):
