@@ -37,6 +37,8 @@ def has_block_kernels(x: torch.Tensor) -> bool:
     """Whether what stands between products of such (B, T, C) items is computed here."""
     if x.device.type != "cuda" or x.dtype not in DTYPES or x.shape[:-1].numel() < LEAST_ITEMS:
         return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False  # torch.func differentiates torch's own operators
     return why_no_kernels() is None
 
 
@@ -327,7 +329,9 @@ class _SiluProductDown(torch.autograd.Function):
         x, bias, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1]).contiguous()
         product, to_x, to_bias = _silu_product_backward(grad @ weight, x, bias)
-        return to_x, to_bias, grad.mT @ product, _sum_of_rows(grad)
+        # Frozen weights cost no product.
+        to_weight = grad.mT @ product if ctx.needs_input_grad[2] else None
+        return to_x, to_bias, to_weight, _sum_of_rows(grad) if ctx.needs_input_grad[3] else None
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -347,7 +351,7 @@ class _NormedLinear(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         to_total = None if to_total is None else to_total.contiguous()
         normed, to_x, to_norm = _normalise_backward(grad @ weight, to_total, x, norm, scale)
-        to_weight = grad.mT @ normed.view(-1, normed.shape[-1])
+        to_weight = grad.mT @ normed.view(-1, normed.shape[-1]) if ctx.needs_input_grad[4] else None
         return to_x, to_x if ctx.adds else None, to_norm, None, to_weight
 
 

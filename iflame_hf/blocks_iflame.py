@@ -59,14 +59,6 @@ class IFlameMLP(nn.Module):
             return swiglu(hidden_states, self.gate_proj, self.up_proj, self.down_proj)
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
-    def add(self, residual: torch.Tensor, added: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-        """h + self(norm(h)), h = residual + added."""
-        layers = self.gate_proj, self.up_proj, self.down_proj
-        if may_fuse(residual, norm, IFlameRMSNorm) and may_join(residual, *layers, bias=True) and not has_hooks(self):
-            return add_normed_swiglu(residual, added, Norm.of(norm), *layers)
-        residual = residual + added
-        return residual + self(norm(residual))
-
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Causal softmax attention spelled out.
@@ -99,16 +91,12 @@ class IFlameAttention(nn.Module):
         # A mark for _init_weights, which transformers calls for modules with parameters of their own only.
         self.o_proj.writes_residual = True
 
-    def joins(self, hidden_states: torch.Tensor) -> bool:
-        """Whether query, key and value of such items are one product."""
-        return may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj, bias=False)
-
     def project(self, hidden_states: torch.Tensor, level: LevelInputs, norm: Norm | None):
         """(B, T, C) -> query, key, value, each (B, T, H, D); `norm` is what they are still to be normalised by."""
         layers = self.q_proj, self.k_proj, self.v_proj
         if norm is not None:
             return turned_heads(normed_joined_linear(hidden_states, norm, *layers), level.cos, level.sin)
-        if self.joins(hidden_states):
+        if may_join(hidden_states, *layers, bias=False):
             width = 2 * self.q_proj.out_features
             projected = joined_linear(hidden_states, *layers)
             if has_block_kernels(projected):
@@ -164,7 +152,8 @@ class IFlameLinearAttention(IFlameAttention):
         query, key, value = self.project(hidden_states, level, norm)
         memory = None if cache is None else cache.layers[self.layer_idx]
         output = self._attend(query, key, value, level, memory).flatten(-2)
-        if may_join(output, self.o_proj, bias=False) and may_fuse(output, self.norm, IFlameRMSNorm):
+        fuses = output.dtype == hidden_states.dtype and may_join(output, self.o_proj, bias=False)
+        if fuses and may_fuse(output, self.norm, IFlameRMSNorm):
             return normed_joined_linear(output, Norm.of(self.norm), self.o_proj), None
         return self.o_proj(self.norm(output).to(hidden_states.dtype)), None
 
@@ -204,14 +193,27 @@ class IFlameBlock(GradientCheckpointingLayer):
         self.input_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def _joins(self, hidden_states: torch.Tensor) -> bool:
+        """Whether query, key and value of such items are one product, and nobody looks at attention's input."""
+        attn = self.self_attn
+        if type(attn) not in (IFlameFullAttention, IFlameLinearAttention) or has_hooks(attn):
+            return False
+        return may_join(hidden_states, attn.q_proj, attn.k_proj, attn.v_proj, bias=False)
+
     def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None = None):
         """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
-        norm = self.input_layernorm
-        if may_fuse(hidden_states, norm, IFlameRMSNorm) and self.self_attn.joins(hidden_states):
-            attended, weights = self.self_attn(hidden_states, level, cache, Norm.of(norm))
+        attn, mlp, norm = self.self_attn, self.mlp, self.input_layernorm
+        if may_fuse(hidden_states, norm, IFlameRMSNorm) and self._joins(hidden_states):
+            attended, weights = attn(hidden_states, level, cache, Norm.of(norm))
         else:
-            attended, weights = self.self_attn(norm(hidden_states), level, cache)
-        return self.mlp.add(hidden_states, attended, self.post_attention_layernorm), weights
+            attended, weights = attn(norm(hidden_states), level, cache)
+        norm = self.post_attention_layernorm
+        if may_fuse(hidden_states, norm, IFlameRMSNorm) and type(mlp) is IFlameMLP and not has_hooks(mlp):
+            layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            if may_join(hidden_states, *layers, bias=True):
+                return add_normed_swiglu(hidden_states, attended, Norm.of(norm), *layers), weights
+        hidden_states = hidden_states + attended
+        return hidden_states + mlp(norm(hidden_states)), weights
 
 
 class IFlameUpsample(nn.Module):

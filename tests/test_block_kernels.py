@@ -227,14 +227,44 @@ def test_a_network_whose_blocks_take_them_is_the_same_network(how, in_the_networ
         assert relative_error(value, expected) < 1e-5
 
 
-@pytest.mark.parametrize("hooked", ["post_attention_layernorm", "input_layernorm", "mlp", "self_attn.norm"])
+@pytest.mark.parametrize(
+    "hooked", ["post_attention_layernorm", "input_layernorm", "mlp", "self_attn", "self_attn.norm"]
+)
 def test_a_module_that_somebody_looks_at_is_called(hooked, in_the_network):
     model, seen = small_model(), []
     module = model.model.layers[0].get_submodule(hooked)
     expected = model(mesh_rows(2, faces=5)).logits
-    module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    module.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs)))
     found = model(mesh_rows(2, faces=5)).logits
-    assert len(seen) == 1 and relative_error(found, expected) < 1e-5
+    assert seen == [3 if hooked == "self_attn" else 1] and relative_error(found, expected) < 1e-5
+
+
+def test_a_module_that_is_wrapped_is_called(in_the_network):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs):
+            return self.module(*inputs)
+
+    model = small_model()
+    expected = model(mesh_rows(2, faces=5)).logits
+    for block in model.model.layers:
+        block.mlp, block.self_attn = Wrapper(block.mlp), Wrapper(block.self_attn)
+    in_the_network.clear()
+    assert relative_error(model(mesh_rows(2, faces=5)).logits, expected) < 1e-5
+    assert "add_normed_linear" not in in_the_network
+
+
+def test_frozen_weights_have_no_gradient_and_the_others_theirs(place):
+    kernels, device = place
+    sizes = (1, 40, 32), (32,), (8, 16), (8,)
+    inputs = [torch.randn(size, device=device) for size in sizes]
+    for function in (kernels.silu_product_down, lambda x, b, w, d: kernels.normed_linear(x, b, 1e-5, w.repeat(1, 2))):
+        expected = run(lambda *leaves, of=function: of(*leaves[:2], *inputs[2:]), inputs[:2], torch.float32, device)
+        found = run(lambda *leaves, of=function: of(*leaves, inputs[3]), inputs[:3], torch.float32, device)
+        assert all(torch.equal(x, y) for x, y in zip(expected, found[:3], strict=True))
 
 
 def test_under_autocast_they_are_as_near_to_float32_as_the_plain_blocks(in_the_network, monkeypatch):

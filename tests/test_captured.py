@@ -1,5 +1,6 @@
 """Steps that are CUDA graphs learn what steps that Accelerate takes do."""
 
+import contextlib
 import copy
 import functools
 
@@ -8,11 +9,13 @@ import torch
 from accelerate import Accelerator
 from small_models import mesh_rows, small_model
 
+from iflame_cli.errors import CommandError
 from iflame_hf.layout_iflame import RowLayout
 from training.arguments import parse_arguments
 from training.optim.groups import create_optimizer
 from training.run import learner
 from training.run.captured import CapturedLearner, kind_of, why_not_captured, with_rounded_room
+from training.run.create import compile_blocks, enable_activation_checkpointing
 from training.run.learner import AcceleratedLearner
 
 ROWS, FACES, STRIDES = 3, 12, (1, 3, 9)
@@ -67,16 +70,18 @@ def test_steps_on_one_buffer_of_gradients_learn_what_accelerates_do(optim):
 
 def test_few_kinds_of_rows_serve_all_batches():
     kinds = {kind_of(with_rounded_room(batch_of(seed))) for seed in range(50)}
-    assert kinds == {((ROWS, 9 * FACES), 32)}
+    assert kinds == {((ROWS, 9 * FACES), 32, True)}
     rows = batch_of(0)
     rounded = with_rounded_room(rows)["layout"]
     assert torch.equal(rounded.offsets[:, : rows["layout"].num_meshes + 1], rows["layout"].offsets)
     assert (rounded.offsets[:, rows["layout"].num_meshes :] == rows["layout"].offsets[:, -1:]).all()
     assert rounded.longest == (9 * FACES, 3 * FACES, FACES)
     single = batch_of(0, packed=False)
-    assert kind_of(with_rounded_room(single)) == ((ROWS, 9 * FACES), ROWS)
+    assert kind_of(with_rounded_room(single)) == ((ROWS, 9 * FACES), ROWS, False)
     many = {**rows, "layout": RowLayout.of_begins(torch.ones(ROWS, FACES, dtype=torch.bool), 9 * FACES, STRIDES)}
-    assert kind_of(with_rounded_room(many)) == ((ROWS, 9 * FACES), 64)
+    assert kind_of(with_rounded_room(many)) == ((ROWS, 9 * FACES), 64, True)
+    with pytest.raises(ValueError, match="alone, got attention_mask"):
+        with_rounded_room({**rows, "attention_mask": rows["input_ids"]})
 
 
 def test_the_model_computes_the_same_with_room_for_more_meshes():
@@ -84,6 +89,61 @@ def test_the_model_computes_the_same_with_room_for_more_meshes():
     expected = model(**rows, use_cache=False)
     found = model(**with_rounded_room(rows), use_cache=False)
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
+
+
+class Repeated:
+    """What a CUDA graph is: a function that is called again on the same tensors, into the same tensor."""
+
+    def __init__(self, function, arguments, output):
+        self.function, self.arguments, self.output = function, arguments, output
+
+    def replay(self):
+        self.output.copy_(self.function(*self.arguments))
+
+
+@pytest.fixture
+def repeats(monkeypatch):
+    def captured(self, function, *arguments):
+        output = torch.zeros(2 if function == self._step else ())
+        return Repeated(function, arguments, output), output
+
+    monkeypatch.setattr(CapturedLearner, "_captured", captured)
+
+
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
+def test_what_is_repeated_learns_from_the_rows_and_rates_of_now(optim, repeats):
+    expected, weights, _ = learnt(functools.partial(CapturedLearner, captures=False), optim, packed=False)
+    found, moved, used = learnt(CapturedLearner, optim, packed=False)
+    assert len(used._graphs) == 2 and torch.allclose(found, expected, rtol=1e-5, equal_nan=True)
+    assert all(torch.allclose(moved[name], weight, atol=1e-6) for name, weight in weights.items())
+
+
+def test_what_looks_at_one_batch_on_the_host_is_not_repeated_for_others(repeats):
+    """As attention of packed rows does where there is no flash attention."""
+    with pytest.raises(RuntimeError, match="split_sizes"):
+        learnt(CapturedLearner, "muon")
+
+
+def test_gradients_that_were_taken_away_are_an_error():
+    model = small_model()
+    optimizer = create_optimizer(model, "muon", 1e-3, 0.1, fused=True)
+    chosen = CapturedLearner(model, optimizer, CLIP, torch.no_grad, captures=False)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="taken away"):
+        chosen.backward([batch_of(0)], 100)
+
+
+def test_a_step_that_cannot_be_captured_ends_the_run_with_what_to_do(monkeypatch):
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nSearch for it")
+        yield
+
+    for name in ("synchronize", "empty_cache", "graph_pool_handle", "Stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(CommandError, match="not permitted when stream is capturing; with --cuda_graphs False"):
+        learnt(CapturedLearner, "muon", packed=False)
 
 
 def options_of(**options):
@@ -122,18 +182,15 @@ def test_who_trains_otherwise_than_in_graphs_is_told_why(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("how", ["eager", "compiled", "checkpointing"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
-def test_captured_steps_learn_what_steps_that_are_run_do(optim, packed, compiled, monkeypatch):
-    if compiled:
-        import training.run.create as create
-
-        torch.compiler.reset()
+def test_captured_steps_learn_what_steps_that_are_run_do(optim, packed, how, monkeypatch):
+    torch.compiler.reset()
+    prepare = {"eager": None, "compiled": compile_blocks, "checkpointing": enable_activation_checkpointing}[how]
+    if prepare is not None:
         monkeypatch.setattr(
-            CapturedLearner,
-            "_learn",
-            functools.partialmethod(_after_compiling, CapturedLearner._learn, create.compile_blocks),
+            CapturedLearner, "_learn", functools.partialmethod(_prepared, CapturedLearner._learn, prepare)
         )
     options = {"device": "cuda", "steps": 9, "packed": packed, "dtype": torch.bfloat16}
     options |= {"hidden_size": 128, "heads": 4}
@@ -148,11 +205,33 @@ def test_captured_steps_learn_what_steps_that_are_run_do(optim, packed, compiled
         assert (moved[name] - weight).norm() <= 0.1 * (weight - begun[name]).norm() + 1e-6, name
 
 
-def _after_compiling(self, learn, compile_blocks, rows):
-    if not hasattr(self, "is_compiled"):
-        compile_blocks(self.model)
-        self.is_compiled = True
+def _prepared(self, learn, prepare, rows):
+    if not hasattr(self, "is_prepared"):
+        prepare(self.model)
+        self.is_prepared = True
     return learn(self, rows)
+
+
+@pytest.mark.gpu
+def test_a_new_kind_of_packed_rows_is_captured_at_once():
+    def losses(captures):
+        model = small_model(hidden_size=128, heads=4).to("cuda").train()
+        optimizer = create_optimizer(model, "muon", 1e-3, 0.1, fused=True)
+        autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+        chosen = CapturedLearner(model, optimizer, CLIP, autocast, captures=captures)
+        found = []
+        for seed, packed in enumerate([True, True, "all", True, "all", True]):
+            rows = batch_of(seed)
+            if packed == "all":  # 36 meshes
+                begins = torch.ones(ROWS, FACES, dtype=torch.bool)
+                rows["layout"] = RowLayout.of_begins(begins, 9 * FACES, STRIDES)
+            found.append(chosen.backward([rows], 200).clone())
+            chosen.update(found[-1])
+        return torch.stack(found).cpu(), chosen
+
+    expected, _ = losses(False)
+    found, used = losses(True)
+    assert len(used._graphs) == 3 and torch.allclose(found, expected, rtol=2e-2)
 
 
 @pytest.mark.gpu

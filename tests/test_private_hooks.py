@@ -148,7 +148,7 @@ HOOKS = [
 ]
 # Names of torch and of the operating system that begin with an underscore, too.
 NOT_OF_TRANSFORMERS = {"_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_add_", "_init_group", "_dynamo"}
-NOT_OF_TRANSFORMERS |= {"_functorch"}
+NOT_OF_TRANSFORMERS |= {"_functorch", "_C", "_are_functorch_transforms_active"}
 NOT_OF_TRANSFORMERS |= {"_exit", "_abc_impl", "_last_lr", "_assert_async", "_foreach_copy_"}
 NOT_OF_TRANSFORMERS |= {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_replace"}
 NOT_OF_TRANSFORMERS |= {"_flash_attention_forward", "_flash_attention_backward"}

@@ -6,17 +6,17 @@ a tensor: rows are copied to where the graph reads them, learning rates too, gra
 length have one shape; how many meshes they hold is rounded up, so that few graphs serve all batches.
 """
 
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
+from iflame_cli.errors import CommandError
 from iflame_hf import IFlameConfig, IFlameForCausalLM
 from iflame_hf.implementations_iflame import LinearAttentionCall, choose_linear_attention
 from iflame_hf.layout_iflame import RowLayout
@@ -49,7 +49,7 @@ def why_no_graph(config: IFlameConfig, device: torch.device, dtype: torch.dtype)
         return f"the device {device.type}"
     if config._attn_implementation != "sdpa":
         return f"attn_implementation={config._attn_implementation!r}"
-    if not has_flash(device, dtype, config.head_dim):
+    if not has_flash(device, dtype, config.head_dim) or not torch.backends.cuda.flash_sdp_enabled():
         return "attention of packed rows, which needs --bf16 and torch's flash attention"
     call = LinearAttentionCall(device.type, config.head_dim, length=2)
     linear = choose_linear_attention(config.linear_attn_implementation, call)
@@ -58,11 +58,12 @@ def why_no_graph(config: IFlameConfig, device: torch.device, dtype: torch.dtype)
 
 class CapturedLearner:
     """
-    A learner (`training.run.learner.Learner`) on a GPU. Batches and updates of each kind are run once as they are, are
-    captured when they come again, and replayed from then on.
+    A learner (`training.run.learner.Learner`) on a GPU. What is done for the first time is run as it is, is captured
+    when it comes again, and replayed from then on. Graphs share their memory.
 
     Args:
-        model: whose trainable parameters are all on one device. Their gradients belong to this object.
+        model: whose trainable parameters are all on one device, and which takes a mesh as long as a row. Gradients
+            belong to this object: nobody sets them to None.
         optimizer: whose `found_inf` leaves out steps. Its learning rates may be changed between steps; its state and
             everything else stay as they are once there was a step.
         max_grad_norm: infinite: gradients are not clipped.
@@ -93,22 +94,26 @@ class CapturedLearner:
         # All gradients, and at the end the loss: what processes add up goes from one to the other in one piece.
         self.sums = torch.zeros(end + 1, device=device)
         self.gradients, self.loss = self.sums[:end], self.sums[end]
+        self._owned = []
         for start, parameter in zip(starts, parameters, strict=True):
             parameter.grad = self.sums[start : start + parameter.numel()].view_as(parameter)
+            self._owned.append((parameter, parameter.grad))
         self.num_items = torch.zeros((), dtype=torch.long, device=device)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._rows: dict[Hashable, Batch] = {}
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._seen: set[Hashable] = set()
-        self._pool: Any = None
+        self._warm: set[Hashable] = set()  # what has been run
+        self._pool = self._stream = None
 
     def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
+        if any(parameter.grad is not own for parameter, own in self._owned):
+            raise RuntimeError("gradients were taken away from a CapturedLearner, such as by optimizer.zero_grad()")
         total = torch.zeros((), device=self.device)
         self.num_items.fill_(labels)
         for rows in batch:
             rows = with_rounded_room(rows)
             kind = kind_of(rows)
-            total += self._run(kind, self._learn, self._in_place(kind, rows))
+            total += self._run(kind, kind.is_packed, self._learn, self._in_place(kind, rows))
         return total
 
     def update(self, loss: torch.Tensor) -> torch.Tensor:
@@ -117,7 +122,7 @@ class CapturedLearner:
             torch.distributed.all_reduce(self.sums)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
-        return self._run("update", self._step)
+        return self._run("update", "update", self._step)
 
     def _learn(self, rows: Batch) -> torch.Tensor:
         with self.autocast():
@@ -154,26 +159,33 @@ class CapturedLearner:
     def _in_place(self, kind: Hashable, rows: Batch) -> Batch:
         """The rows where a graph of their kind reads them."""
         if not self.captures:
-            return _moved(rows, self.device)
+            return _with_tensors(rows, [each.to(self.device, non_blocking=True) for each in _tensors(rows)])
         if kind not in self._rows:
-            self._rows[kind] = _with_tensors(rows, [each.to(self.device, copy=True) for each in _tensors(rows)])
-            return self._rows[kind]
+            static = _with_tensors(rows, [each.to(self.device, copy=True) for each in _tensors(rows)])
+            if static["layout"] is not None:
+                # Whoever reads of one batch on the host, where a graph would do the same for every other, fails.
+                unknown = torch.full_like(static["layout"].offsets_on_host, -1)
+                static["layout"] = replace(static["layout"], offsets_on_host=unknown)
+            self._rows[kind] = static
+            return static
         for place, values in zip(_tensors(self._rows[kind]), _tensors(rows), strict=True):
             place.copy_(values, non_blocking=True)
         return self._rows[kind]
 
-    def _run(self, kind: Hashable, function: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
-        """What a function returns, in memory that its next call may overwrite."""
-        if self.captures and kind in self._seen and kind not in self._graphs:
-            try:
-                self._graphs[kind] = self._captured(function, *arguments)
-            except RuntimeError as error:
-                self.captures = False
-                reason = str(error).strip().partition("\n")[0]
-                warnings.warn(f"a step cannot be a CUDA graph, steps are slower without: {reason}", stacklevel=2)
-        self._seen.add(kind)
-        if kind not in self._graphs:
+    def _run(
+        self, kind: Hashable, family: Hashable, function: Callable[..., torch.Tensor], *arguments: Any
+    ) -> torch.Tensor:
+        """
+        What a function returns, in memory that its next call may overwrite.
+
+        Args:
+            family: kinds that take the same kernels, which are compiled and loaded once one of them was run.
+        """
+        if not self.captures or family not in self._warm:
+            self._warm.add(family)
             return function(*arguments)
+        if kind not in self._graphs:
+            self._graphs[kind] = self._captured(function, *arguments)
         graph, output = self._graphs[kind]
         graph.replay()
         return output
@@ -181,20 +193,47 @@ class CapturedLearner:
     def _captured(self, function: Callable[..., torch.Tensor], *arguments: Any):
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # what steps held that were no graphs: a graph has memory of its own
+        if self._pool is None:
+            # Graphs share memory only where they are captured on the same stream.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # Other threads, such as the one that pins memory for the next rows, may do what they like.
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            output = function(*arguments)
+        try:
+            # Other threads, such as the one that pins memory for the next rows, may do what they like.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                output = function(*arguments)
+        except RuntimeError as error:  # which may leave torch, its allocator and its streams, in the middle of it
+            reason = str(error).strip().partition("\n")[0]
+            raise CommandError(
+                f"a step cannot be a CUDA graph: {reason}; with --cuda_graphs False the run goes on from its last "
+                "checkpoint without"
+            ) from error
         return graph, output
 
 
+class Kind(NamedTuple):
+    """Rows of one kind are learnt from by the same graph."""
+
+    shape: torch.Size  # of the ids
+    meshes: int | None  # for which a layout has room
+    is_packed: bool
+
+
 def with_rounded_room(rows: Batch) -> Batch:
-    """Rows whose layout is one of few: without attributes, and with room for a power of two of meshes if packed."""
+    """
+    Rows whose layout is one of few: without attributes, and with room for a power of two of meshes if packed.
+
+    Raises:
+        ValueError: for inputs that a graph would not be given, and a layout that says nothing on the host.
+    """
+    if others := rows.keys() - {"input_ids", "labels", "layout"}:
+        raise ValueError(
+            f"rows are learnt from by input_ids, labels and layout alone, got {', '.join(sorted(others))}"
+        )
     layout = rows.get("layout")
     if layout is None:
         return rows
+    if layout.num_meshes is None:
+        raise ValueError("a layout must be made on the CPU, by who packs the rows")
     layout = replace(layout, attributes={})
     if layout.num_meshes != layout.shape[0]:
         layout = layout.with_room(max(LEAST_MESHES, 1 << (layout.num_meshes - 1).bit_length()))
@@ -203,9 +242,10 @@ def with_rounded_room(rows: Batch) -> Batch:
     return {**rows, "layout": layout}
 
 
-def kind_of(rows: Batch) -> Hashable:
-    """Rows of one kind are learnt from by the same graph."""
-    return rows["input_ids"].shape, None if rows.get("layout") is None else rows["layout"].num_meshes
+def kind_of(rows: Batch) -> Kind:
+    shape, layout = rows["input_ids"].shape, rows.get("layout")
+    meshes = None if layout is None else layout.num_meshes
+    return Kind(shape, meshes, meshes not in (None, shape[0]))
 
 
 _OF_LAYOUT = ("face_positions", "face_meshes", "offsets")
@@ -222,7 +262,3 @@ def _with_tensors(rows: Batch, tensors: list[torch.Tensor]) -> Batch:
     if layout is not None:
         layout = replace(layout, **dict(zip(_OF_LAYOUT, of_layout, strict=True)))
     return {"input_ids": input_ids, "labels": labels, "layout": layout}
-
-
-def _moved(rows: Batch, device: torch.device) -> Batch:
-    return _with_tensors(rows, [each.to(device, non_blocking=True) for each in _tensors(rows)])

@@ -106,11 +106,15 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
 
 
 def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
-    """Lets the backward pass compute blocks again; transformers renamed the method in 5.23."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
+    """
+    Lets the backward pass compute blocks again; transformers renamed the method in 5.23. Blocks draw no random
+    numbers, whose state would be kept otherwise, and a CUDA graph may not read it.
+    """
+    name = "activation_checkpointing"
+    if not hasattr(model, f"{name}_enable"):
+        name = "gradient_checkpointing"
+    options = {f"{name}_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}
+    getattr(model, f"{name}_enable")(**options)
 
 
 def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTokenizer) -> None:
