@@ -213,9 +213,14 @@ def _prepared(self, learn, prepare, rows):
 
 
 @pytest.mark.gpu
-def test_a_new_kind_of_packed_rows_is_captured_at_once():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_new_kind_of_packed_rows_is_captured_at_once(compiled):
+    torch.compiler.reset()
+
     def losses(captures):
         model = small_model(hidden_size=128, heads=4).to("cuda").train()
+        if compiled:
+            compile_blocks(model)
         optimizer = create_optimizer(model, "muon", 1e-3, 0.1, fused=True)
         autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
         chosen = CapturedLearner(model, optimizer, CLIP, autocast, captures=captures)

@@ -113,7 +113,7 @@ class CapturedLearner:
         for rows in batch:
             rows = with_rounded_room(rows)
             kind = kind_of(rows)
-            total += self._run(kind, kind.is_packed, self._learn, self._in_place(kind, rows))
+            total += self._run(kind, kind._replace(meshes=None), self._learn, self._in_place(kind, rows))
         return total
 
     def update(self, loss: torch.Tensor) -> torch.Tensor:
