@@ -33,7 +33,7 @@ from training.convert_checkpoint import convert_weights
 from training.optim.groups import OPTIMIZERS, create_optimizer
 from training.rows.pack import EXTRA_FACES, IGNORED, best_fit, pack, row_inputs
 from training.run.captured import CapturedLearner, why_no_graph
-from training.run.create import compile_blocks
+from training.run.create import compile_blocks, keep_less
 from training.run.ending import ends_in_words
 
 TOKENS_PER_FACE = known_format().tokens_per_face
@@ -172,6 +172,8 @@ def add_figures(
     run = torch.compile(network) if row["step"] == "compiled" else network
     if row["step"] == "blocks":
         compile_blocks(network, memory_budget=options.activation_memory_budget)
+    if row["model"] != "original":
+        keep_less(network, options.activation_memory_budget)
     if row["model"] == "original":
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
     else:
@@ -308,9 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cuda_graphs", action=argparse.BooleanOptionalAction, default=True, help="make our steps CUDA graphs"
     )
-    parser.add_argument(
-        "--activation_memory_budget", type=float, default=1.0, help="of compiled blocks, as of training/train.py"
-    )
+    parser.add_argument("--activation_memory_budget", type=float, default=1.0, help="as of training/train.py")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
     parser.add_argument("--profile", action="store_true", help="show what the kernels of a step take, on a GPU")
     options = common.parse_options(parser, PRESETS, arguments)

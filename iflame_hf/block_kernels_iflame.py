@@ -336,23 +336,60 @@ class _SiluProductDown(torch.autograd.Function):
 
 class _NormedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, other: torch.Tensor | None, norm: torch.Tensor, eps: float, weight):
+    def forward(ctx: Any, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
+        normed, scale, _ = _normalise(x, None, norm, eps)
+        ctx.save_for_backward(x, norm, scale, weight)
+        return F.linear(normed, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, norm, scale, weight = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        normed, to_x, to_norm = _normalise_backward(grad @ weight, None, x, norm, scale)
+        return to_x, to_norm, None, grad.mT @ _items(normed) if ctx.needs_input_grad[3] else None
+
+
+class _AddNormedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        other: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        inward: torch.Tensor,
+        bias: torch.Tensor,
+        outward: torch.Tensor,
+        down_bias: torch.Tensor,
+        keeps: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         normed, scale, total = _normalise(x, other, norm, eps)
-        ctx.save_for_backward(x if other is None else total, norm, scale, weight)
+        units = F.linear(normed, inward)
+        ctx.save_for_backward(total, norm, scale, inward, bias, outward, units if keeps else None)
+        ctx.eps = eps
         ctx.set_materialize_grads(False)
-        ctx.adds = other is not None
-        return F.linear(normed, weight), total if ctx.adds else None
+        return F.linear(_silu_product(units, bias), outward, down_bias.to(x.dtype)), total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, to_total: torch.Tensor | None):
-        x, norm, scale, weight = ctx.saved_tensors
         if grad is None:  # nobody asks for the product
-            return to_total, to_total if ctx.adds else None, None, None, None
-        grad = grad.reshape(-1, grad.shape[-1])
+            return to_total, to_total, None, None, None, None, None, None, None
+        total, norm, scale, inward, bias, outward, units = ctx.saved_tensors
+        if units is None:
+            units = F.linear(_normalise(total, None, norm, ctx.eps)[0], inward)
+        needs, grad = ctx.needs_input_grad, grad.reshape(-1, grad.shape[-1]).contiguous()
+        product, to_units, to_bias = _silu_product_backward(grad @ outward, units, bias)
+        to_outward = grad.mT @ product if needs[6] else None
+        to_down_bias = _sum_of_rows(grad) if needs[7] else None
+        to_units = _items(to_units)
         to_total = None if to_total is None else to_total.contiguous()
-        normed, to_x, to_norm = _normalise_backward(grad @ weight, to_total, x, norm, scale)
-        to_weight = grad.mT @ normed.view(-1, normed.shape[-1]) if ctx.needs_input_grad[4] else None
-        return to_x, to_x if ctx.adds else None, to_norm, None, to_weight
+        normed, to_x, to_norm = _normalise_backward(to_units @ inward, to_total, total, norm, scale)
+        to_inward = to_units.mT @ _items(normed) if needs[4] else None
+        return to_x, to_x, to_norm, None, to_inward, to_bias, to_outward, to_down_bias, None
+
+
+def _items(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, x.shape[-1])
 
 
 def silu_product_down(
@@ -367,11 +404,24 @@ def silu_product_down(
 
 def normed_linear(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
     """W n of (B, T, C) items, n their RMSNorm; `weight` (N, C) in x's type. What is normalised is not kept."""
-    return _NormedLinear.apply(x.contiguous(), None, norm.float(), eps, weight)[0]
+    return _NormedLinear.apply(x.contiguous(), norm.float(), eps, weight)
 
 
-def add_normed_linear(
-    x: torch.Tensor, other: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor
+def add_normed_silu_product_down(
+    x: torch.Tensor,
+    other: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    inward: torch.Tensor,
+    bias: torch.Tensor,
+    outward: torch.Tensor,
+    down_bias: torch.Tensor,
+    keeps: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of x + `other`, and that sum."""
-    return _NormedLinear.apply(x.contiguous(), other.contiguous(), norm.float(), eps, weight)
+    """
+    `silu_product_down` of the product of `inward` (2P, C) and what is normalised of h = x + `other`; and h. Gates and
+    ups are kept for the backward pass, or else made again in it.
+    """
+    return _AddNormedSwiGLU.apply(
+        x.contiguous(), other.contiguous(), norm.float(), eps, inward, bias.float(), outward, down_bias.float(), keeps
+    )

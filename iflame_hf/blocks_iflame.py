@@ -45,7 +45,15 @@ class IFlameRMSNorm(nn.Module):
 
 
 class IFlameMLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202) with biases."""
+    """
+    SwiGLU (arXiv 2002.05202) with biases.
+
+    Attributes:
+        keeps_units: in eager training on a GPU gates and ups, half of what a block keeps for the backward pass, are
+            kept and not computed again.
+    """
+
+    keeps_units = True
 
     def __init__(self, config: IFlameConfig):
         super().__init__()
@@ -211,7 +219,8 @@ class IFlameBlock(GradientCheckpointingLayer):
         if may_fuse(hidden_states, norm, IFlameRMSNorm) and type(mlp) is IFlameMLP and not has_hooks(mlp):
             layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
             if may_join(hidden_states, *layers, bias=True):
-                return add_normed_swiglu(hidden_states, attended, Norm.of(norm), *layers), weights
+                output = add_normed_swiglu(hidden_states, attended, Norm.of(norm), *layers, mlp.keeps_units)
+                return output, weights
         hidden_states = hidden_states + attended
         return hidden_states + mlp(norm(hidden_states)), weights
 

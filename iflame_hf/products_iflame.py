@@ -12,7 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .block_kernels_iflame import add_normed_linear, has_block_kernels, normed_linear, silu_product_down
+from .block_kernels_iflame import (
+    add_normed_silu_product_down,
+    has_block_kernels,
+    normed_linear,
+    silu_product_down,
+)
 from .ops_iflame import in_autocasts_dtype
 
 # With fewer items of input, copying weights costs more than the product gains.
@@ -100,12 +105,24 @@ def swiglu(hidden_states: torch.Tensor, gate: nn.Linear, up: nn.Linear, down: nn
 
 
 def add_normed_swiglu(
-    residual: torch.Tensor, added: torch.Tensor, norm: Norm, gate: nn.Linear, up: nn.Linear, down: nn.Linear
+    residual: torch.Tensor,
+    added: torch.Tensor,
+    norm: Norm,
+    gate: nn.Linear,
+    up: nn.Linear,
+    down: nn.Linear,
+    keeps: bool = True,
 ) -> torch.Tensor:
-    """h + swiglu(norm(h)), h = residual + added; only where the norm may be fused."""
-    weights, biases = _inward(gate, up)
-    projected, residual = add_normed_linear(residual, added, *norm, weights.to(residual.dtype))
-    return residual + silu_product_down(projected, biases, _outward(down).to(projected.dtype), down.bias)
+    """
+    h + swiglu(norm(h)), h = residual + added; only where the norm may be fused.
+
+    Args:
+        keeps: gates and ups for the backward pass, which otherwise computes their product again.
+    """
+    inward, bias = _inward(gate, up)
+    weights = inward.to(residual.dtype), bias, _outward(down).to(residual.dtype), down.bias
+    output, residual = add_normed_silu_product_down(residual, added, *norm, *weights, keeps)
+    return residual + output
 
 
 def _inward(gate: nn.Linear, up: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from iflame_hf import block_kernels_iflame, blocks_iflame, products_iflame, rotary_kernels_iflame
 from iflame_hf.ops_iflame import apply_rotary, rotary_tables
+from training.run.create import keep_less
 
 pytest.importorskip("triton")
 
@@ -101,34 +102,67 @@ def test_a_gated_product_is_that_of_float64(place, dtype, shape, units):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "channels"), [((2, 40), 48), ((1, 1), 16), ((3, 37), 130)])
-@pytest.mark.parametrize("adds", [False, True])
-def test_a_product_of_what_is_normalised_is_that_of_float64(place, dtype, shape, channels, adds):
+def test_a_product_of_what_is_normalised_is_that_of_float64(place, dtype, shape, channels):
     kernels, device = place
     random = torch.Generator().manual_seed(2)
-    sizes = [(*shape, channels)] * (1 + adds) + [(channels,), (24, channels)]
-    inputs = [torch.randn(size, generator=random).to(dtype) for size in sizes]
+    inputs = [
+        torch.randn(size, generator=random).to(dtype) for size in ((*shape, channels), (channels,), (24, channels))
+    ]
 
-    def fused(x, *rest):
-        *other, norm, weight = rest
-        if adds:
-            return kernels.add_normed_linear(x, *other, norm, 1e-5, weight)
+    def fused(x, norm, weight):
         return kernels.normed_linear(x, norm, 1e-5, weight)
 
-    def formula(x, *rest):
-        *other, norm, weight = rest
-        total = x + other[0] if adds else x
-        product = F.linear(F.rms_norm(total, (channels,), norm, 1e-5), weight)
-        return (product, total) if adds else product
+    def formula(x, norm, weight):
+        return F.linear(F.rms_norm(x, (channels,), norm, 1e-5), weight)
 
     agreement(run(fused, inputs, dtype, device), run(formula, inputs, torch.float64, "cpu"), dtype)
 
 
+def half_a_block(shape, channels, units, dtype):
+    random = torch.Generator().manual_seed(4)
+    sizes = [(*shape, channels)] * 2
+    sizes += [(channels,), (2 * units, channels), (2 * units,), (channels, units), (channels,)]
+    scales = [1, 1, 1, channels**-0.5, 1, units**-0.5, 1]
+    return [(scale * torch.randn(size, generator=random)).to(dtype) for size, scale in zip(sizes, scales, strict=True)]
+
+
+def half_by_formula(x, other, norm, inward, bias, outward, down_bias):
+    total = x + other
+    return gated(F.linear(F.rms_norm(total, norm.shape, norm, 1e-5), inward), bias, outward, down_bias), total
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize(("shape", "channels", "units"), [((2, 40), 24, 48), ((1, 3), 16, 16)])
+def test_half_a_block_is_that_of_float64(place, dtype, keeps, shape, channels, units):
+    kernels, device = place
+    inputs = half_a_block(shape, channels, units, dtype)
+
+    def fused(x, other, norm, *weights):
+        return kernels.add_normed_silu_product_down(x, other, norm, 1e-5, *weights, keeps)
+
+    found, expected = run(fused, inputs, dtype, device), run(half_by_formula, inputs, torch.float64, "cpu")
+    for value, exact in zip(found, expected, strict=True):
+        assert value.dtype == dtype and relative_error(value.cpu(), exact) < 3 * ALLOWED[dtype]
+
+
+def test_what_is_made_again_is_what_was_kept(place):
+    kernels, device = place
+    inputs = half_a_block((2, 40), 24, 48, torch.float32)
+
+    def results(keeps):
+        def fused(x, other, norm, *rest):
+            return kernels.add_normed_silu_product_down(x, other, norm, 1e-5, *rest, keeps)
+
+        return run(fused, inputs, torch.float32, device)
+
+    assert all(torch.equal(x, y) for x, y in zip(results(True), results(False), strict=True))
+
+
 def test_a_sum_whose_product_nobody_asks_for_has_its_gradient(place):
     kernels, device = place
-    x, other, norm, weight = (
-        torch.randn(size, device=device, requires_grad=True) for size in ((1, 3, 16), (1, 3, 16), (16,), (8, 16))
-    )
-    _, total = kernels.add_normed_linear(x, other, norm, 1e-5, weight)
+    x, other, norm, *rest = (each.to(device).requires_grad_() for each in half_a_block((1, 3), 16, 16, torch.float32))
+    _, total = kernels.add_normed_silu_product_down(x, other, norm, 1e-5, *rest, True)
     grad = torch.randn_like(total)
     found = torch.autograd.grad(total, [x, other, norm], grad, allow_unused=True)
     assert torch.equal(found[0], grad) and torch.equal(found[1], grad) and found[2] is None
@@ -194,7 +228,7 @@ def in_the_network(copy, monkeypatch):
     monkeypatch.setattr(products_iflame, "has_block_kernels", lambda x: True)
     names = {
         blocks_iflame: ["turned_heads"],
-        products_iflame: ["silu_product_down", "normed_linear", "add_normed_linear"],
+        products_iflame: ["silu_product_down", "normed_linear", "add_normed_silu_product_down"],
     }
     for module in names:
         for name in names[module]:
@@ -203,7 +237,7 @@ def in_the_network(copy, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled", "checkpointing"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "checkpointing", "keeping less"])
 def test_a_network_whose_blocks_take_them_is_the_same_network(how, in_the_network, monkeypatch):
     ids = mesh_rows(2, faces=5)
 
@@ -218,9 +252,11 @@ def test_a_network_whose_blocks_take_them_is_the_same_network(how, in_the_networ
             block.compile(backend="aot_eager", dynamic=False)
     elif how == "checkpointing":
         switch_checkpointing(model)
+    elif how == "keeping less":
+        keep_less(model, 0.5)
     found = logits_and_gradients(model)
-    fused = {"normed_linear", "add_normed_linear"}
-    assert {*in_the_network} == {"turned_heads", "silu_product_down", *(() if how == "compiled" else fused)}
+    fused = {"normed_linear", "add_normed_silu_product_down"}
+    assert {*in_the_network} == {"turned_heads", *({"silu_product_down"} if how == "compiled" else fused)}
     monkeypatch.setattr(blocks_iflame, "has_block_kernels", lambda x: False)
     monkeypatch.setattr(products_iflame, "has_block_kernels", lambda x: False)
     for value, expected in zip(found, logits_and_gradients(small_model().train()), strict=True):
@@ -254,7 +290,7 @@ def test_a_module_that_is_wrapped_is_called(in_the_network):
         block.mlp, block.self_attn = Wrapper(block.mlp), Wrapper(block.self_attn)
     in_the_network.clear()
     assert relative_error(model(mesh_rows(2, faces=5)).logits, expected) < 1e-5
-    assert "add_normed_linear" not in in_the_network
+    assert "add_normed_silu_product_down" not in in_the_network
 
 
 def test_frozen_weights_have_no_gradient_and_the_others_theirs(place):
@@ -277,7 +313,7 @@ def test_under_autocast_they_are_as_near_to_float32_as_the_plain_blocks(in_the_n
         return torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(model.parameters()))])
 
     found = gradients()
-    assert "add_normed_linear" in in_the_network
+    assert "add_normed_silu_product_down" in in_the_network
     monkeypatch.setattr(blocks_iflame, "has_block_kernels", lambda x: False)
     monkeypatch.setattr(products_iflame, "has_block_kernels", lambda x: False)
     exact = gradients(autocast=False)

@@ -135,8 +135,8 @@ class TrainArguments:
     torch_compile_mode: str | None = option(None, "torch.compile's mode.")
     activation_memory_budget: float = option(
         1.0,
-        "With torch_compile: of what the backward pass may keep, the share that blocks do keep; the rest is computed "
-        "again.",
+        "On a GPU: of what the backward pass may keep, the share that blocks do keep; the rest is computed again. "
+        "Without torch_compile any share below 1 leaves out half.",
     )
     cuda_graphs: bool = option(True, "Let a GPU repeat whole steps from CUDA graphs, where it can.")
     use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")

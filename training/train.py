@@ -42,6 +42,7 @@ from training.run.create import (
     create_accelerator,
     create_model,
     create_optimization,
+    keep_less,
 )
 from training.run.ending import ends_in_words
 from training.run.interruption import Interruption, Stopped
@@ -108,6 +109,7 @@ class Run:
         )
         optimizer, average = create_optimization(options, model, accelerator)
         self.steps = Steps(arguments, self.progress, optimizer, data.rows.rows_in_epoch, accelerator.num_processes)
+        keep_less(model, options.activation_memory_budget)
         if options.torch_compile:
             compile_blocks(model, options.torch_compile_mode, memory_budget=options.activation_memory_budget)
         self.learner: Learner

@@ -173,6 +173,15 @@ def device_leaves_out_steps(accelerator: Accelerator) -> bool:
     return accelerator.device.type in ("cpu", "cuda") and not are_sharded(accelerator) and accelerator.scaler is None
 
 
+def keep_less(model: IFlameForCausalLM, memory_budget: float) -> None:
+    """
+    Lets eager blocks keep less for the backward pass where the budget is below 1: gates and ups, half of it, are
+    computed again where SwiGLU has kernels of its own.
+    """
+    for block in model.model.layers:
+        block.mlp.keeps_units = memory_budget >= 1
+
+
 def compile_blocks(
     model: IFlameForCausalLM, mode: str | None = None, backend: str = "inductor", memory_budget: float = 1.0
 ) -> None:
