@@ -318,6 +318,31 @@ def _(grad, to_total, x, weight, scale):
     return torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight)
 
 
+def _down_backward(
+    grad: torch.Tensor, units: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, needs: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of gates and ups, their biases, and, where they are needed, of the weight (C, P) and its bias."""
+    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
+    product, to_units, to_bias = _silu_product_backward(grad @ weight, units, bias)
+    to_weight = grad.mT @ product if needs[0] else None
+    return to_units, to_bias, to_weight, _sum_of_rows(grad) if needs[1] else None
+
+
+def _normed_backward(
+    grad: torch.Tensor,
+    to_total: torch.Tensor | None,
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    needs: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of x, to which `to_total` is added, of the norm and, where it is needed, of the weight (N, C)."""
+    grad = grad.reshape(-1, grad.shape[-1])
+    normed, to_x, to_norm = _normalise_backward(grad @ weight, to_total, x, norm, scale)
+    return to_x, to_norm, grad.mT @ normed.view(-1, normed.shape[-1]) if needs else None
+
+
 class _SiluProductDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, down_bias: torch.Tensor):
@@ -325,13 +350,8 @@ class _SiluProductDown(torch.autograd.Function):
         return F.linear(_silu_product(x, bias), weight, down_bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x, bias, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-        product, to_x, to_bias = _silu_product_backward(grad @ weight, x, bias)
-        # Frozen weights cost no product.
-        to_weight = grad.mT @ product if ctx.needs_input_grad[2] else None
-        return to_x, to_bias, to_weight, _sum_of_rows(grad) if ctx.needs_input_grad[3] else None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _down_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[2:])
 
 
 class _NormedLinear(torch.autograd.Function):
@@ -343,26 +363,13 @@ class _NormedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, norm, scale, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        normed, to_x, to_norm = _normalise_backward(grad @ weight, None, x, norm, scale)
-        return to_x, to_norm, None, grad.mT @ _items(normed) if ctx.needs_input_grad[3] else None
+        to_x, to_norm, to_weight = _normed_backward(grad, None, *ctx.saved_tensors, ctx.needs_input_grad[3])
+        return to_x, to_norm, None, to_weight
 
 
 class _AddNormedSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        other: torch.Tensor,
-        norm: torch.Tensor,
-        eps: float,
-        inward: torch.Tensor,
-        bias: torch.Tensor,
-        outward: torch.Tensor,
-        down_bias: torch.Tensor,
-        keeps: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, x, other, norm, eps, inward, bias, outward, down_bias, keeps):
         normed, scale, total = _normalise(x, other, norm, eps)
         units = F.linear(normed, inward)
         ctx.save_for_backward(total, norm, scale, inward, bias, outward, units if keeps else None)
@@ -373,23 +380,15 @@ class _AddNormedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, to_total: torch.Tensor | None):
         if grad is None:  # nobody asks for the product
-            return to_total, to_total, None, None, None, None, None, None, None
+            return to_total, to_total, *(None,) * 7
         total, norm, scale, inward, bias, outward, units = ctx.saved_tensors
         if units is None:
             units = F.linear(_normalise(total, None, norm, ctx.eps)[0], inward)
-        needs, grad = ctx.needs_input_grad, grad.reshape(-1, grad.shape[-1]).contiguous()
-        product, to_units, to_bias = _silu_product_backward(grad @ outward, units, bias)
-        to_outward = grad.mT @ product if needs[6] else None
-        to_down_bias = _sum_of_rows(grad) if needs[7] else None
-        to_units = _items(to_units)
+        needs = ctx.needs_input_grad
+        to_units, to_bias, to_outward, to_down_bias = _down_backward(grad, units, bias, outward, needs[6:8])
         to_total = None if to_total is None else to_total.contiguous()
-        normed, to_x, to_norm = _normalise_backward(to_units @ inward, to_total, total, norm, scale)
-        to_inward = to_units.mT @ _items(normed) if needs[4] else None
+        to_x, to_norm, to_inward = _normed_backward(to_units, to_total, total, norm, scale, inward, needs[4])
         return to_x, to_x, to_norm, None, to_inward, to_bias, to_outward, to_down_bias, None
-
-
-def _items(x: torch.Tensor) -> torch.Tensor:
-    return x.view(-1, x.shape[-1])
 
 
 def silu_product_down(
