@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .kernels_iflame import launch, why_no_kernels
+from .kernels_iflame import jit, launch, why_no_kernels
 
 try:
     import triton
@@ -42,10 +42,7 @@ def has_block_kernels(x: torch.Tensor) -> bool:
     return why_no_kernels() is None
 
 
-def _jit(function):
-    if triton is None:
-        return function
-    return triton.jit(function, do_not_specialize=["rows"])
+_jit = jit("rows")
 
 
 @_jit

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -80,11 +80,17 @@ def compiled_ahead() -> Iterator[None]:
         _is_compiling_ahead.reset(token)
 
 
-def _jit(function):
-    if triton is None:
-        return function
-    # The place of a token in its face: one kernel for all nine.
-    return triton.jit(function, do_not_specialize=["place"])
+def jit(*unspecialised: str) -> Callable[[Callable[..., None]], Any]:
+    """Makes kernels of functions, where there is Triton; what arguments of these names are makes no other kernel."""
+
+    def made(function: Callable[..., None]) -> Any:
+        return function if triton is None else triton.jit(function, do_not_specialize=list(unspecialised))
+
+    return made
+
+
+# The place of a token in its face: one kernel for all nine.
+_jit = jit("place")
 
 
 # Of a word of four whole numbers of eight bits, the floats: each, made positive, becomes the last bits of 2 ** 23.

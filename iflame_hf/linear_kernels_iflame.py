@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels_iflame import launch
+from .kernels_iflame import jit, launch
 from .layout_iflame import MeshBounds
 from .ops_iflame import count_flops
 
@@ -42,11 +42,8 @@ PROGRAMS_A_MULTIPROCESSOR = 6
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def _jit(function):
-    if triton is None:
-        return function
-    # Which way a row is read, and how long it is, makes no other kernel.
-    return triton.jit(function, do_not_specialize=["length", "segment", "origin", "direction", "row", "column"])
+# Which way a row is read, and how long it is, makes no other kernel.
+_jit = jit("length", "segment", "origin", "direction", "row", "column")
 
 
 @_jit

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from .block_kernels_iflame import blocks, count_rows
-from .kernels_iflame import launch
+from .kernels_iflame import jit, launch
 
 try:
-    import triton
     import triton.language as tl
 except ImportError:  # optional
-    triton = tl = None
+    tl = None
 
 # B batch, T items, C channels, H heads, D head size
 
@@ -22,10 +21,7 @@ except ImportError:  # optional
 NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
-def _jit(function):
-    if triton is None:
-        return function
-    return triton.jit(function, do_not_specialize=["rows", "length"])
+_jit = jit("rows", "length")
 
 
 @_jit
