@@ -10,10 +10,8 @@ up: results are the same in every run.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from .kernels_iflame import jit, launch, why_no_kernels
 
@@ -188,6 +186,7 @@ def add_rows(
     C: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    ADDS: tl.constexpr,  # to what is there
 ):
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     total = tl.full((BM, BN), 0.0, tl.float32)
@@ -195,7 +194,11 @@ def add_rows(
         row = first + tl.arange(0, BM)
         live = (row < rows)[:, None] & (column < C)
         total += tl.load(x_ptr + row.to(tl.int64)[:, None] * C + column, mask=live, other=0.0).to(tl.float32)
-    tl.store(out_ptr + tl.program_id(1) * C + column, tl.reduce(total, 0, _add), mask=column < C)
+    to = out_ptr + tl.program_id(1) * C + column
+    total = tl.reduce(total, 0, _add)
+    if ADDS:
+        total += tl.load(to, mask=column < C, other=0.0)
+    tl.store(to, total, mask=column < C)
 
 
 def blocks(count: int, size: int) -> int:
@@ -206,31 +209,33 @@ def count_rows(x: torch.Tensor) -> int:
     return x.shape[:-1].numel()
 
 
-def _added_rows(x: torch.Tensor) -> torch.Tensor:
-    """The sum (C,) of rows (N, C), in float32."""
+def add_rows_to(total: torch.Tensor, x: torch.Tensor, adds: bool = True) -> None:
+    """Writes the sum of rows (N, C) into a total (C,), in float32; `adds` it to what is there."""
     rows, columns = x.shape
-    if rows > LEAST_ITEMS:
-        stripes = x.new_empty(STRIPES, columns, dtype=torch.float32)
-        launch(add_rows, (blocks(columns, 64), STRIPES), x, stripes, rows, C=columns, BM=32, BN=64, num_warps=4)
-        x, rows = stripes, STRIPES
-    total = x.new_empty(columns, dtype=torch.float32)
-    launch(add_rows, (blocks(columns, 16), 1), x, total, rows, C=columns, BM=128, BN=16, num_warps=4)
-    return total
+    with torch.cuda.device_of(x):
+        if rows > LEAST_ITEMS:
+            stripes = x.new_empty(STRIPES, columns, dtype=torch.float32)
+            grid = blocks(columns, 64), STRIPES
+            launch(add_rows, grid, x, stripes, rows, C=columns, BM=32, BN=64, ADDS=False, num_warps=4)
+            x, rows = stripes, STRIPES
+        launch(add_rows, (blocks(columns, 16), 1), x, total, rows, C=columns, BM=128, BN=16, ADDS=adds, num_warps=4)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sum_of_rows", mutates_args=())
-def _sum_of_rows(x: torch.Tensor) -> torch.Tensor:
-    with torch.cuda.device_of(x):
-        return _added_rows(x)
+def sum_of_rows(x: torch.Tensor) -> torch.Tensor:
+    """The sum (C,) of rows (N, C), in float32."""
+    total = x.new_empty(x.shape[1], dtype=torch.float32)
+    add_rows_to(total, x, adds=False)
+    return total
 
 
-@_sum_of_rows.register_fake
+@sum_of_rows.register_fake
 def _(x):
     return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::silu_product", mutates_args=())
-def _silu_product(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def gated(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     rows, units = count_rows(x), x.shape[-1] // 2
     output = x.new_empty(*x.shape[:-1], units)
     with torch.cuda.device_of(x):
@@ -241,16 +246,16 @@ def _silu_product(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return output
 
 
-@_silu_product.register_fake
+@gated.register_fake
 def _(x, bias):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::silu_product_backward", mutates_args=())
-def _silu_product_backward(
+def gated_backward(
     grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The product once more, (rows, P), and the gradients of x and of the bias."""
+    """The product once more, (rows, P), and the gradients of x and of the bias, in stripes (R, 2P) to be added up."""
     rows, units = count_rows(x), x.shape[-1] // 2
     output, to_x = torch.empty_like(grad), torch.empty_like(x)
     stripes = min(STRIPES, blocks(rows, 16))
@@ -260,16 +265,17 @@ def _silu_product_backward(
             silu_product_backward, (blocks(units, 128), stripes), grad, x, bias, output, to_x, to_bias, rows,
             P=units, BM=16, BN=128, num_warps=4,
         )  # fmt: skip
-        return output, to_x, _added_rows(to_bias)
+    return output, to_x, to_bias
 
 
-@_silu_product_backward.register_fake
+@gated_backward.register_fake
 def _(grad, x, bias):
-    return torch.empty_like(grad), torch.empty_like(x), torch.empty_like(bias)
+    stripes = min(STRIPES, blocks(count_rows(x), 16))
+    return torch.empty_like(grad), torch.empty_like(x), bias.new_empty(stripes, x.shape[-1])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::normalise", mutates_args=())
-def _normalise(
+def normed(
     x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, or its sum with `other`, normalised; the scales (rows,); and the sum (empty if there is none)."""
@@ -284,7 +290,7 @@ def _normalise(
     return output, scale, total
 
 
-@_normalise.register_fake
+@normed.register_fake
 def _(x, other, weight, eps):
     return (
         torch.empty_like(x),
@@ -294,10 +300,13 @@ def _(x, other, weight, eps):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::normalise_backward", mutates_args=())
-def _normalise_backward(
+def normed_backward(
     grad: torch.Tensor, to_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x normalised once more, and the gradients of x, to which `to_total` is added, and of the weight."""
+    """
+    x normalised once more, and the gradients of x, to which `to_total` is added, and of the weight, in stripes (R, C)
+    to be added up.
+    """
     rows, channels = count_rows(x), x.shape[-1]
     output, to_x = torch.empty_like(x), torch.empty_like(x)
     stripes = min(8 * STRIPES, blocks(rows, 4))
@@ -307,117 +316,10 @@ def _normalise_backward(
             normalise_backward, (stripes,), grad, to_total, x, weight, scale, output, to_x, to_weight, rows,
             C=channels, BC=triton.next_power_of_2(channels), BM=4, ADDS=to_total is not None, num_warps=4,
         )  # fmt: skip
-        return output, to_x, _added_rows(to_weight)
+    return output, to_x, to_weight
 
 
-@_normalise_backward.register_fake
+@normed_backward.register_fake
 def _(grad, to_total, x, weight, scale):
-    return torch.empty_like(x), torch.empty_like(x), torch.empty_like(weight)
-
-
-def _down_backward(
-    grad: torch.Tensor, units: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, needs: tuple[bool, ...]
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of gates and ups, their biases, and, where they are needed, of the weight (C, P) and its bias."""
-    grad = grad.reshape(-1, grad.shape[-1]).contiguous()
-    product, to_units, to_bias = _silu_product_backward(grad @ weight, units, bias)
-    to_weight = grad.mT @ product if needs[0] else None
-    return to_units, to_bias, to_weight, _sum_of_rows(grad) if needs[1] else None
-
-
-def _normed_backward(
-    grad: torch.Tensor,
-    to_total: torch.Tensor | None,
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    needs: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of x, to which `to_total` is added, of the norm and, where it is needed, of the weight (N, C)."""
-    grad = grad.reshape(-1, grad.shape[-1])
-    normed, to_x, to_norm = _normalise_backward(grad @ weight, to_total, x, norm, scale)
-    return to_x, to_norm, grad.mT @ normed.view(-1, normed.shape[-1]) if needs else None
-
-
-class _SiluProductDown(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, down_bias: torch.Tensor):
-        ctx.save_for_backward(x, bias, weight)
-        return F.linear(_silu_product(x, bias), weight, down_bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _down_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[2:])
-
-
-class _NormedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
-        normed, scale, _ = _normalise(x, None, norm, eps)
-        ctx.save_for_backward(x, norm, scale, weight)
-        return F.linear(normed, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        to_x, to_norm, to_weight = _normed_backward(grad, None, *ctx.saved_tensors, ctx.needs_input_grad[3])
-        return to_x, to_norm, None, to_weight
-
-
-class _AddNormedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x, other, norm, eps, inward, bias, outward, down_bias, keeps):
-        normed, scale, total = _normalise(x, other, norm, eps)
-        units = F.linear(normed, inward)
-        ctx.save_for_backward(total, norm, scale, inward, bias, outward, units if keeps else None)
-        ctx.eps = eps
-        ctx.set_materialize_grads(False)
-        return F.linear(_silu_product(units, bias), outward, down_bias.to(x.dtype)), total
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, to_total: torch.Tensor | None):
-        if grad is None:  # nobody asks for the product
-            return to_total, to_total, *(None,) * 7
-        total, norm, scale, inward, bias, outward, units = ctx.saved_tensors
-        if units is None:
-            units = F.linear(_normalise(total, None, norm, ctx.eps)[0], inward)
-        needs = ctx.needs_input_grad
-        to_units, to_bias, to_outward, to_down_bias = _down_backward(grad, units, bias, outward, needs[6:8])
-        to_total = None if to_total is None else to_total.contiguous()
-        to_x, to_norm, to_inward = _normed_backward(to_units, to_total, total, norm, scale, inward, needs[4])
-        return to_x, to_x, to_norm, None, to_inward, to_bias, to_outward, to_down_bias, None
-
-
-def silu_product_down(
-    x: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, down_bias: torch.Tensor
-) -> torch.Tensor:
-    """
-    (silu(gate) * up) W^T + b of gates and ups (B, T, 2P), side by side, whose `bias` (2P,) is added here; `weight`
-    (C, P) in x's type. Of what is between it keeps nothing for the backward pass.
-    """
-    return _SiluProductDown.apply(x.contiguous(), bias.float(), weight, down_bias.float())
-
-
-def normed_linear(x: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor) -> torch.Tensor:
-    """W n of (B, T, C) items, n their RMSNorm; `weight` (N, C) in x's type. What is normalised is not kept."""
-    return _NormedLinear.apply(x.contiguous(), norm.float(), eps, weight)
-
-
-def add_normed_silu_product_down(
-    x: torch.Tensor,
-    other: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
-    inward: torch.Tensor,
-    bias: torch.Tensor,
-    outward: torch.Tensor,
-    down_bias: torch.Tensor,
-    keeps: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    `silu_product_down` of the product of `inward` (2P, C) and what is normalised of h = x + `other`; and h. Gates and
-    ups are kept for the backward pass, or else made again in it.
-    """
-    return _AddNormedSwiGLU.apply(
-        x.contiguous(), other.contiguous(), norm.float(), eps, inward, bias.float(), outward, down_bias.float(), keeps
-    )
+    stripes = min(8 * STRIPES, blocks(count_rows(x), 4))
+    return torch.empty_like(x), torch.empty_like(x), weight.new_empty(stripes, x.shape[-1])

@@ -12,18 +12,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .block_kernels_iflame import has_block_kernels
 from .cache_iflame import IFlameCache
 from .configuration_iflame import IFlameConfig
+from .fused_products_iflame import Norm, Weights, linear, normed_linear
 from .implementations_iflame import linear_attention, linear_attention_step
 from .levels_iflame import LevelInputs
 from .ops_iflame import apply_rotary
 from .packed_attention_iflame import packed_attention
 from .products_iflame import (
-    Norm,
     add_normed_swiglu,
     has_hooks,
-    joined_linear,
+    in_use,
+    inward,
+    joined,
     may_fuse,
     may_join,
-    normed_joined_linear,
+    of_type,
+    outward,
     swiglu,
 )
 from .rotary_kernels_iflame import turned_heads
@@ -33,7 +36,14 @@ from .states_iflame import is_writable
 
 
 class IFlameRMSNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467); the mean square is taken in float32."""
+    """
+    RMSNorm (arXiv 1910.07467); the mean square is taken in float32.
+
+    Attributes:
+        to_weight: as of `Norm`, where a training loop adds up gradients.
+    """
+
+    to_weight: torch.Tensor | None = None
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -51,9 +61,12 @@ class IFlameMLP(nn.Module):
     Attributes:
         keeps_units: in eager training on a GPU gates and ups, half of what a block keeps for the backward pass, are
             kept and not computed again.
+        inward, outward: weights that a training loop keeps for the products, else None.
     """
 
     keeps_units = True
+    inward: Weights | None = None
+    outward: Weights | None = None
 
     def __init__(self, config: IFlameConfig):
         super().__init__()
@@ -63,9 +76,19 @@ class IFlameMLP(nn.Module):
         self.down_proj.writes_residual = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if may_join(hidden_states, self.gate_proj, self.up_proj, self.down_proj, bias=True):
-            return swiglu(hidden_states, self.gate_proj, self.up_proj, self.down_proj)
+        if self.joins(hidden_states):
+            return swiglu(hidden_states, *self.weights(hidden_states))
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+    def joins(self, hidden_states: torch.Tensor) -> bool:
+        """Whether such items are taken in two products."""
+        return may_join(hidden_states, self.gate_proj, self.up_proj, self.down_proj, bias=True)
+
+    def weights(self, hidden_states: torch.Tensor) -> tuple[Weights, Weights]:
+        """Of both products."""
+        if in_use(self.inward, hidden_states):
+            return self.inward, self.outward
+        return inward(self.gate_proj, self.up_proj), outward(self.down_proj)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -83,9 +106,16 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class IFlameAttention(nn.Module):
-    """Projections and rotary embedding that both kinds of attention share."""
+    """
+    Projections and rotary embedding that both kinds of attention share.
+
+    Attributes:
+        inward, outward: weights that a training loop keeps for the products, else None.
+    """
 
     is_causal = True
+    inward: Weights | None = None
+    outward: Weights | None = None
 
     def __init__(self, config: IFlameConfig, layer_idx: int):
         super().__init__()
@@ -99,14 +129,19 @@ class IFlameAttention(nn.Module):
         # A mark for _init_weights, which transformers calls for modules with parameters of their own only.
         self.o_proj.writes_residual = True
 
-    def project(self, hidden_states: torch.Tensor, level: LevelInputs, norm: Norm | None):
-        """(B, T, C) -> query, key, value, each (B, T, H, D); `norm` is what they are still to be normalised by."""
-        layers = self.q_proj, self.k_proj, self.v_proj
-        if norm is not None:
-            return turned_heads(normed_joined_linear(hidden_states, norm, *layers), level.cos, level.sin)
-        if may_join(hidden_states, *layers, bias=False):
+    def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
+        """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
+        return self.attend(*self.project(hidden_states, level), level, cache, hidden_states.dtype)
+
+    def joins(self, hidden_states: torch.Tensor) -> bool:
+        """Whether query, key and value of such items are one product."""
+        return may_join(hidden_states, self.q_proj, self.k_proj, self.v_proj, bias=False)
+
+    def project(self, hidden_states: torch.Tensor, level: LevelInputs) -> tuple[torch.Tensor, ...]:
+        """(B, T, C) -> query, key, value, each (B, T, H, D)."""
+        if self.joins(hidden_states):
             width = 2 * self.q_proj.out_features
-            projected = joined_linear(hidden_states, *layers)
+            projected = linear(hidden_states, self._weights(hidden_states))
             if has_block_kernels(projected):
                 return turned_heads(projected, level.cos, level.sin)
             # A copy, or all three would be kept for the backward pass as long as the values.
@@ -118,20 +153,42 @@ class IFlameAttention(nn.Module):
         turned = apply_rotary(turning.unflatten(-1, heads), level.cos, level.sin)
         return *turned.chunk(2, dim=-2), value.unflatten(-1, heads)
 
+    def project_normed(self, hidden_states: torch.Tensor, level: LevelInputs, norm: Norm):
+        """What `project` gives for normalised items, if norms may be fused; and the items, for who reads them next."""
+        weights = of_type(self._weights(hidden_states), hidden_states.dtype)
+        projected, hidden_states = normed_linear(hidden_states, norm, weights)
+        return turned_heads(projected, level.cos, level.sin), hidden_states
+
+    def _weights(self, hidden_states: torch.Tensor) -> Weights:
+        """Of the product of query, key and value."""
+        return self.inward if in_use(self.inward, hidden_states) else joined(self.q_proj, self.k_proj, self.v_proj)
+
+    def _project_out(self, output: torch.Tensor) -> torch.Tensor:
+        if in_use(self.outward, output) and may_join(output, self.o_proj, bias=False):
+            return linear(output, self.outward)
+        return self.o_proj(output)
+
 
 class IFlameFullAttention(IFlameAttention):
     """Causal softmax attention, through transformers' attention interface."""
 
-    def forward(
-        self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None, norm: Norm | None = None
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        level: LevelInputs,
+        cache: IFlameCache | None,
+        dtype: torch.dtype,
     ):
-        query, key, value = (x.transpose(1, 2) for x in self.project(hidden_states, level, norm))
+        """Heads (B, T, H, D) to what `forward` gives."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if cache is not None:
             key, value = cache.layers[self.layer_idx].update(key, value, level.slots)
         if level.packing is not None:
             items = (x.transpose(1, 2) for x in (query, key, value))
             output = packed_attention(*items, level.packing, self.head_dim**-0.5)
-            return self.o_proj(output.flatten(-2)), None
+            return self._project_out(output.flatten(-2)), None
         implementation = level.attention_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
@@ -144,7 +201,7 @@ class IFlameFullAttention(IFlameAttention):
             dropout=0.0,
             **level.attention_kwargs,
         )
-        return self.o_proj(output.reshape(hidden_states.shape)), weights if implementation == "eager" else None
+        return self._project_out(output.flatten(-2)), weights if implementation == "eager" else None
 
 
 class IFlameLinearAttention(IFlameAttention):
@@ -154,16 +211,23 @@ class IFlameLinearAttention(IFlameAttention):
         super().__init__(config, layer_idx)
         self.norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None, norm: Norm | None = None
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        level: LevelInputs,
+        cache: IFlameCache | None,
+        dtype: torch.dtype,
     ):
-        query, key, value = self.project(hidden_states, level, norm)
+        """Heads (B, T, H, D) to what `forward` gives, normalised in a type."""
         memory = None if cache is None else cache.layers[self.layer_idx]
         output = self._attend(query, key, value, level, memory).flatten(-2)
-        fuses = output.dtype == hidden_states.dtype and may_join(output, self.o_proj, bias=False)
+        fuses = output.dtype == dtype and may_join(output, self.o_proj, bias=False)
         if fuses and may_fuse(output, self.norm, IFlameRMSNorm):
-            return normed_joined_linear(output, Norm.of(self.norm), self.o_proj), None
-        return self.o_proj(self.norm(output).to(hidden_states.dtype)), None
+            weights = self.outward if in_use(self.outward, output) else joined(self.o_proj)
+            return normed_linear(output, Norm.of(self.norm), of_type(weights, dtype))[0], None
+        return self._project_out(self.norm(output).to(dtype)), None
 
     def _attend(self, query, key, value, level, memory):
         """Linear attention of (B, T, H, D) items; the state is that of `memory`, if there is one."""
@@ -201,28 +265,28 @@ class IFlameBlock(GradientCheckpointingLayer):
         self.input_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def _joins(self, hidden_states: torch.Tensor) -> bool:
-        """Whether query, key and value of such items are one product, and nobody looks at attention's input."""
-        attn = self.self_attn
-        if type(attn) not in (IFlameFullAttention, IFlameLinearAttention) or has_hooks(attn):
-            return False
-        return may_join(hidden_states, attn.q_proj, attn.k_proj, attn.v_proj, bias=False)
-
     def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None = None):
         """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
         attn, mlp, norm = self.self_attn, self.mlp, self.input_layernorm
-        if may_fuse(hidden_states, norm, IFlameRMSNorm) and self._joins(hidden_states):
-            attended, weights = attn(hidden_states, level, cache, Norm.of(norm))
+        dtype = hidden_states.dtype
+        if may_fuse(hidden_states, norm, IFlameRMSNorm) and _joins(
+            hidden_states, attn, IFlameFullAttention, IFlameLinearAttention
+        ):
+            heads, hidden_states = attn.project_normed(hidden_states, level, Norm.of(norm))
+            attended, weights = attn.attend(*heads, level, cache, dtype)
         else:
             attended, weights = attn(norm(hidden_states), level, cache)
         norm = self.post_attention_layernorm
-        if may_fuse(hidden_states, norm, IFlameRMSNorm) and type(mlp) is IFlameMLP and not has_hooks(mlp):
-            layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-            if may_join(hidden_states, *layers, bias=True):
-                output = add_normed_swiglu(hidden_states, attended, Norm.of(norm), *layers, mlp.keeps_units)
-                return output, weights
+        if may_fuse(hidden_states, norm, IFlameRMSNorm) and _joins(hidden_states, mlp, IFlameMLP):
+            products = mlp.weights(hidden_states)
+            return add_normed_swiglu(hidden_states, attended, Norm.of(norm), *products, mlp.keeps_units), weights
         hidden_states = hidden_states + attended
         return hidden_states + mlp(norm(hidden_states)), weights
+
+
+def _joins(hidden_states: torch.Tensor, module: nn.Module, *kinds: type) -> bool:
+    """Whether a module is of one of these classes, has no hooks, and takes such items in joined products."""
+    return type(module) in kinds and not has_hooks(module) and module.joins(hidden_states)
 
 
 class IFlameUpsample(nn.Module):

@@ -6,18 +6,12 @@ would. Weights and biases are joined, and filled up with zeros, in the call: the
 what belongs to each of them, such as its gradient, an adapter or an optimiser's state, stay as they are.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .block_kernels_iflame import (
-    add_normed_silu_product_down,
-    has_block_kernels,
-    normed_linear,
-    silu_product_down,
-)
+from .block_kernels_iflame import has_block_kernels
+from .fused_products_iflame import Norm, Weights, add_normed_silu_product_down, linear, silu_product_down
 from .ops_iflame import in_autocasts_dtype
 
 # With fewer items of input, copying weights costs more than the product gains.
@@ -25,17 +19,6 @@ LEAST_ITEMS = 1024
 MULTIPLE = 16
 
 # B batch, T items of a level, C channels, I inner units, P the same filled up to a multiple of 16
-
-
-class Norm(NamedTuple):
-    """An RMSNorm that a product applies by the way."""
-
-    weight: torch.Tensor  # (C,)
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Norm":
-        return cls(module.weight, module.eps)
 
 
 def may_join(hidden_states: torch.Tensor, *layers: nn.Module, bias: bool) -> bool:
@@ -80,38 +63,56 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def joined_linear(hidden_states: torch.Tensor, *layers: nn.Linear) -> torch.Tensor:
-    """(B, T, C) -> what each of the layers, without bias, gives for it, side by side, in one product."""
-    return F.linear(hidden_states, torch.cat([layer.weight for layer in layers]))
+def in_use(weights: Weights | None, x: torch.Tensor) -> bool:
+    """Whether weights that a training loop keeps may take the place of the parameters in a product of x."""
+    if weights is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return weights.matrix.dtype == in_autocasts_dtype(x).dtype
 
 
-def normed_joined_linear(hidden_states: torch.Tensor, norm: Norm, *layers: nn.Linear) -> torch.Tensor:
-    """The same of items that `norm` normalises by the way; only where it may be fused."""
-    weights = torch.cat([layer.weight for layer in layers]).to(hidden_states.dtype)
-    return normed_linear(hidden_states, *norm, weights)
+def joined(*layers: nn.Linear) -> Weights:
+    """Of layers without bias: (B, T, C) -> what each gives for it, side by side."""
+    return Weights(layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers]))
 
 
-def swiglu(hidden_states: torch.Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> torch.Tensor:
+def inward(gate: nn.Linear, up: nn.Linear) -> Weights:
+    """The matrices (2P, C) and biases (2P,) of both."""
+    spare = filled(gate.out_features) - gate.out_features
+    no_weights, no_biases = gate.weight.new_zeros(spare, gate.in_features), gate.bias.new_zeros(spare)
+    matrix = torch.cat([gate.weight, no_weights, up.weight, no_weights])
+    return Weights(matrix, torch.cat([gate.bias, no_biases, up.bias, no_biases]))
+
+
+def outward(down: nn.Linear) -> Weights:
+    """The matrix (C, P)."""
+    spare = filled(down.in_features) - down.in_features
+    return Weights(F.pad(down.weight, (0, spare)) if spare else down.weight, down.bias)
+
+
+def filled(units: int) -> int:
+    """P of so many inner units."""
+    return -(-units // MULTIPLE) * MULTIPLE
+
+
+def of_type(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Weights whose matrix is of a type, as fused products want it."""
+    return weights._replace(matrix=weights.matrix.to(dtype))
+
+
+def swiglu(x: torch.Tensor, inward: Weights, down: Weights) -> torch.Tensor:
     """
     down(silu(gate(x)) * up(x)) of (B, T, C), in two products over P inner units. Those that are not there have weights
     and biases of zero, and silu(0) * 0 = 0.
     """
-    weights, biases = _inward(gate, up)
-    if has_block_kernels(hidden_states):
-        projected = F.linear(hidden_states, weights)
-        return silu_product_down(projected, biases, _outward(down).to(projected.dtype), down.bias)
-    gates, ups = F.linear(hidden_states, weights, biases).chunk(2, dim=-1)
-    return F.linear(F.silu(gates) * ups, _outward(down), down.bias)
+    if has_block_kernels(x):
+        units = linear(x, inward._replace(bias=None, to_bias=None))
+        return silu_product_down(units, inward.bias, inward.to_bias, of_type(down, units.dtype))
+    gates, ups = linear(x, inward).chunk(2, dim=-1)
+    return linear(F.silu(gates) * ups, down)
 
 
 def add_normed_swiglu(
-    residual: torch.Tensor,
-    added: torch.Tensor,
-    norm: Norm,
-    gate: nn.Linear,
-    up: nn.Linear,
-    down: nn.Linear,
-    keeps: bool = True,
+    residual: torch.Tensor, added: torch.Tensor, norm: Norm, inward: Weights, down: Weights, keeps: bool = True
 ) -> torch.Tensor:
     """
     h + swiglu(norm(h)), h = residual + added; only where the norm may be fused.
@@ -119,21 +120,6 @@ def add_normed_swiglu(
     Args:
         keeps: gates and ups for the backward pass, which otherwise computes their product again.
     """
-    inward, bias = _inward(gate, up)
-    weights = inward.to(residual.dtype), bias, _outward(down).to(residual.dtype), down.bias
-    output, residual = add_normed_silu_product_down(residual, added, *norm, *weights, keeps)
+    weights = of_type(inward, residual.dtype), of_type(down, residual.dtype)
+    output, residual = add_normed_silu_product_down(residual, added, norm, *weights, keeps)
     return residual + output
-
-
-def _inward(gate: nn.Linear, up: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (2P, C) and biases (2P,) of both."""
-    spare = -gate.out_features % MULTIPLE
-    no_weights, no_biases = gate.weight.new_zeros(spare, gate.in_features), gate.bias.new_zeros(spare)
-    weights = torch.cat([gate.weight, no_weights, up.weight, no_weights])
-    return weights, torch.cat([gate.bias, no_biases, up.bias, no_biases])
-
-
-def _outward(down: nn.Linear) -> torch.Tensor:
-    """The weight (C, P)."""
-    spare = -down.in_features % MULTIPLE
-    return F.pad(down.weight, (0, spare)) if spare else down.weight

@@ -1,5 +1,6 @@
 """What stands between the products of a block, by Triton's interpreter, against formulas in float64."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,14 @@ from interpreted_module import interpreted
 from small_models import mesh_rows, relative_error, small_model, switch_checkpointing
 from torch.nn import functional as F
 
-from iflame_hf import block_kernels_iflame, blocks_iflame, products_iflame, rotary_kernels_iflame
+from iflame_hf import (
+    block_kernels_iflame,
+    blocks_iflame,
+    fused_products_iflame,
+    products_iflame,
+    rotary_kernels_iflame,
+)
+from iflame_hf.fused_products_iflame import Norm, Weights
 from iflame_hf.ops_iflame import apply_rotary, rotary_tables
 from training.run.create import keep_less
 
@@ -17,14 +25,41 @@ pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-ON_A_GPU = SimpleNamespace(**{**vars(rotary_kernels_iflame), **vars(block_kernels_iflame)})
+MODULES = rotary_kernels_iflame, block_kernels_iflame, fused_products_iflame
+
+
+def together(modules):
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+
+
+ON_A_GPU = together(MODULES)
 
 
 @pytest.fixture(scope="module")
 def copy():
-    with interpreted(block_kernels_iflame) as module, interpreted(rotary_kernels_iflame) as rotary:
-        module.STRIPES = 2  # of few items, too, a program takes several blocks
-        yield SimpleNamespace(**{**vars(rotary), **vars(module)})
+    with ExitStack() as stack:
+        rotary, kernels, fused = (stack.enter_context(interpreted(module)) for module in MODULES)
+        kernels.STRIPES = 2  # of few items, too, a program takes several blocks
+        for name in vars(fused).keys() & vars(kernels).keys():
+            if not name.startswith("__"):
+                setattr(fused, name, getattr(kernels, name))
+        yield together([rotary, kernels, fused])
+
+
+def gated_down(kernels):
+    return lambda x, bias, weight, down_bias: kernels.silu_product_down(x, bias, None, Weights(weight, down_bias))
+
+
+def product_of_normed(kernels):
+    return lambda x, norm, weight: kernels.normed_linear(x, Norm(norm, 1e-5), Weights(weight))[0]
+
+
+def fused_half(kernels, keeps):
+    def half(x, other, norm, inward, bias, outward, down_bias):
+        weights = Weights(inward, bias), Weights(outward, down_bias)
+        return kernels.add_normed_silu_product_down(x, other, Norm(norm, 1e-5), *weights, keeps)
+
+    return half
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -97,7 +132,8 @@ def test_a_gated_product_is_that_of_float64(place, dtype, shape, units):
     random = torch.Generator().manual_seed(1)
     sizes = (*shape, 2 * units), (2 * units,), (24, units), (24,)
     inputs = [torch.randn(size, generator=random).to(dtype) for size in sizes]
-    agreement(run(kernels.silu_product_down, inputs, dtype, device), run(gated, inputs, torch.float64, "cpu"), dtype)
+    found = run(gated_down(kernels), inputs, dtype, device)
+    agreement(found, run(gated, inputs, torch.float64, "cpu"), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,13 +145,11 @@ def test_a_product_of_what_is_normalised_is_that_of_float64(place, dtype, shape,
         torch.randn(size, generator=random).to(dtype) for size in ((*shape, channels), (channels,), (24, channels))
     ]
 
-    def fused(x, norm, weight):
-        return kernels.normed_linear(x, norm, 1e-5, weight)
-
     def formula(x, norm, weight):
         return F.linear(F.rms_norm(x, (channels,), norm, 1e-5), weight)
 
-    agreement(run(fused, inputs, dtype, device), run(formula, inputs, torch.float64, "cpu"), dtype)
+    found = run(product_of_normed(kernels), inputs, dtype, device)
+    agreement(found, run(formula, inputs, torch.float64, "cpu"), dtype)
 
 
 def half_a_block(shape, channels, units, dtype):
@@ -137,11 +171,8 @@ def half_by_formula(x, other, norm, inward, bias, outward, down_bias):
 def test_half_a_block_is_that_of_float64(place, dtype, keeps, shape, channels, units):
     kernels, device = place
     inputs = half_a_block(shape, channels, units, dtype)
-
-    def fused(x, other, norm, *weights):
-        return kernels.add_normed_silu_product_down(x, other, norm, 1e-5, *weights, keeps)
-
-    found, expected = run(fused, inputs, dtype, device), run(half_by_formula, inputs, torch.float64, "cpu")
+    found = run(fused_half(kernels, keeps), inputs, dtype, device)
+    expected = run(half_by_formula, inputs, torch.float64, "cpu")
     for value, exact in zip(found, expected, strict=True):
         assert value.dtype == dtype and relative_error(value.cpu(), exact) < 3 * ALLOWED[dtype]
 
@@ -151,10 +182,7 @@ def test_what_is_made_again_is_what_was_kept(place):
     inputs = half_a_block((2, 40), 24, 48, torch.float32)
 
     def results(keeps):
-        def fused(x, other, norm, *rest):
-            return kernels.add_normed_silu_product_down(x, other, norm, 1e-5, *rest, keeps)
-
-        return run(fused, inputs, torch.float32, device)
+        return run(fused_half(kernels, keeps), inputs, torch.float32, device)
 
     assert all(torch.equal(x, y) for x, y in zip(results(True), results(False), strict=True))
 
@@ -162,7 +190,7 @@ def test_what_is_made_again_is_what_was_kept(place):
 def test_a_sum_whose_product_nobody_asks_for_has_its_gradient(place):
     kernels, device = place
     x, other, norm, *rest = (each.to(device).requires_grad_() for each in half_a_block((1, 3), 16, 16, torch.float32))
-    _, total = kernels.add_normed_silu_product_down(x, other, norm, 1e-5, *rest, True)
+    _, total = fused_half(kernels, True)(x, other, norm, *rest)
     grad = torch.randn_like(total)
     found = torch.autograd.grad(total, [x, other, norm], grad, allow_unused=True)
     assert torch.equal(found[0], grad) and torch.equal(found[1], grad) and found[2] is None
@@ -174,10 +202,10 @@ def test_there_may_be_very_many_items():
     rows = 16 * 65_535 + 5
     x = torch.randn(1, rows, 32, device="cuda")
     bias, weight, down_bias = (torch.randn(size, device="cuda") for size in ((32,), (8, 16), (8,)))
-    found = ON_A_GPU.silu_product_down(x, bias, weight, down_bias)
+    found = gated_down(ON_A_GPU)(x, bias, weight, down_bias)
     assert relative_error(found, gated(x, bias, weight, down_bias)) < 1e-5
     weight = torch.eye(32, device="cuda")
-    found = ON_A_GPU.normed_linear(x, bias, 1e-5, weight)
+    found = product_of_normed(ON_A_GPU)(x, bias, weight)
     assert relative_error(found, F.linear(F.rms_norm(x, (32,), bias, 1e-5), weight)) < 1e-5
     x = x[..., :24].contiguous().requires_grad_()
     cos, sin = rotary_tables(torch.arange(rows, device="cuda")[None], 8, 100.0)
@@ -188,17 +216,18 @@ def test_there_may_be_very_many_items():
 
 
 @pytest.mark.parametrize(
-    "name", ["_turn", "_turn_back", "_silu_product", "_silu_product_backward", "_normalise", "_sum_of_rows"]
+    "name", ["_turn", "_turn_back", "gated", "gated_backward", "normed", "normed_backward", "sum_of_rows"]
 )
 def test_the_operators_are_what_torch_wants_of_one(copy, name):
     cos = torch.rand(1, 5, 4)
     arguments = {
         "_turn": (torch.randn(2, 5, 48), cos, cos),
         "_turn_back": (*torch.randn(3, 2, 5, 2, 8), cos, cos),
-        "_silu_product": (torch.randn(2, 5, 32), torch.randn(32)),
-        "_silu_product_backward": (torch.randn(10, 16), torch.randn(2, 5, 32), torch.randn(32)),
-        "_sum_of_rows": (torch.randn(10, 16),),
-        "_normalise": (torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(8), 1e-5),
+        "gated": (torch.randn(2, 5, 32), torch.randn(32)),
+        "gated_backward": (torch.randn(10, 16), torch.randn(2, 5, 32), torch.randn(32)),
+        "sum_of_rows": (torch.randn(10, 16),),
+        "normed": (torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(8), 1e-5),
+        "normed_backward": (torch.randn(10, 8), None, torch.randn(2, 5, 8), torch.randn(8), torch.rand(10)),
     }
     torch.library.opcheck(getattr(copy, name), arguments[name])
 
@@ -208,14 +237,17 @@ def test_the_operators_are_what_torch_wants_of_one(copy, name):
 def test_rows_are_added_up_in_float32(place, dtype, shape):
     kernels, device = place
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device, dtype)
-    found = kernels._sum_of_rows(x)
+    found = kernels.sum_of_rows(x)
     assert found.dtype == torch.float32 and relative_error(found, x.double().sum(dim=0)) < 1e-5
+    total = found.clone()
+    kernels.add_rows_to(total, x)
+    assert torch.equal(total, 2 * found)
 
 
 def test_the_same_numbers_come_of_every_run(place):
     kernels, device = place
     inputs = [torch.randn(size, device=device) for size in ((2, 40, 96), (96,), (24, 48), (24,))]
-    first, second = (run(kernels.silu_product_down, inputs, torch.float32, device) for _ in range(2))
+    first, second = (run(gated_down(kernels), inputs, torch.float32, device) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
@@ -227,8 +259,8 @@ def in_the_network(copy, monkeypatch):
     monkeypatch.setattr(blocks_iflame, "has_block_kernels", lambda x: True)
     monkeypatch.setattr(products_iflame, "has_block_kernels", lambda x: True)
     names = {
-        blocks_iflame: ["turned_heads"],
-        products_iflame: ["silu_product_down", "normed_linear", "add_normed_silu_product_down"],
+        blocks_iflame: ["turned_heads", "normed_linear"],
+        products_iflame: ["silu_product_down", "add_normed_silu_product_down"],
     }
     for module in names:
         for name in names[module]:
@@ -261,6 +293,18 @@ def test_a_network_whose_blocks_take_them_is_the_same_network(how, in_the_networ
     monkeypatch.setattr(products_iflame, "has_block_kernels", lambda x: False)
     for value, expected in zip(found, logits_and_gradients(small_model().train()), strict=True):
         assert relative_error(value, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("budget", "dropped"), [(1, [0, 0, 0]), (0.95, [1, 0, 1]), (0.75, [6, 0, 0]), (0.55, [8, 7, 1]), (0.2, [8, 8, 8])]
+)
+def test_blocks_keep_what_the_budget_allows_of_the_finest_level_last(budget, dropped):
+    model = small_model(stage_layers=[4, 4, 8, 4, 4])
+    keep_less(model, 0.5)
+    keep_less(model, budget)
+    levels = model.config.layer_levels()
+    lost = [level for level, block in zip(levels, model.model.layers, strict=True) if not block.mlp.keeps_units]
+    assert [lost.count(level) for level in range(3)] == dropped
 
 
 @pytest.mark.parametrize(
@@ -297,10 +341,87 @@ def test_frozen_weights_have_no_gradient_and_the_others_theirs(place):
     kernels, device = place
     sizes = (1, 40, 32), (32,), (8, 16), (8,)
     inputs = [torch.randn(size, device=device) for size in sizes]
-    for function in (kernels.silu_product_down, lambda x, b, w, d: kernels.normed_linear(x, b, 1e-5, w.repeat(1, 2))):
+    for function in (
+        gated_down(kernels),
+        lambda x, bias, weight, _: product_of_normed(kernels)(x, bias, weight.repeat(1, 2)),
+    ):
         expected = run(lambda *leaves, of=function: of(*leaves[:2], *inputs[2:]), inputs[:2], torch.float32, device)
         found = run(lambda *leaves, of=function: of(*leaves, inputs[3]), inputs[:3], torch.float32, device)
         assert all(torch.equal(x, y) for x, y in zip(expected, found[:3], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [48, 45])
+def test_gradients_are_added_to_totals_that_are_given(place, dtype, columns):
+    """Those of the columns that were filled up with zeros are left out."""
+    kernels, device = place
+    x, other, *vectors = (each.to(device) for each in half_a_block((2, 40), 24, 48, dtype))
+    norm, inward, bias, outward, down_bias = vectors
+    with torch.no_grad():
+        outward[:, columns:] = 0
+    totals = [torch.ones(each.shape, device=device) for each in vectors]
+    totals[3] = totals[3][:, :columns].contiguous()
+
+    def half(*leaves):
+        weights = Weights(inward, bias, *totals[1:3]), Weights(outward, down_bias, *totals[3:])
+        return kernels.add_normed_silu_product_down(*leaves, Norm(norm, 1e-5, totals[0]), *weights, True)
+
+    found = run(half, [x, other], dtype, device)
+    expected = run(fused_half(kernels, True), [x, other, *vectors], dtype, device)
+    assert all(torch.equal(value, exact) for value, exact in zip(found, expected, strict=False))
+    for total, exact in zip(totals, expected[4:], strict=True):
+        assert relative_error(total - 1, exact[..., : total.shape[-1]]) < ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_products_add_theirs_too(place, dtype):
+    kernels, device = place
+    x, _, norm, inward, bias, outward, down_bias = (each.to(device) for each in half_a_block((2, 40), 24, 48, dtype))
+    of_linear, of_norm, of_gated = (
+        [torch.ones(each.shape, device=device) for each in group]
+        for group in ((inward, bias), (norm, inward), (bias, outward, down_bias))
+    )
+    pairs = [
+        (of_linear, lambda x: kernels.linear(x, Weights(inward, bias, *of_linear)), F.linear, (inward, bias)),
+        (
+            of_norm,
+            lambda x: kernels.normed_linear(x, Norm(norm, 1e-5, of_norm[0]), Weights(inward, None, of_norm[1]))[0],
+            product_of_normed(kernels),
+            (norm, inward),
+        ),
+        (
+            of_gated,
+            lambda x: kernels.silu_product_down(x, bias, of_gated[0], Weights(outward, down_bias, *of_gated[1:])),
+            gated_down(kernels),
+            (bias, outward, down_bias),
+        ),
+    ]
+    for totals, adding, plain, weights in pairs:
+        items = x if plain is not pairs[2][2] else torch.cat([x, x, x, x], dim=-1)
+        found = run(adding, [items], dtype, device)
+        expected = run(plain, [items, *weights], dtype, device)
+        for value, exact in zip(found, expected, strict=False):
+            assert relative_error(value, exact) < ALLOWED[dtype]
+        for total, exact in zip(totals, expected[2:], strict=True):
+            assert relative_error(total - 1, exact) < ALLOWED[dtype]
+
+
+def test_what_comes_back_for_items_is_added_in_the_same_pass(place):
+    kernels, device = place
+    x, _, norm, inward, *_ = (each.to(device) for each in half_a_block((2, 40), 24, 48, torch.float32))
+
+    def both(x, norm, inward):
+        return kernels.normed_linear(x, Norm(norm, 1e-5), Weights(inward))
+
+    def formula(x, norm, inward):
+        return F.linear(F.rms_norm(x, norm.shape, norm, 1e-5), inward), x
+
+    inputs = [x, norm, inward]
+    agreement(run(both, inputs, torch.float32, device), run(formula, inputs, torch.float64, "cpu"), torch.float32)
+    x = x.requires_grad_()
+    _, again = both(x, norm, inward)
+    (alone,) = torch.autograd.grad(again.sum(), x)  # nobody asks for the product
+    assert torch.equal(alone, torch.ones_like(x))
 
 
 def test_under_autocast_they_are_as_near_to_float32_as_the_plain_blocks(in_the_network, monkeypatch):

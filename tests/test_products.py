@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from iflame_hf import products_iflame
-from iflame_hf.products_iflame import LEAST_ITEMS, joined_linear, may_join, swiglu
+from iflame_hf.fused_products_iflame import linear
+from iflame_hf.products_iflame import LEAST_ITEMS, inward, joined, may_join, outward, swiglu
 
 
 def layers(channels=24, units=65, dtype=torch.float64):
@@ -23,6 +24,14 @@ def plain_swiglu(x, gate, up, down):
     return down(F.silu(gate(x)) * up(x))
 
 
+def joined_swiglu(x, gate, up, down):
+    return swiglu(x, inward(gate, up), outward(down))
+
+
+def joined_linear(x, *layers):
+    return linear(x, joined(*layers))
+
+
 def results(function, x, modules):
     x = x.clone().requires_grad_()
     output = function(x, *modules)
@@ -35,7 +44,7 @@ def results(function, x, modules):
 def test_swiglu_over_padded_units_is_swiglu(units):
     modules = layers(units=units)
     x = torch.randn(2, 7, 24, dtype=torch.float64)
-    found, expected = results(swiglu, x, modules), results(plain_swiglu, x, modules)
+    found, expected = results(joined_swiglu, x, modules), results(plain_swiglu, x, modules)
     assert len(found) == 8 and modules[0].weight.shape == (units, 24)
     for value, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
@@ -44,7 +53,7 @@ def test_swiglu_over_padded_units_is_swiglu(units):
 def test_inner_units_of_a_product_are_a_multiple_of_16(monkeypatch):
     sizes, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, bias=None: sizes.append(w.shape) or linear(x, w, bias))
-    swiglu(torch.randn(3, 24), *layers(units=65, dtype=torch.float32))
+    joined_swiglu(torch.randn(3, 24), *layers(units=65, dtype=torch.float32))
     assert [tuple(size) for size in sizes] == [(160, 24), (24, 80)]
 
 
@@ -141,7 +150,7 @@ def joins(monkeypatch):
     """Says how often layers were joined; they are, however few the items."""
     calls = []
     monkeypatch.setattr(products_iflame, "LEAST_ITEMS", 1)
-    for name in ("joined_linear", "swiglu"):
+    for name in ("joined", "swiglu"):
         function = getattr(products_iflame, name)
         monkeypatch.setattr(
             "iflame_hf.blocks_iflame." + name, lambda *a, _of=function, _name=name: calls.append(_name) or _of(*a)
@@ -161,7 +170,7 @@ def test_a_network_whose_layers_are_joined_is_the_same_network(joins, monkeypatc
     blocks = model.config.num_hidden_layers
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         found = gradients_and_logits(model, ids)
-        assert joins.count("joined_linear") == joins.count("swiglu") == blocks
+        assert joins.count("joined") == joins.count("swiglu") == blocks
         monkeypatch.setattr(products_iflame, "LEAST_ITEMS", 10**6)
         expected = gradients_and_logits(model, ids)
         assert len(joins) == 2 * blocks
@@ -174,7 +183,7 @@ def test_an_adapter_on_one_projection_leaves_the_others_of_its_block_to_themselv
     model, ids = small_model(), mesh_rows(2, faces=6)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False))
     different = adapted(ids, use_cache=False).logits
-    assert joins.count("joined_linear") == 0 and joins.count("swiglu") == model.config.num_hidden_layers
+    assert joins.count("joined") == 0 and joins.count("swiglu") == model.config.num_hidden_layers
     with adapted.disable_adapter():
         plain = adapted(ids, use_cache=False).logits
     assert relative_error(different, plain) > 1e-3

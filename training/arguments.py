@@ -136,7 +136,7 @@ class TrainArguments:
     activation_memory_budget: float = option(
         1.0,
         "On a GPU: of what the backward pass may keep, the share that blocks do keep; the rest is computed again. "
-        "Without torch_compile any share below 1 leaves out half.",
+        "Without torch_compile it is 0.5 at least.",
     )
     cuda_graphs: bool = option(True, "Let a GPU repeat whole steps from CUDA graphs, where it can.")
     use_cpu: bool = option(False, "Train on the CPU even if there is a GPU.")

@@ -24,11 +24,10 @@ from iflame_hf.packed_attention_iflame import has_flash
 from training.arguments import TrainArguments
 from training.rows.load import Batch
 from training.run.create import device_leaves_out_steps
+from training.run.working import WorkingWeights
 
 # Packed rows have room for so many meshes at least.
 LEAST_MESHES = 32
-# Bytes at which each parameter's gradient begins.
-ALIGNMENT = 256
 # torch.compile makes graphs of its own in these modes.
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -87,17 +86,10 @@ class CapturedLearner:
         self.device = device = parameters[0].device
         if num_processes > 1:
             broadcast([parameter.data for parameter in parameters])
-        starts, end = [], 0
-        for parameter in parameters:
-            starts.append(end)
-            end += -(-parameter.numel() * 4 // ALIGNMENT) * (ALIGNMENT // 4)
+        self.working = WorkingWeights(model, _autocasts_dtype(autocast, device))
         # All gradients, and at the end the loss: what processes add up goes from one to the other in one piece.
-        self.sums = torch.zeros(end + 1, device=device)
-        self.gradients, self.loss = self.sums[:end], self.sums[end]
-        self._owned = []
-        for start, parameter in zip(starts, parameters, strict=True):
-            parameter.grad = self.sums[start : start + parameter.numel()].view_as(parameter)
-            self._owned.append((parameter, parameter.grad))
+        self.sums = self.working.gradients.sums
+        self.gradients, self.loss = self.sums[:-1], self.sums[-1]
         self.num_items = torch.zeros((), dtype=torch.long, device=device)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._rows: dict[Hashable, Batch] = {}
@@ -106,7 +98,7 @@ class CapturedLearner:
         self._pool = self._stream = None
 
     def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
-        if any(parameter.grad is not own for parameter, own in self._owned):
+        if self.working.gradients.was_taken_away():
             raise RuntimeError("gradients were taken away from a CapturedLearner, such as by optimizer.zero_grad()")
         total = torch.zeros((), device=self.device)
         self.num_items.fill_(labels)
@@ -125,9 +117,11 @@ class CapturedLearner:
         return self._run("update", "update", self._step)
 
     def _learn(self, rows: Batch) -> torch.Tensor:
-        with self.autocast():
-            loss = self.model(**rows, use_cache=False, num_items_in_batch=self.num_items).loss
-        loss.backward()
+        self.working.refresh()
+        with self.working.attached():
+            with self.autocast():
+                loss = self.model(**rows, use_cache=False, num_items_in_batch=self.num_items).loss
+            loss.backward()
         return loss.detach()
 
     def _step(self) -> torch.Tensor:
@@ -208,6 +202,12 @@ class CapturedLearner:
                 "checkpoint without"
             ) from error
         return graph, output
+
+
+def _autocasts_dtype(autocast: Callable[[], AbstractContextManager], device: torch.device) -> torch.dtype | None:
+    """What products are in within autocast, or None where that is off."""
+    with autocast():
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 class Kind(NamedTuple):

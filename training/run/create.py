@@ -175,11 +175,16 @@ def device_leaves_out_steps(accelerator: Accelerator) -> bool:
 
 def keep_less(model: IFlameForCausalLM, memory_budget: float) -> None:
     """
-    Lets eager blocks keep less for the backward pass where the budget is below 1: gates and ups, half of it, are
-    computed again where SwiGLU has kernels of its own.
+    Lets eager blocks keep less for the backward pass: gates and ups, half of what there is to keep, are computed again
+    where SwiGLU has kernels of its own, in as many blocks as it takes: in all with a budget of 0.5 or less.
     """
-    for block in model.model.layers:
-        block.mlp.keeps_units = memory_budget >= 1
+    items = [1 / model.config.level_strides[level] for level in model.config.layer_levels()]
+    blocks = list(zip(items, model.model.layers, strict=True))
+    too_much = min(1.0, 2 * (1 - memory_budget)) * sum(items)
+    for of_block, block in sorted(blocks, key=lambda each: -each[0]):  # the finest first
+        block.mlp.keeps_units = too_much < of_block / 2
+        if not block.mlp.keeps_units:
+            too_much -= of_block
 
 
 def compile_blocks(
