@@ -22,6 +22,7 @@ from .products_iflame import (
     has_hooks,
     in_use,
     inward,
+    is_exporting,
     joined,
     may_fuse,
     may_join,
@@ -31,6 +32,7 @@ from .products_iflame import (
 )
 from .rotary_kernels_iflame import turned_heads
 from .states_iflame import is_writable
+from .upsample_kernels_iflame import has_upsample_kernels, upsampled
 
 # B batch, T items of a level, H heads, D head size, C channels
 
@@ -311,6 +313,8 @@ class IFlameUpsample(nn.Module):
             offset: members of the open group before the first of the T items.
             positions: (B, T) positions in the mesh, or None: those before the end of its first group get nothing.
         """
+        if not is_exporting() and has_upsample_kernels(hidden_states, coarse, self.scale):
+            return upsampled(hidden_states, coarse, self.scale, positions, offset, self.group_size)
         first = offset + 1
         handed = coarse.repeat_interleave(self.group_size, dim=1)[:, first : first + hidden_states.shape[1]]
         if positions is not None:

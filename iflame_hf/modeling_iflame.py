@@ -20,6 +20,7 @@ from .layout_iflame import RowLayout
 from .levels_iflame import level_inputs
 from .ops_iflame import attention_backends_for_any_length, in_autocasts_dtype
 from .states_iflame import OpenGroup
+from .upsample_kernels_iflame import has_pool_kernels, with_means
 from .versions_iflame import CACHE_NAME, IFlameCausalLMOutput, IFlameModelOutput, one_cache
 
 if TYPE_CHECKING:
@@ -197,7 +198,10 @@ class IFlameModel(IFlamePreTrainedModel):
         members, offset = ends.push(hidden_states)
         groups = None
         if members.shape[1] > 0:
-            pooled = members.unflatten(1, (-1, ends.size)).mean(dim=2)
+            if offset == 0 and has_pool_kernels(hidden_states):
+                hidden_states, pooled = with_means(hidden_states, ends.size)
+            else:
+                pooled = members.unflatten(1, (-1, ends.size)).mean(dim=2)
             groups = self._hourglass(depth + 1, pooled, levels, cache, trace)
         coarse = ends.hand_up(groups, hidden_states)
         hidden_states = self.upsamplers[depth](hidden_states, coarse, offset, level.positions)

@@ -27,7 +27,7 @@ def may_join(hidden_states: torch.Tensor, *layers: nn.Module, bias: bool) -> boo
     as said, and nothing else (no adapter, no quantised or sharded weight, no hook), and there are items enough. In an
     exported graph, which may be run with any number of them, they are not.
     """
-    if _is_exporting() or hidden_states.shape[:-1].numel() < LEAST_ITEMS:
+    if is_exporting() or hidden_states.shape[:-1].numel() < LEAST_ITEMS:
         return False
     return all(is_plain(layer, nn.Linear) and (layer.bias is not None) == bias for layer in layers)
 
@@ -42,7 +42,7 @@ def may_fuse(hidden_states: torch.Tensor, norm: nn.Module, kind: type) -> bool:
     return is_plain(norm, kind) and in_autocasts_dtype(hidden_states) is hidden_states
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     # Before torch 2.13 is_exporting() is True within torch.compile, and the flag is not; before 2.7 there is neither.
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_compiling() if flag is None else flag
