@@ -6,7 +6,7 @@ three or seven of linear attention, and with linear attention only, each with th
 
 Training steps and generate() are timed as bench_train.py and bench_generate.py do, with the tests of the former. With
 --data, a folder that training/prepare_data.py wrote, each variant is trained by training/train.py on the same rows for
-as many steps, and its loss on the held-out meshes is told.
+as many steps, and its loss on the held-out meshes is told; with --measure loss nothing else is.
 """
 
 import argparse
@@ -145,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample_rows", type=int, help="rows of generate()")
     parser.add_argument("--sample_faces", type=int, help="faces of each")
     parser.add_argument("--data", metavar="DIR", help="what training/prepare_data.py wrote: train each variant on it")
+    parser.add_argument("--measure", nargs="+", choices=("speed", "loss"), help="both if there are data to train on")
     parser.add_argument("--train_steps", type=int, default=400, help="of each variant")
     parser.add_argument("--train_options", nargs=argparse.REMAINDER, default=[], help="last: more options of train.py")
     parser.add_argument("--out", metavar="DIR", help="folder for the trained variants")
@@ -153,13 +154,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--data and --out go together")
     if options.data is not None and not list(Path(options.data).glob("data/validation-*.parquet")):
         parser.error(f"--data {options.data} has no data/validation-*.parquet: training/prepare_data.py writes it")
+    if options.measure is None:
+        options.measure = ["speed"] if options.data is None else ["speed", "loss"]
+    if "loss" in options.measure and options.data is None:
+        parser.error("--measure loss needs --data and --out")
     if options.mesh_faces is not None and not 1 <= options.mesh_faces <= options.faces:
         parser.error(f"--mesh_faces must be from 1 to --faces ({options.faces}), got {options.mesh_faces}")
     device, rows = options.device, []
+    figure = ("tokens_per_second", "tokens/s") if "speed" in options.measure else ("eval_loss", "held-out loss")
     for shape in options.shape:
         for layers in options.layers:
             row = {"layers": layers, "shape": shape, "dtype": options.dtype, "batch_size": options.batch_size[0]}
-            with common.reported(row, rows, device):
+            with common.reported(row, rows, device, *figure):
                 add_figures(row, options, config_of(options, layers, shape))
     for name in ("data", "out"):
         setattr(options, name, None if getattr(options, name) is None else Path(getattr(options, name)).name)
@@ -167,12 +173,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_figures(row: Row, options: argparse.Namespace, config: IFlameConfig) -> None:
+    row |= {"row_tokens": (options.faces + 2) * config.tokens_per_face, "model": "iflame_hf", "step": options.step[0]}
+    if "speed" in options.measure:
+        add_speed(row, options, config)
+    if "loss" in options.measure:
+        add_loss(row, options, config)
+
+
+def add_speed(row: Row, options: argparse.Namespace, config: IFlameConfig) -> None:
     device, seed = options.device, options.seed
     models = draw_models(config, seed, None, device)
     oracle = Oracle(config, models.weights, seed)
     tested = bench_train.draw_tested(oracle, options.mesh_faces is not None, seed)
     first = bench_train.draw_rows(config, row["batch_size"], options.faces, options.mesh_faces, seed).to(device)
-    row |= {"row_tokens": first.input_ids.shape[1], "model": "iflame_hf", "step": options.step[0]}
     bench_train.ours(
         row,
         options,
@@ -183,8 +196,6 @@ def add_figures(row: Row, options: argparse.Namespace, config: IFlameConfig) -> 
         options.linear_attn_implementation[0],
     )
     add_samples(row, options, oracle)
-    if options.data is not None:
-        add_loss(row, options, config)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def size_of(layer: LayerState) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def test_each_variant_is_trained_on_the_data_given_and_tells_its_loss(capsys, tmp_path):
+@pytest.mark.parametrize("measured", [[], ["--measure", "loss"]])
+def test_each_variant_is_trained_on_the_data_given_and_tells_its_loss(capsys, tmp_path, measured):
     folder = tmp_path / "set" / "data"
     folder.mkdir(parents=True)
     for split, count in (("train", 12), ("validation", 4)):
@@ -71,17 +72,21 @@ def test_each_variant_is_trained_on_the_data_given_and_tells_its_loss(capsys, tm
     status, result = run(
         capsys,
         *("--layers", "3:1", "--shape", "hourglass", "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")),
+        *measured,
         *("--train_steps", "2", "--train_options", "--learning_rate", "0.001"),
     )
     (row,) = result["rows"]
     assert status == 0, row
-    assert 1 < row["eval_loss"] < 6 and row["trained_tokens"] > 100
+    assert 1 < row["eval_loss"] < 6 and row["trained_tokens"] > 100 and row["row_tokens"] == 126
+    assert ("tokens_per_second" in row) is ("sample_tokens_per_second" in row) is (not measured)
     assert (tmp_path / "out" / "3-to-1-hourglass" / "model.safetensors").exists()
     assert result["data"] == "set" and str(tmp_path) not in json.dumps(result)
 
 
 def test_data_that_are_not_there_are_refused_before_anything_is_measured(capsys, tmp_path):
-    for arguments in (["--data", str(tmp_path)], ["--data", str(tmp_path), "--out", str(tmp_path / "out")]):
+    data = ["--data", str(tmp_path)]
+    for arguments in (data, [*data, "--out", str(tmp_path / "out")], ["--measure", "loss"]):
         with pytest.raises(SystemExit):
             bench_ratio.main([*SIZES, *arguments])
-    assert "has no data/validation-*.parquet" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "has no data/validation-*.parquet" in printed and "--measure loss needs --data" in printed
