@@ -50,6 +50,7 @@ COLUMNS = {
 }
 NOTES = """\
 Forward, and forward with backward, a call; each the median of measurements of ten calls, measured twice.
+With --cuda_graphs they are the GPU's time alone.
 GB/s: what must be read and written at least (4 tensors forwards, 7 more backwards) over the second time.
 """
 
@@ -200,10 +201,23 @@ def add_figures(row: Row, kind: str, name: str, options: argparse.Namespace) -> 
 
     for function, column in ((forward, "forward_ms"), (step, "step_ms")):
         function()
-        seconds, memory = measure(function, options.device, options.repeats)
+        run = captured(function) if options.cuda_graphs else function
+        seconds, memory = measure(run, options.device, options.repeats)
         row[column] = [1000 * each / CALLS for each in seconds]
     row["gigabytes_per_second"] = [11 * inputs[0].nbytes / 1e6 / each for each in row["step_ms"]]
     row["memory_gib"] = gibibytes(memory)
+
+
+def captured(function: Callable[[], None]) -> Callable[[], None]:
+    """The same as a CUDA graph: what the GPU takes, without the host."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph.replay
 
 
 @ends_in_words("bench_attention")
@@ -223,7 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--linear", nargs="*", default=ours, choices=[*IMPLEMENTATIONS])
     backends = ["flash", "cudnn", "math", "varlen", "flex"]
     parser.add_argument("--full", nargs="*", default=[], choices=backends)
+    parser.add_argument("--cuda_graphs", action="store_true", help="leave out what a call costs the host")
     options = parser.parse_args(arguments)
+    if options.cuda_graphs and options.device.type != "cuda":
+        parser.error("--cuda_graphs needs a GPU")
     rows: list[Row] = []
     for number in options.batch_size:
         for items in options.items:
