@@ -14,6 +14,7 @@ from iflame_hf.kernels_iflame import compiled_ahead
 from iflame_hf.ops_iflame import alibi_slopes
 from iflame_hf.packing_iflame import pack_weights
 from iflame_hf.steps_iflame import KernelSteps
+from training.optim import muon_kernels
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -60,6 +61,18 @@ def attention(size: str, dtype: str) -> None:
     report(linear_kernels_iflame)
 
 
+def muon() -> None:
+    """A step of tall and of wide matrices, whose rows begin where four elements are read at once or anywhere."""
+    places = muon_kernels.Tables()
+    with compiled_ahead():
+        for shape in ((1365, 512), (512, 1365), (512, 512)):
+            matrices = [[torch.zeros(shape)] * 2 for _ in range(3)]
+            table = places.of(*matrices)
+            x = muon_kernels.move_momenta(table, 0.95, True, 1e-7, torch.zeros(()))
+            muon_kernels.step_parameters(table, x, torch.zeros(()), 0.1, 1.0, torch.zeros(()))
+    report(muon_kernels)
+
+
 def report(*modules: object, **others: object) -> None:
     """Prints how many variants of each kernel were compiled."""
     for name, kernel in [*(item for module in modules for item in vars(module).items()), *others.items()]:
@@ -73,4 +86,4 @@ def report(*modules: object, **others: object) -> None:
 
 if __name__ == "__main__":
     driver.set_active(AbsentGPU(sys.argv[1]))
-    {"step": step, "attention": attention}[sys.argv[2]](*sys.argv[3:])
+    {"step": step, "attention": attention, "muon": muon}[sys.argv[2]](*sys.argv[3:])

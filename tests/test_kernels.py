@@ -55,6 +55,7 @@ MANY = ["attend_keys", "attend_linear", "choose", "gate_up", "project", "project
         ("80 step 64 float32 plain", MANY),
         ("90 attention 32 bfloat16", ["attend_segments", "segment_states"]),
         ("80 attention 128 float16", ["attend_segments"]),
+        ("90 muon", ["divide_by_norms", "move_momentum", "move_parameters"]),
     ],
 )
 def test_kernels_are_compiled_ahead_for_a_gpu_that_is_not_there(tmp_path, check, kernels):

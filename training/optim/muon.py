@@ -1,21 +1,23 @@
 """torch's Muon, made fast on GPUs, on CPUs, and where weights are sharded."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.optim import Muon
 
-# Of the columns of matrices in products on a GPU.
-MULTIPLE = 16
+from training.optim.muon_kernels import MULTIPLE, Table, Tables, has_muon_kernels, move_momenta, step_parameters
 
 
 class BatchedMuon(Muon):
     """
     `torch.optim.Muon`, whose step takes all matrices of one shape in one product of batches, where torch takes one
     matrix after the other. On a CPU the products are in float32, where torch's are in bfloat16. Matrices that are
-    sharded (DTensors) are gathered together once a step, not one by one in each product.
+    sharded (DTensors) are gathered together once a step, not one by one in each product. What stands before and after
+    the products on a GPU is in Triton where it can be; `_step_together` is its plain twin.
 
     A step holds all matrices of one shape some four times in the type of the products.
 
@@ -44,9 +46,25 @@ class BatchedMuon(Muon):
             for index, parameter in enumerate(parameters):
                 shapes.setdefault(parameter.shape, []).append(index)
             for indices in shapes.values():
-                of_shape = ([each[i] for i in indices] for each in (parameters, gradients, buffers))
-                self._step_together(group, *of_shape, found_inf)
+                of_shape = [[each[i] for i in indices] for each in (parameters, gradients, buffers)]
+                table = self._tables.of(*of_shape) if has_muon_kernels(*of_shape) else None
+                if table is None:
+                    self._step_together(group, *of_shape, found_inf)
+                else:
+                    self._step_by_kernels(group, table, found_inf)
+                    # What autograd kept of them is known to be gone, as after torch's own operators.
+                    torch.autograd.graph.increment_version(of_shape[0])
         return loss
+
+    @functools.cached_property
+    def _tables(self) -> Tables:
+        return Tables()  # made when it is asked for, as copies of an optimiser are made without its __init__
+
+    @staticmethod
+    def _step_by_kernels(group: dict[str, Any], table: Table, found_inf: torch.Tensor | None) -> None:
+        x = move_momenta(table, group["momentum"], group["nesterov"], group["eps"], found_inf)
+        x = newton_schulz(x, group["ns_coefficients"], group["ns_steps"])
+        step_parameters(table, x, group["lr"], group["weight_decay"], _ratio(group, table.shape), found_inf)
 
     @staticmethod
     def _step_together(group, parameters, gradients, buffers, found_inf) -> None:
@@ -65,12 +83,8 @@ class BatchedMuon(Muon):
         # One copy in the order of the parameters: of others torch takes them one by one.
         whole = _scatter(whole, parameters[0])
         updates = list(torch.empty(whole.shape, dtype=own[0].dtype, device=whole.device).copy_(whole).unbind())
-        rows, columns = parameters[0].shape
-        ratio = max(1, rows / columns) ** 0.5
-        if group["adjust_lr_fn"] == "match_rms_adamw":
-            ratio = 0.2 * max(rows, columns) ** 0.5
         torch._foreach_mul_(own, 1 - lr * group["weight_decay"] * taken)
-        scale = -lr * ratio * taken
+        scale = -lr * _ratio(group, parameters[0].shape) * taken
         if isinstance(scale, torch.Tensor):
             torch._foreach_mul_(updates, scale)
             torch._foreach_add_(own, updates)
@@ -99,7 +113,6 @@ def orthogonalise(
     Returns:
         (N, R, C), float32 on a CPU, else bfloat16
     """
-    a, b, c = coefficients
     on_cpu = matrices.device.type == "cpu"
     x = matrices.to(torch.float32 if on_cpu else torch.bfloat16)
     tall = matrices.shape[1] > matrices.shape[2]
@@ -112,13 +125,26 @@ def orthogonalise(
         x = F.pad(x, (0, spare))
     elif tall and not on_cpu:
         x = x.contiguous()
-    x = x / norm
+    x = newton_schulz(x / norm, coefficients, steps)[..., :columns]
+    return x.mT if tall else x
+
+
+def newton_schulz(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """The iterations alone, of matrices (N, r, c) that are divided by their norms and not tall."""
+    a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
-    x = x[..., :columns]
-    return x.mT if tall else x
+    return x
+
+
+def _ratio(group: dict[str, Any], shape: torch.Size) -> float:
+    """What the learning rate of matrices of a shape is multiplied by."""
+    rows, columns = shape
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        return 0.2 * max(rows, columns) ** 0.5
+    return max(1, rows / columns) ** 0.5
 
 
 def _is_read_at_once(tensor: torch.Tensor) -> bool:
