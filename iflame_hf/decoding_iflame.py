@@ -30,7 +30,8 @@ from .sampling_iflame import row_numbers
 # B rows, T tokens, V token ids
 
 NO_LIMIT = 2**31 - 1
-ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTION = (None, "eager", "sdpa", *FLASH, "flex_attention")
 
 
 class DecodeRequest(NamedTuple):

@@ -8,14 +8,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from small_models import mesh_rows, small_model
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
 from iflame_cli.errors import CommandError
 from iflame_hf.layout_iflame import RowLayout
 from training.arguments import parse_arguments
 from training.optim.groups import create_optimizer
 from training.run import learner
-from training.run.captured import CapturedLearner, kind_of, why_not_captured, with_rounded_room
-from training.run.create import compile_blocks, enable_activation_checkpointing
+from training.run.captured import FLASH_PACKAGES, CapturedLearner, kind_of, why_not_captured, with_rounded_room
+from training.run.create import compile_blocks, enable_activation_checkpointing, fastest_attention
 from training.run.learner import AcceleratedLearner
 
 ROWS, FACES, STRIDES = 3, 12, (1, 3, 9)
@@ -169,6 +170,11 @@ def test_who_trains_otherwise_than_in_graphs_is_told_why(monkeypatch):
     accelerator.mixed_precision, accelerator.scaler = "fp16", object()
     assert "scaler" in why_not_captured(model, options_of(), accelerator)
     accelerator.mixed_precision, accelerator.scaler = "bf16", None
+    monkeypatch.setattr("training.run.captured.has_flash", lambda *_: False)
+    assert "torch's flash attention" in why_not_captured(model, options_of(), accelerator)
+    for package in FLASH_PACKAGES:
+        model.config._attn_implementation = package
+        assert why_not_captured(model, options_of(), accelerator) is None
     model.config.linear_attn_implementation = "fla"
     assert "'fla'" in why_not_captured(model, options_of(), accelerator)
     model.set_attn_implementation("eager")
@@ -181,13 +187,24 @@ def test_who_trains_otherwise_than_in_graphs_is_told_why(monkeypatch):
     assert type(prepared[2]) is AcceleratedLearner and said == []
 
 
+def installed(available, package):
+    return pytest.param(package, marks=pytest.mark.skipif(not available(), reason=f"{package} is not installed"))
+
+
+FLASH = [
+    installed(is_flash_attn_2_available, "flash_attention_2"),
+    installed(is_flash_attn_4_available, "flash_attention_4"),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["eager", "compiled", "checkpointing"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "checkpointing", *FLASH])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
 def test_captured_steps_learn_what_steps_that_are_run_do(optim, packed, how, monkeypatch):
     torch.compiler.reset()
-    prepare = {"eager": None, "compiled": compile_blocks, "checkpointing": enable_activation_checkpointing}[how]
+    prepare = {"eager": None, "compiled": compile_blocks, "checkpointing": enable_activation_checkpointing}
+    prepare = prepare.get(how, lambda model: model.set_attn_implementation(how))
     if prepare is not None:
         monkeypatch.setattr(
             CapturedLearner, "_learn", functools.partialmethod(_prepared, CapturedLearner._learn, prepare)
@@ -210,6 +227,24 @@ def _prepared(self, learn, prepare, rows):
         prepare(self.model)
         self.is_prepared = True
     return learn(self, rows)
+
+
+def test_full_attention_is_by_the_package_that_serves(monkeypatch):
+    options = options_of(bf16=True)
+    assert fastest_attention(options) == "sdpa"  # without a GPU
+    facts = {"is_available": lambda: True, "get_device_capability": lambda: (9, 0)}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("training.run.create.is_flash_attn_4_available", lambda: True)
+    assert fastest_attention(options) == "flash_attention_4"
+    for other in ({}, {"bf16": True, "use_cpu": True}, {"bf16": True, "torch_compile": True}):
+        assert fastest_attention(options_of(**other)) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert fastest_attention(options) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.setattr("training.run.create.is_flash_attn_4_available", lambda: False)
+    assert fastest_attention(options) == "sdpa"
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import BOS, EOS, mesh_rows, relative_error, small_model
 from torch.nn import functional as F
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
 from iflame_hf import StaticIFlameCache, linear_kernels_iflame
 from iflame_hf.implementations_iflame import fla_linear_attention, lightning_linear_attention
@@ -37,6 +37,7 @@ def installed(package, name):
 LIGHTNING = installed("lightning_attn", "lightning-attn")
 FLA = installed("fla", "flash-linear-attention")
 FLASH = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
+FLASH_4 = pytest.mark.skipif(not is_flash_attn_4_available(), reason="flash-attn-4 is not installed")
 PAIRS = [
     pytest.param("sdpa", "chunked"),
     pytest.param("sdpa", "triton"),
@@ -44,6 +45,7 @@ PAIRS = [
     pytest.param("sdpa", "fla", marks=FLA),
     pytest.param("flash_attention_2", "chunked", marks=FLASH),
     pytest.param("flash_attention_2", "fla", marks=[FLASH, FLA]),
+    pytest.param("flash_attention_4", "triton", marks=FLASH_4),
 ]
 # flex_attention is compiled anew for each length, so it is tested where its masks are.
 PAIRS_AND_FLEX = [*PAIRS, pytest.param("flex_attention", "chunked")]

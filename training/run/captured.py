@@ -28,6 +28,8 @@ from training.run.working import WorkingWeights
 
 # Packed rows have room for so many meshes at least.
 LEAST_MESHES = 32
+# Packages that are told on the host how long a mesh may be, and read everything else on the device.
+FLASH_PACKAGES = ("flash_attention_2", "flash_attention_4")
 # torch.compile makes graphs of its own in these modes.
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -46,10 +48,14 @@ def why_no_graph(config: IFlameConfig, device: torch.device, dtype: torch.dtype)
     """Why the gradients of such a model, with products in such a type, cannot be a CUDA graph, or None."""
     if device.type != "cuda" or torch.version.hip:
         return f"the device {device.type}"
-    if config._attn_implementation != "sdpa":
-        return f"attn_implementation={config._attn_implementation!r}"
-    if not has_flash(device, dtype, config.head_dim) or not torch.backends.cuda.flash_sdp_enabled():
-        return "attention of packed rows, which needs --bf16 and torch's flash attention"
+    attention = config._attn_implementation
+    if attention not in ("sdpa", *FLASH_PACKAGES):
+        return f"attn_implementation={attention!r}"
+    if dtype == torch.float32:
+        return "attention of packed rows, which needs --bf16"
+    if attention == "sdpa":
+        if not has_flash(device, dtype, config.head_dim) or not torch.backends.cuda.flash_sdp_enabled():
+            return "attention of packed rows, which needs torch's flash attention"
     call = LinearAttentionCall(device.type, config.head_dim, length=2)
     linear = choose_linear_attention(config.linear_attn_implementation, call)
     return None if linear in ("triton", "chunked") else f"linear_attn_implementation={linear!r}"

@@ -7,6 +7,7 @@ import torch._functorch.config
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from transformers.utils import is_flash_attn_4_available
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.names import model_folder
@@ -72,8 +73,9 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
     """
     sizes = arguments.model
     implementations = {"linear_attn_implementation": sizes.linear_attn_implementation}
-    if sizes.attn_implementation is not None:
-        implementations["attn_implementation"] = sizes.attn_implementation
+    implementations["attn_implementation"] = sizes.attn_implementation
+    if sizes.attn_implementation == "auto":
+        implementations["attn_implementation"] = fastest_attention(arguments.train)
     if sizes.model_name_or_path is not None:
         model_folder(sizes.model_name_or_path)
         settings, _ = IFlameConfig.get_config_dict(sizes.model_name_or_path)
@@ -103,6 +105,16 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
     if sizes.gradient_checkpointing:
         enable_activation_checkpointing(model)
     return tokenizer, model
+
+
+def fastest_attention(options: TrainArguments) -> str:
+    """The name of full attention where it is left to train.py: flash-attn-4 where it is installed and serves."""
+    half = options.bf16 or options.fp16
+    if not half or options.use_cpu or options.torch_compile or not torch.cuda.is_available() or torch.version.hip:
+        return "sdpa"
+    if torch.cuda.get_device_capability() < (9, 0) or not is_flash_attn_4_available():
+        return "sdpa"
+    return "flash_attention_4"
 
 
 def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
