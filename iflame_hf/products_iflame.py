@@ -9,6 +9,7 @@ what belongs to each of them, such as its gradient, an adapter or an optimiser's
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .block_kernels_iflame import has_block_kernels
 from .fused_products_iflame import Norm, Weights, add_normed_silu_product_down, linear, silu_product_down
@@ -55,7 +56,8 @@ def is_plain(layer: nn.Module, kind: type) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     return bool(
-        "forward" in module.__dict__
+        _has_any_global_hook()
+        or "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

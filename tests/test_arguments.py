@@ -7,13 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from small_models import small_model
 
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
-from training.run.create import create_accelerator, create_model
+from training.run import create
+from training.run.create import create_accelerator
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
+
+
+def create_model(arguments):
+    return create.create_model(arguments, Accelerator(cpu=True))
 
 
 def write(tmp_path, text):

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from training.arguments import parse_arguments
 from training.optim.groups import create_optimizer
 from training.run import learner
 from training.run.captured import FLASH_PACKAGES, CapturedLearner, kind_of, why_not_captured, with_rounded_room
-from training.run.create import compile_blocks, enable_activation_checkpointing, fastest_attention
+from training.run.create import compile_blocks, create_model, enable_activation_checkpointing, flash_attention_4_serves
 from training.run.learner import AcceleratedLearner
 
 ROWS, FACES, STRIDES = 3, 12, (1, 3, 9)
@@ -115,7 +117,7 @@ def repeats(monkeypatch):
 def test_what_is_repeated_learns_from_the_rows_and_rates_of_now(optim, repeats):
     expected, weights, _ = learnt(functools.partial(CapturedLearner, captures=False), optim, packed=False)
     found, moved, used = learnt(CapturedLearner, optim, packed=False)
-    assert len(used._graphs) == 2 and torch.allclose(found, expected, rtol=1e-5, equal_nan=True)
+    assert len(used._graphs) == 3 and torch.allclose(found, expected, rtol=1e-5, equal_nan=True)
     assert all(torch.allclose(moved[name], weight, atol=1e-6) for name, weight in weights.items())
 
 
@@ -132,6 +134,25 @@ def test_gradients_that_were_taken_away_are_an_error():
     optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="taken away"):
         chosen.backward([batch_of(0)], 100)
+
+
+def test_weights_that_moved_are_an_error():
+    model = small_model()
+    chosen = CapturedLearner(model, create_optimizer(model, "muon", 1e-3, 0.1), CLIP, torch.no_grad, captures=False)
+    model.lm_head.bias.data = model.lm_head.bias.data.clone()
+    with pytest.raises(RuntimeError, match="not move to other memory"):
+        chosen.backward([batch_of(0)], 100)
+
+
+def test_compiled_blocks_have_no_copies_of_weights_that_they_would_not_read():
+    model = small_model()
+    for block in model.model.layers[1:2]:
+        block.compile(backend="eager")
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    optimizer = create_optimizer(model, "muon", 1e-3, 0.1)
+    assert not CapturedLearner(model, optimizer, CLIP, autocast, captures=False).working._attributes
+    model = small_model()
+    assert CapturedLearner(model, optimizer, CLIP, autocast, captures=False).working._attributes
 
 
 def test_a_step_that_cannot_be_captured_ends_the_run_with_what_to_do(monkeypatch):
@@ -213,7 +234,7 @@ def test_captured_steps_learn_what_steps_that_are_run_do(optim, packed, how, mon
     options |= {"hidden_size": 128, "heads": 4}
     expected, weights, _ = learnt(functools.partial(CapturedLearner, captures=False), optim, **options)
     found, moved, used = learnt(CapturedLearner, optim, **options)
-    assert len(used._graphs) == 2 and used.captures
+    assert len(used._graphs) == 3 and used.captures
     finite = [step for step in range(9) if step != 3]
     assert torch.allclose(found[finite], expected[finite], rtol=2e-2)
     assert not found[3].isfinite().any()
@@ -229,22 +250,34 @@ def _prepared(self, learn, prepare, rows):
     return learn(self, rows)
 
 
-def test_full_attention_is_by_the_package_that_serves(monkeypatch):
-    options = options_of(bf16=True)
-    assert fastest_attention(options) == "sdpa"  # without a GPU
-    facts = {"is_available": lambda: True, "get_device_capability": lambda: (9, 0)}
-    for name, value in facts.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+def test_full_attention_is_left_to_a_package_where_it_serves(monkeypatch):
+    serves, accelerator = flash_attention_4_serves, Cuda()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr("training.run.create.is_flash_attn_4_available", lambda: True)
-    assert fastest_attention(options) == "flash_attention_4"
-    for other in ({}, {"bf16": True, "use_cpu": True}, {"bf16": True, "torch_compile": True}):
-        assert fastest_attention(options_of(**other)) == "sdpa"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    assert fastest_attention(options) == "sdpa"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    monkeypatch.setattr("training.run.create.is_flash_attn_4_available", lambda: False)
-    assert fastest_attention(options) == "sdpa"
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    assert serves(accelerator, 32, False) and serves(accelerator, 64, False)
+    assert not any(serves(accelerator, size, False) for size in (4, 12, 20, 136)) and not serves(accelerator, 32, True)
+    accelerator.mixed_precision = "no"
+    assert not serves(accelerator, 32, False) and not serves(Accelerator(cpu=True), 32, False)
+    accelerator.mixed_precision = "fp16"
+    assert serves(accelerator, 32, False)
+    for capability in ((8, 9), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert not serves(accelerator, 32, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)  # which makes importing it an error
+    assert not serves(accelerator, 32, False)
+
+
+def test_train_py_takes_what_serves_unless_it_is_told_otherwise(monkeypatch):
+    monkeypatch.setattr("training.run.create.flash_attention_4_serves", lambda *arguments: asked.append(arguments[1:]))
+    asked, accelerator = [], Accelerator(cpu=True)
+    for options, expected in (([], [(32, False)]), (["--attn_implementation", "eager"], [])):
+        asked.clear()
+        _, model = create_model(parse_arguments(["--torch_compile", "False", *options]), accelerator)
+        assert asked == expected and model.config._attn_implementation == (options[1:] or ["sdpa"])[0]
 
 
 @pytest.mark.gpu
@@ -271,7 +304,7 @@ def test_a_new_kind_of_packed_rows_is_captured_at_once(compiled):
 
     expected, _ = losses(False)
     found, used = losses(True)
-    assert len(used._graphs) == 3 and torch.allclose(found, expected, rtol=2e-2)
+    assert len(used._graphs) == 4 and torch.allclose(found, expected, rtol=2e-2)
 
 
 @pytest.mark.gpu

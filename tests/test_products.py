@@ -141,6 +141,16 @@ def test_a_compiled_graph_has_joined_layers_too(items):
     assert linears == [2 if items == LEAST_ITEMS else 3]
 
 
+def test_layers_are_called_while_somebody_looks_at_all_modules():
+    x = torch.zeros(2, LEAST_ITEMS // 2, 4)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not may_join(x, nn.Linear(4, 4), bias=True)
+    finally:
+        hook.remove()
+    assert may_join(x, nn.Linear(4, 4), bias=True)
+
+
 def test_few_items_are_not_worth_a_copy_of_the_weights():
     assert not may_join(torch.zeros(1, LEAST_ITEMS - 1, 4), nn.Linear(4, 4), bias=True)
 

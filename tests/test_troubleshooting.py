@@ -10,6 +10,7 @@ import pytest
 import torch
 import trimesh
 import versions
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from small_models import BOS, small_model
 from transformers import DynamicCache, pipeline
@@ -101,7 +102,8 @@ def provoke(message, folder, part, monkeypatch):
         names.model_folder(folder.parent / "mode")
     elif "is as it is made" in message:
         IFlameTokenizer().save_pretrained(folder)
-        create_model(parse_arguments(["--model_name_or_path", str(folder), "--hidden_size", "64"]))
+        arguments = parse_arguments(["--model_name_or_path", str(folder), "--hidden_size", "64"])
+        create_model(arguments, Accelerator(cpu=True))
     elif message.startswith("not one of"):
         meshes = ProceduralMeshes([ProceduralMesh("chair", np.zeros((3, 3)), np.array([[0, 1, 2]]))])
         require_usable(MeshRows(meshes, tokenizer, 450), np.array([0]), "--train_file", ["a.parquet"])

@@ -128,6 +128,25 @@ def test_models_that_are_otherwise_keep_no_copies(why):
     assert all(each.grad.shape == each.shape for each in trained)
 
 
+def test_a_weight_that_two_layers_share_has_one_gradient():
+    def shared():
+        model = small_model().train()
+        first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+        second.gate_proj.weight = second.up_proj.weight = first.gate_proj.weight
+        return model
+
+    ids, model = mesh_rows(2, faces=6), shared()
+    _, expected = plain_gradients(model, ids)
+    working = WorkingWeights(model, torch.bfloat16)
+    working.refresh()
+    assert not working.gradients.was_taken_away()
+    with working.attached():
+        assert model.model.layers[0].mlp.inward is not None and model.model.layers[1].mlp.inward is None
+        backward(model, ids)
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, expected[name]) < 1e-2, name
+
+
 def test_layers_that_are_more_than_their_weights_keep_no_copies():
     model, ids = small_model().train(), mesh_rows(2, faces=6)
     model.model.layers[0].mlp.up_proj = nn.Sequential(model.model.layers[0].mlp.up_proj)

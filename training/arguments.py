@@ -51,8 +51,8 @@ class ModelArguments:
     initializer_range: float = option(0.06, "Standard deviation of fresh weights; about 0.7 / sqrt(hidden_size).")
     attn_implementation: str = option(
         "auto",
-        "How full attention is computed: sdpa, eager, flash_attention_2, flash_attention_4; auto: the last in half "
-        "precision on a GPU of compute capability 9.0 or newer that has the package flash-attn-4, else sdpa.",
+        "How full attention is computed: sdpa, eager, flash_attention_2, flash_attention_4; auto: the last, in half "
+        "precision and without torch_compile, where the package flash-attn-4 is installed and serves, else sdpa.",
     )
     linear_attn_implementation: str = option("auto", "How linear attention is computed: auto, chunked, fla, ...")
     gradient_checkpointing: bool = option(False, "Recompute blocks in the backward pass: less memory, more time.")

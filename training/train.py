@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     disable_progress_bar()  # of transformers, for writing files; there is one for training
     accelerator = create_accelerator(arguments)
     set_seed(arguments.train.seed)
-    tokenizer, model = create_model(arguments)
+    tokenizer, model = create_model(arguments, accelerator)
     data = load_data(arguments, tokenizer, accelerator)
     run = Run(arguments, accelerator, tokenizer, model, data, Interruption())
     with lock(Path(arguments.train.output_dir), accelerator):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from iflame_hf.block_kernels_iflame import blocks
 from iflame_hf.kernels_iflame import jit, launch, why_no_kernels
 
 try:
@@ -239,10 +240,6 @@ def move_parameters(
     tl.store(parameters, parameter, mask=live)
 
 
-def _pieces(count: int, size: int) -> int:
-    return -(-count // size)
-
-
 def move_momenta(
     table: Table, momentum: float, nesterov: bool, eps: float, found_inf: torch.Tensor | None
 ) -> torch.Tensor:
@@ -256,8 +253,8 @@ def move_momenta(
     count, (rows, columns) = table.places.shape[1], table.shape
     tall = rows > columns
     short, long = min(rows, columns), max(rows, columns)
-    padded = _pieces(long, MULTIPLE) * MULTIPLE
-    tiles = _pieces(short, TILE) * _pieces(padded, TILE)
+    padded = blocks(long, MULTIPLE) * MULTIPLE
+    tiles = blocks(short, TILE) * blocks(padded, TILE)
     x = torch.empty(count, short, padded, dtype=torch.bfloat16, device=table.places.device)
     squares = torch.empty(count, tiles, dtype=torch.float32, device=table.places.device)
     with torch.cuda.device_of(x):
@@ -269,7 +266,7 @@ def move_momenta(
         )  # fmt: skip
         size = short * padded
         launch(
-            divide_by_norms, (count * _pieces(size, PIECE),), x, squares, float(eps), tiles, size,
+            divide_by_norms, (count * blocks(size, PIECE),), x, squares, float(eps), tiles, size,
             BT=SUMS, BN=PIECE, num_warps=4,
         )  # fmt: skip
     return x
@@ -290,7 +287,7 @@ def step_parameters(
     on_device = isinstance(lr, torch.Tensor)
     with torch.cuda.device_of(x):
         launch(
-            move_parameters, (count * _pieces(rows, TILE) * _pieces(columns, TILE),), table.places, found_inf, x,
+            move_parameters, (count * blocks(rows, TILE) * blocks(columns, TILE),), table.places, found_inf, x,
             lr if on_device else float(lr), float(weight_decay), float(ratio), rows, columns, x.shape[2],
             LEAVES_OUT=found_inf is not None, RATE_LIES=on_device, TALL=rows > columns, ALIGNED=table.is_aligned,
             BM=TILE, BN=TILE, num_warps=4,

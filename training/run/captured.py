@@ -23,7 +23,7 @@ from iflame_hf.layout_iflame import RowLayout
 from iflame_hf.packed_attention_iflame import has_flash
 from training.arguments import TrainArguments
 from training.rows.load import Batch
-from training.run.create import device_leaves_out_steps
+from training.run.create import device_leaves_out_steps, is_compiled
 from training.run.working import WorkingWeights
 
 # Packed rows have room for so many meshes at least.
@@ -68,7 +68,8 @@ class CapturedLearner:
 
     Args:
         model: whose trainable parameters are all on one device, and which takes a mesh as long as a row. Gradients
-            belong to this object: nobody sets them to None.
+            belong to this object: nobody sets them to None. What is frozen stays so. Hooks of single parameters are
+            not called for all of them.
         optimizer: whose `found_inf` leaves out steps. Its learning rates may be changed between steps; its state and
             everything else stay as they are once there was a step.
         max_grad_norm: infinite: gradients are not clipped.
@@ -92,7 +93,9 @@ class CapturedLearner:
         self.device = device = parameters[0].device
         if num_processes > 1:
             broadcast([parameter.data for parameter in parameters])
-        self.working = WorkingWeights(model, _autocasts_dtype(autocast, device))
+        # Compiled blocks copy their weights themselves.
+        dtype = None if any(is_compiled(module) for module in model.modules()) else _autocasts_dtype(autocast, device)
+        self.working = WorkingWeights(model, dtype)
         # All gradients, and at the end the loss: what processes add up goes from one to the other in one piece.
         self.sums = self.working.gradients.sums
         self.gradients, self.loss = self.sums[:-1], self.sums[-1]
@@ -106,8 +109,11 @@ class CapturedLearner:
     def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
         if self.working.gradients.was_taken_away():
             raise RuntimeError("gradients were taken away from a CapturedLearner, such as by optimizer.zero_grad()")
+        if self.working.were_moved():
+            raise RuntimeError("weights that a CapturedLearner trains may change, but not move to other memory")
         total = torch.zeros((), device=self.device)
         self.num_items.fill_(labels)
+        self._run("refresh", "refresh", self._refresh)
         for rows in batch:
             rows = with_rounded_room(rows)
             kind = kind_of(rows)
@@ -122,8 +128,11 @@ class CapturedLearner:
             rate.fill_(group["lr"])
         return self._run("update", "update", self._step)
 
-    def _learn(self, rows: Batch) -> torch.Tensor:
+    def _refresh(self) -> torch.Tensor:
         self.working.refresh()
+        return self.loss
+
+    def _learn(self, rows: Batch) -> torch.Tensor:
         with self.working.attached():
             with self.autocast():
                 loss = self.model(**rows, use_cache=False, num_items_in_batch=self.num_items).loss

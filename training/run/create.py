@@ -1,5 +1,6 @@
 """What a run begins with: Accelerate's object, the model with its tokenizer, the optimiser, compiled blocks."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -64,18 +65,17 @@ def _check_trackers(names: list[str]) -> None:
             raise ValueError(f"--report_to {name} needs a package that is not installed: pip install {name}")
 
 
-def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
+def create_model(arguments: Arguments, accelerator: Accelerator) -> tuple[IFlameTokenizer, IFlameForCausalLM]:
     """
-    A fresh model of the sizes asked for, or a trained one to go on from.
+    A fresh model of the sizes asked for, or a trained one to go on from, on the CPU.
 
     Raises:
         OSError, ValueError: there is no such model, or it contradicts an option that was given.
     """
     sizes = arguments.model
     implementations = {"linear_attn_implementation": sizes.linear_attn_implementation}
-    implementations["attn_implementation"] = sizes.attn_implementation
-    if sizes.attn_implementation == "auto":
-        implementations["attn_implementation"] = fastest_attention(arguments.train)
+    if sizes.attn_implementation != "auto":
+        implementations["attn_implementation"] = sizes.attn_implementation
     if sizes.model_name_or_path is not None:
         model_folder(sizes.model_name_or_path)
         settings, _ = IFlameConfig.get_config_dict(sizes.model_name_or_path)
@@ -100,6 +100,10 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
             **implementations,
         )
         model = IFlameForCausalLM(config)
+    if sizes.attn_implementation == "auto" and flash_attention_4_serves(
+        accelerator, model.config.head_dim, arguments.train.torch_compile
+    ):
+        model.set_attn_implementation("flash_attention_4")
     # A mesh may be as long as a row; nothing is allocated for it.
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, arguments.data.row_length)
     if sizes.gradient_checkpointing:
@@ -107,14 +111,19 @@ def create_model(arguments: Arguments) -> tuple[IFlameTokenizer, IFlameForCausal
     return tokenizer, model
 
 
-def fastest_attention(options: TrainArguments) -> str:
-    """The name of full attention where it is left to train.py: flash-attn-4 where it is installed and serves."""
-    half = options.bf16 or options.fp16
-    if not half or options.use_cpu or options.torch_compile or not torch.cuda.is_available() or torch.version.hip:
-        return "sdpa"
-    if torch.cuda.get_device_capability() < (9, 0) or not is_flash_attn_4_available():
-        return "sdpa"
-    return "flash_attention_4"
+def flash_attention_4_serves(accelerator: Accelerator, head_dim: int, compiled: bool) -> bool:
+    """Whether flash-attn-4 is there and computes such heads: in half precision, compute capability 9 or 10."""
+    if compiled or accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
+        return False
+    if head_dim % 8 or not 8 <= head_dim <= 128 or torch.version.hip:
+        return False
+    if torch.cuda.get_device_capability(accelerator.device)[0] not in (9, 10) or not is_flash_attn_4_available():
+        return False
+    try:
+        importlib.import_module("flash_attn.cute")
+    except Exception:  # whatever is wrong with an installation of it
+        return False
+    return True
 
 
 def enable_activation_checkpointing(model: IFlameForCausalLM) -> None:
@@ -197,6 +206,11 @@ def keep_less(model: IFlameForCausalLM, memory_budget: float) -> None:
         block.mlp.keeps_units = too_much < of_block / 2
         if not block.mlp.keeps_units:
             too_much -= of_block
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile takes the calls of a module, as after `compile_blocks`."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def compile_blocks(

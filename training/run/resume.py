@@ -128,6 +128,8 @@ def resume(
             f"or start a new run from its weights with --model_name_or_path {checkpoint} and another --output_dir"
         )
     given = progress.arguments
+    if saved.arguments.get("attn_implementation", "") is None:  # as "auto" was once called
+        saved.arguments["attn_implementation"] = "auto"
     check_options(checkpoint, saved.arguments, given)
     changed = {name for name, value in saved.arguments.items() if given.get(name) != value}
     if saved.max_steps and not changed & {"max_steps", "num_train_epochs", "max_minutes"}:

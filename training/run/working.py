@@ -1,6 +1,9 @@
 """
 What steps of training work on: gradients in one piece of memory, and copies of the weights as the products want them,
 joined and in their type, which are made once for all products of a step.
+
+Gradients of matrices are added up in float32 in the products themselves; those of a matrix whose columns were filled
+up are products in the shorter type first.
 """
 
 from collections.abc import Iterator
@@ -115,11 +118,13 @@ class WorkingWeights:
         all_trained = all(each.requires_grad and each.dtype == torch.float32 for each in model.parameters())
         # Below a block without a gradient there may be none that asks for those of its weights.
         places = places_of(model) if dtype is not None and all_trained else []
-        stacks = [stack for place in places for stack in (place.matrix, place.bias) if stack is not None]
-        stacked = {parameter for stack in stacks for parameter in stack.parameters}
+        stacks: list[Stack] = []
+        stacked: set[nn.Parameter] = set()
+        places = [place for place in places if _adds(place, stacks, stacked)]
         stacks += [Stack.of(parameter) for parameter in parameters if parameter not in stacked]
         self.gradients = GradientBuffer(stacks)
         of_stack = dict(zip(stacks, self.gradients.of_stacks, strict=True))
+        self._memory = [(each, each.data_ptr()) for each in parameters]
         self._attributes: list[tuple[nn.Module, str, Weights | torch.Tensor]] = []
         # Torch takes tensors of other strides one by one, but all others in one call.
         self._copies: dict[tuple[torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -146,6 +151,10 @@ class WorkingWeights:
             targets.append(part)
             sources.append(parameter.detach())
 
+    def were_moved(self) -> bool:
+        """Whether a parameter lies elsewhere than those that are copied."""
+        return any(parameter.data_ptr() != place for parameter, place in self._memory)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Copies the weights of now."""
@@ -161,3 +170,14 @@ class WorkingWeights:
         finally:
             for module, name, _ in self._attributes:
                 module.__dict__.pop(name, None)
+
+
+def _adds(place: Place, stacks: list[Stack], stacked: set[nn.Parameter]) -> bool:
+    """Adds the stacks of a place, unless modules share one of its parameters and another place has it."""
+    own = [stack for stack in (place.matrix, place.bias) if stack is not None]
+    parameters = {parameter for stack in own for parameter in stack.parameters}
+    if parameters & stacked or len(parameters) < sum(len(stack.parameters) for stack in own):
+        return False
+    stacks += own
+    stacked |= parameters
+    return True
