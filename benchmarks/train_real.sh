@@ -2,7 +2,7 @@
 # A training run of the published size on real meshes, on one GPU, with its curves and its samples beside real meshes.
 #   bash benchmarks/train_real.sh DATA OUT [--option value ...]
 # DATA: what `python -m training.prepare_data` wrote. OUT: a folder for the run. Further options go to train.py.
-# MINUTES (default 9) of training, compilation of the first step included.
+# MINUTES (default 9) of training.
 set -eu
 cd "$(dirname "$0")/.."
 data=${1:?usage: train_real.sh DATA OUT [--option value ...]}
@@ -21,7 +21,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 import json, sys
 
 log = [json.loads(line) for line in open(sys.argv[1])]
-steady = [line for line in log if "loss" in line][1:]  # the first line holds compilation
+steady = [line for line in log if "loss" in line][1:]  # the first line holds what is compiled
 middle = sorted(steady, key=lambda line: line["tokens_per_second"])[len(steady) // 2]
 last = steady[-1]
 print(f"{last['step']} steps, {last['epoch']:.1f} epochs, {last['labels']:,} labels, {last['minutes']:.1f} minutes")

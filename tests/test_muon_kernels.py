@@ -60,7 +60,7 @@ def turned(x, shape):
     return x.mT if rows > columns else x
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (5, 1365), (85, 33)])
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 277), (85, 33)])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("found", [None, 0.0])
 def test_momentum_moves_and_updates_have_a_norm_of_one(place, shape, nesterov, found):
@@ -88,7 +88,7 @@ def test_updates_of_zeros_stay_zeros(place):
     assert not x.any()
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (5, 1365), (85, 33)])
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 277), (85, 33)])
 @pytest.mark.parametrize("how", ["float", "tensor", "tensor that may be left out"])
 def test_parameters_decay_and_take_their_step(place, shape, how):
     kernels, device = place
