@@ -12,6 +12,7 @@ import torch
 
 from iflame_hf import IFlameTokenizer
 from training.procedural.make import make_dataset
+from training.rows.balance import Balance
 from training.rows.encode import augment
 from training.rows.map import (
     MappedRows,
@@ -166,7 +167,7 @@ def test_augmentation_stretches_within_its_range_and_stays_in_the_cube():
     corners = np.array([[-0.5, -0.4, -0.3], [0.5, 0.4, 0.3], [0.0, 0.1, 0.2]])
     spans, middles = [], []
     for seed in range(300):
-        vertices = augment(corners, np.random.default_rng(seed))
+        vertices, _ = augment(corners, np.array([[0, 1, 2]]), np.random.default_rng(seed))
         assert np.abs(vertices).max() <= 0.5 + 1e-12
         low, high = vertices.min(axis=0), vertices.max(axis=0)
         spans.append(high - low)
@@ -273,7 +274,7 @@ def test_balanced_epochs_draw_all_categories_equally_often_and_vary_repeated_mes
     meshes = ProceduralMeshes(make_dataset(400, seed=2))
     meshes.categories = (np.arange(400) < 20).astype(np.int64)
     sizes, used = mesh_sizes(meshes, ROW, "error")
-    stream = RowStream(sizes, used, ROW // 9, seed=0, categories=meshes.categories)
+    stream = RowStream(sizes, used, ROW // 9, seed=0, balance=Balance([meshes.categories], 0))
     draws = np.concatenate([draw for epoch in range(4) for draw in stream.rows_of(epoch)])
     share = meshes.categories[draws % 400].mean()
     assert share == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(len(draws)))
@@ -304,9 +305,11 @@ def test_the_digest_changes_with_the_data_and_not_with_the_run(meshes):
         RowStream(sizes, used, ROW // 9 + 1, seed=5),
         RowStream(sizes[::-1], used, ROW // 9, seed=5),
         RowStream(sizes, used[1:], ROW // 9, seed=5),
-        RowStream(sizes, used, ROW // 9, seed=5, categories=meshes.categories),
+        RowStream(sizes, used, ROW // 9, seed=5, balance=Balance([meshes.categories], 0)),
+        RowStream(sizes, used, ROW // 9, seed=5, balance=Balance([meshes.categories], 0.5)),
+        RowStream(sizes, used, ROW // 9, seed=5, balance=Balance([meshes.categories[::-1]], 0.5)),
     ]
-    assert len({digest, *(other.digest() for other in others)}) == 6
+    assert len({digest, *(other.digest() for other in others)}) == 8
 
 
 def test_no_row_of_good_meshes_warns(rows, stream):

@@ -203,6 +203,33 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path):
     ]
 
 
+def test_packs_authors_and_splits_of_a_source_are_kept(tmp_path):
+    source = tmp_path / "in"
+    write_boxes(source / "boxes", 1)
+    for split, heights in {"train": (1.0, 1.2, 1.4), "test": (1.6, 1.8)}.items():
+        vertices, faces = zip(*map(bad_files.row, heights), strict=True)
+        texts = {"name": [f"{height}" for height in heights], "author": ["Ann", "", None][: len(heights)]}
+        packs = [f"Ann/{split} kit"] * len(heights)
+        table = pyarrow.table({**texts, "vertices": vertices, "faces": faces, "pack": packs})
+        pyarrow.parquet.write_table(table, source / f"{split}.parquet")
+    assert prepare(source, "--out", tmp_path / "out", "--splits", "source", "--validation_share", 0) == 0
+    found = [(row["name"], row["pack"], row["author"]) for row in rows(tmp_path / "out", "train")]
+    assert found[0] == ("boxes/box 000", None, None)
+    assert found[1:] == [
+        ("1.0", "Ann/train kit", "Ann"),
+        ("1.2", "Ann/train kit", None),
+        ("1.4", "Ann/train kit", None),
+    ]
+    found = [(row["name"], row["pack"], row["author"]) for row in rows(tmp_path / "out", "validation")]
+    assert found == [("1.6", "Ann/test kit", "Ann"), ("1.8", "Ann/test kit", None)]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Ann/train kit | 3 |\n" in card and "| not known | 4 |\n| Ann | 2 |\n" in card
+    files = [str(path) for path in sorted((tmp_path / "out" / "data").glob("train-*.parquet"))]
+    assert ParquetMeshes(files, grouped_by=["pack"]).groups("pack").tolist() == [1, 0, 0, 0]
+    assert prepare(source / "boxes", "--out", tmp_path / "plain") == 0
+    assert "## Packs" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_mesh_files_in_a_data_set_of_the_hub_are_read(tmp_path):
     if not hasattr(datasets, "Mesh"):
         pytest.skip("this release of datasets knows no meshes")

@@ -66,6 +66,20 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_data_set(what, tmp_path, 
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
 
+def test_a_run_that_wrote_other_columns_is_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    boxes, out = write_boxes(tmp_path / "in", 6), tmp_path / "out"
+    earlier = prepared_set._TABLES.replace("pack TEXT, author TEXT,", "")
+    assert earlier != prepared_set._TABLES
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared_set, "_TABLES", earlier)
+        assert prepare(boxes, "--out", out) == 1
+    capsys.readouterr()
+    assert prepare(boxes, "--out", out) == 1
+    assert "begun by an earlier version, which wrote no column pack and no column author" in capsys.readouterr().err
+    assert prepare(boxes, "--out", out, "--overwrite") == 0
+    assert len(rows(out)) == 6
+
+
 def command(*arguments: object) -> subprocess.Popen:
     words = [sys.executable, "-m", "training.prepare_data", *map(str, arguments), "--disable_tqdm"]
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -18,6 +18,7 @@ from training.rows.pack import TOKENS_PER_FACE
 from training.run.ending import is_first_to_say
 
 LONG_MESHES = ("error", "crop", "drop")
+TURNS = ("none", "quarter", "any")
 # What train.py does without arguments.
 DEMO_CONFIG = Path(__file__).with_name("configs") / "demo.yaml"
 # What a file says of the end of its run, and the options that make the run another one if the command line gives them.
@@ -90,8 +91,23 @@ class DataArguments:
     )
     scale_augmentation: bool = option(True, "Stretch every mesh by 0.75 to 1.25 along each axis, anew in every epoch.")
     shift_augmentation: bool = option(True, "Move every mesh by up to 0.1 (0.075 along the third axis) in its box.")
-    balance: str | None = option(
-        None, "category: draw the meshes of an epoch so that all categories are drawn equally often.", ("category",)
+    turn_augmentation: str = option(
+        "none",
+        "Turn every mesh about the vertical axis, anew in every epoch: by a multiple of 90 degrees, or by any angle.",
+        TURNS,
+    )
+    mirror_augmentation: bool = option(
+        False, "Mirror every mesh at the plane x = 0 in half of the cases; its faces look outwards as before."
+    )
+    balance: list[str] | None = option(
+        None,
+        "Columns, such as category or pack: draw the meshes of an epoch such that small groups in them come more "
+        "often. By several columns the chances of a mesh are multiplied.",
+    )
+    balance_power: float = option(
+        0.5,
+        "A group of n meshes is drawn with a probability proportional to n to this power: 0 draws all groups equally "
+        "often, 1 leaves them as they are.",
     )
     up_axis: str = option("y", "Vertical axis of the meshes.", ("y", "z"))
     dataloader_num_workers: int = option(0, "Processes that prepare rows; 0 prepares them in the main process.")
@@ -209,6 +225,7 @@ class Arguments:
                 f"row_length must be a multiple of nine, a mesh being faces of nine tokens, and at least 27; "
                 f"got {data.row_length}"
             )
+        self._check_balance()
         if data.validation_file and not data.train_file:
             raise ValueError("validation_file needs a train_file: generated meshes have their own held-out ones")
         if train.required_eval_loss is not None:
@@ -224,6 +241,18 @@ class Arguments:
         train.report_to = [name for name in train.report_to if name != "none"]
         self.schedule_kwargs()
 
+    def _check_balance(self) -> None:
+        columns, power = self.data.balance or [], self.data.balance_power
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"balance names a column twice: {' '.join(columns)}")
+        if not 0 <= power <= 1:
+            raise ValueError(
+                f"balance_power must be from 0 to 1, got {power}: 0 draws all groups equally often, 1 leaves them as "
+                "they are"
+            )
+        if "balance_power" in self.given and not columns:
+            raise ValueError("balance_power needs balance: name the columns to balance by, such as category")
+
     def _check_streaming(self) -> None:
         if not self.data.train_file:
             raise ValueError("streaming needs a train_file")
@@ -234,8 +263,8 @@ class Arguments:
             )
         if self.data.balance:
             raise ValueError(
-                f"balance {self.data.balance} does not go with streaming: to draw rare meshes more often, all of them "
-                "must be at hand. Leave out one of the two"
+                f"balance {' '.join(self.data.balance)} does not go with streaming: to draw rare meshes more often, "
+                "all of them must be at hand. Leave out one of the two"
             )
         if self.data.max_train_samples is not None:
             raise ValueError("max_train_samples does not go with streaming: give fewer files instead")

@@ -45,6 +45,8 @@ meshes = load_dataset("path/of/this/folder")["train"]
 | category | string | null where not known |
 | source | string | the file or row it came from |
 | license | string | null where not known |
+| pack | string | the collection it was published in; null where the source does not say |
+| author | string | null where the source does not say |
 | vertices | list of 3 x float32 | y up, box centred at 0, longest side 1, not quantised, no two equal |
 | faces | list of 3 x int32 | indices of vertices, counter-clockwise seen from outside as in the source |
 | num_faces | int32 | faces |
@@ -111,6 +113,8 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
             *_table("Faces after quantisation", "faces", binned, ranked=False),
             *_table("Categories", "category", counts.get("category", Counter())),
             *_table("Licences", "license", licenses),
+            *_known_table("Packs", "pack", counts.get("pack", Counter())),
+            *_known_table("Authors", "author", counts.get("author", Counter())),
             *_table("Left out", "reason", Counter(summary["rejected"])),
         ],
     )
@@ -152,6 +156,11 @@ def _table(title: str, head: str, counts: Counter, ranked: bool = True) -> list[
     if len(counts) > len(rows):
         lines.append(f"| {len(counts) - len(rows):,} others | {sum(counts.values()) - sum(n for _, n in rows):,} |")
     return [*lines, ""]
+
+
+def _known_table(title: str, head: str, counts: Counter) -> list[str]:
+    """As `_table`, but nothing where it is known of no mesh."""
+    return _table(title, head, counts) if any(counts) else []
 
 
 def _by_bin(entry: tuple[str, int]) -> int:

@@ -39,6 +39,7 @@ class Item:
         name: what the mesh is called; it need not be unique.
         source: where it came from, without the folders of this machine.
         payload: the path of its file, or a tuple of arrays (vertices, faces). None if there is a rejection.
+        pack: the collection that it was published in, where the source says so.
         rejection: why the item is not even read.
         split: "train" or "validation" where the source says so.
         temporary: a file or folder to delete when the item is done with.
@@ -49,6 +50,8 @@ class Item:
     payload: str | tuple[Any, Any] | None = None
     category: str | None = None
     license: str | None = None
+    pack: str | None = None
+    author: str | None = None
     split: str | None = None
     rejection: Rejected | None = None
     temporary: str | None = None

@@ -32,6 +32,8 @@ SCHEMA = pyarrow.schema(
         ("category", pyarrow.string()),
         ("source", pyarrow.string()),
         ("license", pyarrow.string()),
+        ("pack", pyarrow.string()),
+        ("author", pyarrow.string()),
         ("vertices", pyarrow.list_(pyarrow.list_(pyarrow.float32()))),
         ("faces", pyarrow.list_(pyarrow.list_(pyarrow.int32()))),
         ("num_faces", pyarrow.int32()),
@@ -50,7 +52,7 @@ _TABLES = """
     CREATE TABLE IF NOT EXISTS names (name TEXT PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS waiting (
         number INTEGER PRIMARY KEY, split TEXT, name TEXT, category TEXT, source TEXT, license TEXT,
-        vertices BLOB, faces BLOB, num_faces_q INTEGER
+        pack TEXT, author TEXT, vertices BLOB, faces BLOB, num_faces_q INTEGER
     );
 """
 
@@ -102,6 +104,7 @@ class PreparedSet:
         try:
             if is_new:
                 write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+            _check_columns(self._database, folder)
             self._restore()
         except BaseException:
             self._database.close()
@@ -139,13 +142,18 @@ class PreparedSet:
         license = item.license or prepared.license or self._license
         blobs = prepared.vertices.astype("<f4").tobytes(), prepared.faces.astype("<i4").tobytes()
         self._database.execute(
-            "INSERT INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (split, name, item.category, item.source, license, *blobs, prepared.num_faces_q),
+            "INSERT INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(split, name, item.category, item.source, license, item.pack, item.author),
+                *(*blobs, prepared.num_faces_q),
+            ),
         )
         self._waiting[split] += 1
         self._count("split", split)
         self._count("category", item.category or "")
         self._count("license", license or "")
+        self._count("pack", item.pack or "")
+        self._count("author", item.author or "")
         self._count("faces", str(int(np.searchsorted(FACE_BINS, prepared.num_faces_q))))
         self._count("total faces", "after quantisation", prepared.num_faces_q)
         self._done(item)
@@ -231,8 +239,8 @@ class PreparedSet:
 
     def _waiting_rows(self, split: str) -> Iterator[list[tuple]]:
         cursor = self._database.execute(
-            "SELECT name, category, source, license, vertices, faces, num_faces_q FROM waiting WHERE split = ?"
-            " ORDER BY number",
+            "SELECT name, category, source, license, pack, author, vertices, faces, num_faces_q FROM waiting"
+            " WHERE split = ? ORDER BY number",
             (split,),
         )
         while rows := cursor.fetchmany(_ROWS_PER_GROUP):
@@ -317,6 +325,17 @@ def _open(folder: Path, repair: bool = False) -> sqlite3.Connection:
     return database
 
 
+def _check_columns(database: sqlite3.Connection, folder: Path) -> None:
+    """Raises ValueError for the state of a run that wrote other columns: all files of a set have the same."""
+    columns = {row[1] for row in database.execute("PRAGMA table_info(waiting)")}
+    missing = [name for name in SCHEMA.names if name not in columns | {"num_faces"}]
+    if missing:
+        raise ValueError(
+            f"{folder} was begun by an earlier version, which wrote no column {' and no column '.join(missing)}; "
+            "start anew with --overwrite, or write to another folder"
+        )
+
+
 def _is_ours(folder: Path) -> bool:
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -337,13 +356,10 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _table(rows: list[tuple]) -> pyarrow.Table:
-    names, categories, sources, licenses, vertices, faces, sizes = zip(*rows, strict=True)
+    *texts, vertices, faces, sizes = zip(*rows, strict=True)
     faces = [np.frombuffer(blob, "<i4") for blob in faces]
     columns = [
-        pyarrow.array(names, pyarrow.string()),
-        pyarrow.array(categories, pyarrow.string()),
-        pyarrow.array(sources, pyarrow.string()),
-        pyarrow.array(licenses, pyarrow.string()),
+        *(pyarrow.array(values, pyarrow.string()) for values in texts),
         _triples([np.frombuffer(blob, "<f4") for blob in vertices], pyarrow.float32()),
         _triples(faces, pyarrow.int32()),
         pyarrow.array([len(flat) // 3 for flat in faces], pyarrow.int32()),

@@ -17,7 +17,10 @@ from training.prepare.synsets import synset_category
 
 Build = Callable[[], None]
 _ROWS_PER_READ = 32
-_TEXT_COLUMNS = {"name": "name", "source": "source", "license": "license", "category": "category", "label": "category"}
+_TEXT_COLUMNS = {
+    **{name: name for name in ("name", "source", "license", "pack", "author", "category")},
+    "label": "category",
+}
 # Splits that are not for training.
 _VALIDATION_SPLITS = ("validation", "valid", "val", "test", "dev", "eval")
 

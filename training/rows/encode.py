@@ -14,6 +14,8 @@ from iflame_hf.tokenization_iflame import IFlameTokenizer
 # Ranges of the paper's code.
 SCALE_RANGE = (0.75, 1.25)
 SHIFT_RANGE = np.array([0.1, 0.1, 0.075])
+# Cosine and sine of no turn, a quarter, a half and three quarters.
+QUARTER_TURNS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 
 class MeshTable:
@@ -90,43 +92,83 @@ def _lengths(lists: pyarrow.Array) -> np.ndarray:
     return pyarrow.compute.fill_null(pyarrow.compute.list_value_length(lists), 0).to_numpy().astype(np.int64)
 
 
-def augment(vertices: np.ndarray, rng: np.random.Generator, scale: bool = True, shift: bool = True) -> np.ndarray:
+def augment(
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    rng: np.random.Generator,
+    scale: bool = True,
+    shift: bool = True,
+    turn: str = "none",
+    mirror: bool = False,
+    up_axis: str = "y",
+) -> tuple[np.ndarray, np.ndarray]:
     """
-    The augmentation of the paper's code on normalised vertices (V, 3): stretch each axis by 0.75 to 1.25 and normalise
-    again, then move by up to 0.1 (0.075 along the third axis) as far as the cube [-0.5, 0.5] leaves room. Always takes
-    the same random numbers.
+    Vary a normalised mesh, (V, 3) and (F, 3): stretch each axis by 0.75 to 1.25, turn about the vertical axis and
+    normalise again, then move by up to 0.1 (0.075 along the third axis) as far as the cube [-0.5, 0.5] leaves room. To
+    stretch and to move are the augmentation of the paper's code. Always takes the same random numbers.
+
+    Args:
+        turn: "none", "quarter" for a multiple of 90 degrees, "any" for any angle. Stretched before it is turned, a
+            mesh keeps its right angles.
+        mirror: in half of the cases mirror at the plane x = 0 and reverse the faces, which look outwards as before.
+        up_axis: the vertical axis of the mesh, "y" or "z".
     """
-    numbers = rng.random((2, 3))
-    low, high = vertices.min(axis=0), vertices.max(axis=0)
+    numbers, (angle, side) = rng.random((2, 3)), rng.random(2)
     factors = SCALE_RANGE[0] + (SCALE_RANGE[1] - SCALE_RANGE[0]) * numbers[0] if scale else np.ones(3)
+    if mirror and side < 0.5:
+        vertices, faces = vertices * (-1, 1, 1), faces[:, ::-1]
+    if turn != "none":
+        vertices, factors = _turn(vertices * factors, angle, turn, up_axis), np.ones(3)
+    low, high = vertices.min(axis=0), vertices.max(axis=0)
     sides = factors * (high - low)
     factors, sides = factors / sides.max(), sides / sides.max()
     room = 0.5 - sides / 2
     offset = SHIFT_RANGE * (2 * numbers[1] - 1) if shift else np.zeros(3)
     offset = np.maximum(np.minimum(offset, room), -room)
-    return vertices * factors + (offset - factors * (low + high) / 2)  # all in one: passes over vertices cost most
+    # all in one: passes over vertices cost most
+    return vertices * factors + (offset - factors * (low + high) / 2), faces
+
+
+def _turn(vertices: np.ndarray, share: float, turn: str, up_axis: str) -> np.ndarray:
+    """Vertices (V, 3) turned about the vertical axis by a share of a whole turn, rounded down to quarters if `turn`
+    is "quarter"; these are exact."""
+    up = "xyz".index(up_axis)
+    if turn == "quarter":
+        cosine, sine = QUARTER_TURNS[int(4 * share)]
+    else:
+        cosine, sine = np.cos(2 * np.pi * share), np.sin(2 * np.pi * share)
+    turned = vertices.copy()
+    first, second = (up + 1) % 3, (up + 2) % 3
+    turned[:, first] = cosine * vertices[:, first] - sine * vertices[:, second]
+    turned[:, second] = sine * vertices[:, first] + cosine * vertices[:, second]
+    return turned
 
 
 @dataclass
 class MeshEncoder:
-    """Makes token ids of meshes for rows of `row_length` tokens, augmented by `scale` and `shift` as asked for."""
+    """Makes token ids of meshes for rows of `row_length` tokens, augmented by `scale`, `shift`, `turn` and `mirror`
+    as asked for, see `augment`."""
 
     tokenizer: IFlameTokenizer
     row_length: int
     seed: int = 0
     scale: bool = False
     shift: bool = False
+    turn: str = "none"
+    mirror: bool = False
 
     def __call__(self, mesh: tuple[np.ndarray, np.ndarray], epoch: int, *identity: int) -> np.ndarray:
         """
-        Token ids of a mesh, at most as long as a row: a longer one loses its end. The augmentation is a function of
-        the seed, the epoch and the numbers that identify the mesh. Raises ValueError for what is no usable mesh.
+        Token ids of a mesh, at most as long as a row: a longer one loses its end. Whatever the augmentation, a mesh
+        takes no more faces than it has. The augmentation is a function of the seed, the epoch and the numbers that
+        identify the mesh. Raises ValueError for what is no usable mesh.
         """
         vertices, faces = load_mesh(mesh)
         vertices = normalise(vertices)
-        if self.scale or self.shift:
+        if self.scale or self.shift or self.turn != "none" or self.mirror:
             rng = np.random.default_rng((self.seed, epoch, *identity))
-            vertices = augment(vertices, rng, self.scale, self.shift)
+            varied = self.scale, self.shift, self.turn, self.mirror
+            vertices, faces = augment(vertices, faces, rng, *varied, self.tokenizer.up_axis)
         return self.tokenizer.encode_arrays(vertices, faces)[: self.row_length]
 
     @property

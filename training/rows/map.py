@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.arguments import Arguments
 from training.procedural.make import make_dataset
+from training.rows.balance import Balance, check_columns
 from training.rows.encode import MeshEncoder, MeshTable, count_triangles
 from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
 from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, best_fit, pack, plan_rows
@@ -47,6 +48,10 @@ class Meshes(Protocol):
     def read(self, indices: Sequence[int]) -> Sequence[tuple[np.ndarray, np.ndarray]]:
         """Vertices (V, 3) and faces (F, 3) of some meshes; getting a damaged one raises ValueError."""
 
+    def groups(self, column: str) -> np.ndarray:
+        """Numbers (N,) that are equal for meshes with the same value in a column. Raises ValueError if there is no
+        such column, or it holds no text and no whole numbers."""
+
     def describe(self, index: int) -> str:
         """What an error message calls the mesh."""
 
@@ -62,6 +67,13 @@ class ProceduralMeshes:
     def read(self, indices: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         return [(self._meshes[index].vertices, self._meshes[index].faces) for index in indices]
 
+    def groups(self, column: str) -> np.ndarray:
+        if column != "category":
+            raise ValueError(
+                f"generated meshes have no {column} to balance by: give --balance category or no --balance"
+            )
+        return self.categories
+
     def describe(self, index: int) -> str:
         return f"generated mesh {index} ({self._meshes[index].kind})"
 
@@ -72,11 +84,15 @@ class ParquetMeshes:
     `faces` (lists of three numbers; of more corners, which become fans of triangles), and `category` and `name` where
     there are such.
 
+    Args:
+        max_samples: take only the first so many.
+        grouped_by: columns that `groups` will be asked for.
+
     Raises:
         ValueError: no such file, a column is missing or of another type, or there is no mesh in them.
     """
 
-    def __init__(self, files: Sequence[str], max_samples: int | None = None):
+    def __init__(self, files: Sequence[str], max_samples: int | None = None, grouped_by: Sequence[str] = ()):
         optional, filled = {"category", "name"}, []
         for file in chain.from_iterable(map(expand, files)):
             try:
@@ -84,17 +100,18 @@ class ParquetMeshes:
                     metadata = pyarrow.parquet.read_metadata(opened)
             except (OSError, pyarrow.ArrowInvalid) as error:
                 raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
-            names = set(metadata.schema.to_arrow_schema().names)
+            schema = metadata.schema.to_arrow_schema()
+            names = set(schema.names)
             missing = {"vertices", "faces"} - names
             if missing:
                 raise ValueError(f"{file} has no column {' and no column '.join(sorted(missing))}")
+            check_columns(grouped_by, schema, file)
             optional &= names
             filled += [str(file)] * (metadata.num_rows > 0)
         if not filled:
             raise ValueError(f"there is no mesh in {', '.join(map(str, files))}")
-        self._data = datasets.load_dataset(
-            "parquet", data_files=filled, split="train", columns=["vertices", "faces", *sorted(optional)]
-        )
+        columns = ["vertices", "faces", *sorted(optional.union(grouped_by))]
+        self._data = datasets.load_dataset("parquet", data_files=filled, split="train", columns=columns)
         if max_samples is not None:
             self._data = self._data.take(min(max_samples, len(self._data)))
         table = self._data.with_format("arrow")
@@ -106,6 +123,12 @@ class ParquetMeshes:
 
     def read(self, indices: Sequence[int]) -> MeshTable:
         return MeshTable(self._rows[list(indices)])
+
+    def groups(self, column: str) -> np.ndarray:
+        values = self._data[column][:]
+        if all(value is None for value in values):
+            raise ValueError(f"no mesh has a value in the column {column}, so --balance {column} has nothing to go by")
+        return _number([str(value) for value in values])[1]
 
     def describe(self, index: int) -> str:
         return f"mesh {index}" if self._names is None else f"mesh {index} ({self._names[index]['name']})"
@@ -158,11 +181,13 @@ class MeshRows:
         seed: int = 0,
         scale: bool = False,
         shift: bool = False,
+        turn: str = "none",
+        mirror: bool = False,
     ):
         self.meshes = meshes
         self.tokenizer = tokenizer
         self.row_length = row_length
-        self.encode = MeshEncoder(tokenizer, row_length, seed, scale, shift)
+        self.encode = MeshEncoder(tokenizer, row_length, seed, scale, shift, turn, mirror)
 
     def pack(self, keys: Sequence[RowKey]) -> PackedRows:
         """The rows of N keys, in the order of these."""
@@ -246,21 +271,17 @@ class RowStream:
         sizes: (N,) faces of every mesh in a row.
         used: (M,) indices of the meshes to use.
         capacity: faces of a row.
-        categories: (N,) category of each mesh, if an epoch's M meshes are to be drawn with replacement such that every
-            category is equally likely; otherwise an epoch is every mesh once.
+        balance: how often each mesh is drawn, if an epoch's M meshes are to be drawn with replacement; otherwise an
+            epoch is every mesh once.
     """
 
-    def __init__(
-        self, sizes: np.ndarray, used: np.ndarray, capacity: int, seed: int, categories: np.ndarray | None = None
-    ):
+    def __init__(self, sizes: np.ndarray, used: np.ndarray, capacity: int, seed: int, balance: Balance | None = None):
         self.sizes = sizes
         self.used = used
         self.capacity = capacity
         self.seed = seed
-        self.weights = None
-        if categories is not None:
-            _, inverse, counts = np.unique(categories[used], return_inverse=True, return_counts=True)
-            self.weights = 1 / (len(counts) * counts[inverse])
+        self.balance = balance
+        self.weights = None if balance is None else balance.weights(used)
         self.rows_of = lru_cache(maxsize=2)(self._rows_of)
 
     def _rows_of(self, epoch: int) -> list[np.ndarray]:
@@ -293,10 +314,13 @@ class RowStream:
             position = self.advance(*position, (world_size - 1) * size)
 
     def digest(self) -> str:
-        """Changes with the meshes, their order, or the length of rows: what a place in the data depends on."""
+        """Changes with the meshes, their order, how often each is drawn, or the length of rows: what a place in the
+        data depends on."""
         content = hashlib.sha256(repr((ORDER, self.capacity, self.seed, self.weights is not None)).encode())
         for array in (self.sizes, self.used):
             content.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        if self.balance is not None:
+            content.update(self.balance.content())
         return content.hexdigest()[:16]
 
 
@@ -382,7 +406,7 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
     if options.train_file:
         with _main_process_first(accelerator):  # which fills the cache of `datasets` for the others
             if not options.streaming:
-                meshes = ParquetMeshes(options.train_file, options.max_train_samples)
+                meshes = ParquetMeshes(options.train_file, options.max_train_samples, options.balance or ())
             if options.validation_file:
                 validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
     else:
@@ -395,16 +419,24 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
             validation = ProceduralMeshes(make_dataset(count, train.seed + VALIDATION_SEED, **chosen))
 
     length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
-    varied = (train.seed, options.scale_augmentation, options.shift_augmentation)
+    varied = {
+        "seed": train.seed,
+        "scale": options.scale_augmentation,
+        "shift": options.shift_augmentation,
+        "turn": options.turn_augmentation,
+        "mirror": options.mirror_augmentation,
+    }
     rows: TrainingRows
     if meshes is None:
-        encode = MeshEncoder(tokenizer, length, *varied)
+        encode = MeshEncoder(tokenizer, length, **varied)
         rows = stream_rows(options.train_file, encode, options.long_meshes, options.streaming_row_groups)
     else:
         sizes, used = mesh_sizes(meshes, length, options.long_meshes)
-        balanced = meshes.categories if options.balance == "category" else None
-        stream = RowStream(sizes, used, capacity, train.seed, balanced)
-        mapped = MeshRows(meshes, tokenizer, length, *varied)
+        balance = None
+        if options.balance:
+            balance = Balance([meshes.groups(column) for column in options.balance], options.balance_power)
+        stream = RowStream(sizes, used, capacity, train.seed, balance)
+        mapped = MeshRows(meshes, tokenizer, length, **varied)
         if options.train_file:
             require_usable(mapped, used, "--train_file", options.train_file)
         rows = MappedRows(mapped, stream)
