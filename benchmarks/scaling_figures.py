@@ -1,4 +1,4 @@
-"""What runs on one GPU and on several leave behind, as figures: the log of training, the files of meshes."""
+"""What runs on one GPU and on several leave, as figures: the log of training, the files of meshes."""
 
 import json
 import math

@@ -133,7 +133,7 @@ class IFlameAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, level: LevelInputs, cache: IFlameCache | None):
         """(B, T, C) -> (B, T, C), attention weights (B, H, T, P + T) or None."""
-        return self.attend(*self.project(hidden_states, level), level, cache, hidden_states.dtype)
+        return self.attend(self.project(hidden_states, level), level, cache, hidden_states.dtype)
 
     def joins(self, hidden_states: torch.Tensor) -> bool:
         """Whether query, key and value of such items are one product."""
@@ -174,17 +174,9 @@ class IFlameAttention(nn.Module):
 class IFlameFullAttention(IFlameAttention):
     """Causal softmax attention, through transformers' attention interface."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        level: LevelInputs,
-        cache: IFlameCache | None,
-        dtype: torch.dtype,
-    ):
-        """Heads (B, T, H, D) to what `forward` gives."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    def attend(self, heads, level: LevelInputs, cache: IFlameCache | None, dtype: torch.dtype):
+        """Query, key and value, (B, T, H, D) each, to what `forward` gives."""
+        query, key, value = (x.transpose(1, 2) for x in heads)
         if cache is not None:
             key, value = cache.layers[self.layer_idx].update(key, value, level.slots)
         if level.packing is not None:
@@ -214,17 +206,11 @@ class IFlameLinearAttention(IFlameAttention):
         self.norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        level: LevelInputs,
-        cache: IFlameCache | None,
-        dtype: torch.dtype,
+        self, heads: tuple[torch.Tensor, ...], level: LevelInputs, cache: IFlameCache | None, dtype: torch.dtype
     ):
-        """Heads (B, T, H, D) to what `forward` gives, normalised in a type."""
+        """Query, key and value, (B, T, H, D) each, to what `forward` gives, in the type of its input."""
         memory = None if cache is None else cache.layers[self.layer_idx]
-        output = self._attend(query, key, value, level, memory).flatten(-2)
+        output = self._attend(*heads, level, memory).flatten(-2)
         fuses = output.dtype == dtype and may_join(output, self.o_proj, bias=False)
         if fuses and may_fuse(output, self.norm, IFlameRMSNorm):
             weights = self.outward if in_use(self.outward, output) else joined(self.o_proj)
@@ -275,7 +261,7 @@ class IFlameBlock(GradientCheckpointingLayer):
             hidden_states, attn, IFlameFullAttention, IFlameLinearAttention
         ):
             heads, hidden_states = attn.project_normed(hidden_states, level, Norm.of(norm))
-            attended, weights = attn.attend(*heads, level, cache, dtype)
+            attended, weights = attn.attend(heads, level, cache, dtype)
         else:
             attended, weights = attn(norm(hidden_states), level, cache)
         norm = self.post_attention_layernorm

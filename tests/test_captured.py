@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 from accelerate import Accelerator
+from gpu_packages import FLASH_2, FLASH_4
 from small_models import mesh_rows, small_model
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
 from iflame_cli.errors import CommandError
 from iflame_hf.layout_iflame import RowLayout
@@ -208,13 +208,9 @@ def test_who_trains_otherwise_than_in_graphs_is_told_why(monkeypatch):
     assert type(prepared[2]) is AcceleratedLearner and said == []
 
 
-def installed(available, package):
-    return pytest.param(package, marks=pytest.mark.skipif(not available(), reason=f"{package} is not installed"))
-
-
 FLASH = [
-    installed(is_flash_attn_2_available, "flash_attention_2"),
-    installed(is_flash_attn_4_available, "flash_attention_4"),
+    pytest.param("flash_attention_2", marks=FLASH_2),
+    pytest.param("flash_attention_4", marks=FLASH_4),
 ]
 
 

@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
+from gpu_packages import FLASH_2, FLASH_4
 from small_models import BOS, EOS, mesh_rows, relative_error, small_model
 from torch.nn import functional as F
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
 from iflame_hf import StaticIFlameCache, linear_kernels_iflame
 from iflame_hf.implementations_iflame import fla_linear_attention, lightning_linear_attention
@@ -36,15 +36,13 @@ def installed(package, name):
 
 LIGHTNING = installed("lightning_attn", "lightning-attn")
 FLA = installed("fla", "flash-linear-attention")
-FLASH = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
-FLASH_4 = pytest.mark.skipif(not is_flash_attn_4_available(), reason="flash-attn-4 is not installed")
 PAIRS = [
     pytest.param("sdpa", "chunked"),
     pytest.param("sdpa", "triton"),
     pytest.param("sdpa", "lightning_attn", marks=LIGHTNING),
     pytest.param("sdpa", "fla", marks=FLA),
-    pytest.param("flash_attention_2", "chunked", marks=FLASH),
-    pytest.param("flash_attention_2", "fla", marks=[FLASH, FLA]),
+    pytest.param("flash_attention_2", "chunked", marks=FLASH_2),
+    pytest.param("flash_attention_2", "fla", marks=[FLASH_2, FLA]),
     pytest.param("flash_attention_4", "triton", marks=FLASH_4),
 ]
 # flex_attention is compiled anew for each length, so it is tested where its masks are.
@@ -285,7 +283,7 @@ def test_a_compiled_training_step_has_no_graph_break_and_the_same_gradients(line
     ("attention", "linear_attention"),
     [
         pytest.param("sdpa", "lightning_attn", marks=LIGHTNING),
-        pytest.param("flash_attention_2", "fla", marks=[FLASH, FLA]),
+        pytest.param("flash_attention_2", "fla", marks=[FLASH_2, FLA]),
     ],
 )
 def test_a_compiled_training_step_has_the_oracles_gradients(oracle, gradients_error, attention, linear_attention):
