@@ -205,9 +205,7 @@ class IFlameLinearAttention(IFlameAttention):
         super().__init__(config, layer_idx)
         self.norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def attend(
-        self, heads: tuple[torch.Tensor, ...], level: LevelInputs, cache: IFlameCache | None, dtype: torch.dtype
-    ):
+    def attend(self, heads, level: LevelInputs, cache: IFlameCache | None, dtype: torch.dtype):
         """Query, key and value, (B, T, H, D) each, to what `forward` gives, in the type of its input."""
         memory = None if cache is None else cache.layers[self.layer_idx]
         output = self._attend(*heads, level, memory).flatten(-2)
