@@ -99,7 +99,7 @@ def request_for(model: IFlameForCausalLM, most_faces: int, kv_cache_dtype: str |
     """What sampling asks of an engine, with room for so many faces. Raises ValueError where no engine serves it."""
     request = many_iflame._request(
         model,
-        torch.tensor(FORMAT.start_face),
+        many_iflame._Job(0, 0, torch.tensor(FORMAT.start_face)),
         {**common.SAMPLING, "max_faces": most_faces, "kv_cache_dtype": kv_cache_dtype},
     )
     if request is None:
@@ -110,7 +110,7 @@ def request_for(model: IFlameForCausalLM, most_faces: int, kv_cache_dtype: str |
 def jobs_for(faces: np.ndarray, seed: int) -> list[many_iflame._Job]:
     """A mesh of each number of `faces` (meshes,), in the order given."""
     start = torch.tensor(FORMAT.start_face)
-    return [many_iflame._Job(number, seed + number, start, count) for number, count in enumerate(faces.tolist())]
+    return [many_iflame._Job(number, seed + number, start, faces=count) for number, count in enumerate(faces.tolist())]
 
 
 def make_meshes(

@@ -37,6 +37,7 @@ class Choice(NamedTuple):
     grammar: bool
     coordinates: int  # L
     end: int  # id of the end token; -1: nothing ends a row
+    guided: bool = False  # each two rows are one mesh, with conditions and without
 
 
 @_jit
@@ -45,10 +46,16 @@ def _remainder(x, modulus):
 
 
 @_jit
+def _log_softmax(scores):
+    scores -= tl.max(scores, axis=0)
+    return scores - tl.log(tl.sum(tl.exp(scores), axis=0))
+
+
+@_jit
 def choose(
     logits_ptr,  # (B, V) float32
     uniform_ptr,  # (B, numbers) float32 within [0, 1)
-    settings_ptr,  # (5,) float32
+    settings_ptr,  # (6,) float32
     state_ptr,  # (B, 8) int32
     limits_ptr,  # (B, 2) int32: fewest and most faces
     seen_ptr,  # (B, VB) int8: whether a token is among the ids so far
@@ -74,6 +81,7 @@ def choose(
     FILTERS: tl.constexpr,
     PENALISE: tl.constexpr,
     GRAMMAR: tl.constexpr,
+    GUIDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -104,7 +112,14 @@ def choose(
     top_p, min_p, penalty = tl.load(settings_ptr + 2), tl.load(settings_ptr + 3), tl.load(settings_ptr + 4)
     fewest, most = tl.load(limits_ptr + row * 2), tl.load(limits_ptr + row * 2 + 1)
     _wait(PDL)
-    scores = tl.load(logits_ptr + row * V + lane, mask=valid, other=float("-inf"))
+    if GUIDED:
+        pair = logits_ptr + row // 2 * 2 * V + lane
+        scores = _log_softmax(tl.load(pair, mask=valid, other=float("-inf")))
+        without = _log_softmax(tl.load(pair + V, mask=valid, other=float("-inf")))
+        guidance = tl.load(settings_ptr + 5)
+        scores = tl.where(valid, without + guidance * (scores - without), float("-inf"))
+    else:
+        scores = tl.load(logits_ptr + row * V + lane, mask=valid, other=float("-inf"))
     wrong = tl.sum(tl.where(valid & ((scores != scores) | (scores == float("inf"))), 1, 0), axis=0)
     if not GRAMMAR:
         wrong = tl.where(tl.max(scores, axis=0) == float("-inf"), 1, wrong)
@@ -193,6 +208,7 @@ class Settings(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    guidance_scale: float = 1.0
 
 
 class RowsBegin(NamedTuple):
@@ -274,6 +290,7 @@ class KernelChooser:
             settings.top_p if settings.top_p < 1 else 2.0,
             settings.min_p,
             settings.repetition_penalty,
+            settings.guidance_scale,
         ]
         self.settings.copy_(torch.tensor(values, dtype=torch.float32))
 
@@ -305,5 +322,5 @@ class KernelChooser:
             place, self.face.shape[1], D=places.rotary.shape[2],
             V=logits.shape[1], VB=self.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
-            GRAMMAR=choice.grammar, PDL=self.pdl, num_warps=4, **launched,
+            GRAMMAR=choice.grammar, GUIDED=choice.guided, PDL=self.pdl, num_warps=4, **launched,
         )  # fmt: skip

@@ -45,6 +45,9 @@ class IFlameConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`): special ids, by default the three after the grid coordinates.
         mesh_format (`str`): how a mesh becomes a sequence, a key of `format_iflame.MESH_FORMATS`. What a face is to
             the model follows from it: `tokens_per_face`, `level_strides`.
+        categories (`list[str]`, *optional*): names of the kinds of meshes that the model can be asked for.
+        num_faces_range (`list[int]`, *optional*): fewest and most faces that the model can be asked for. Both enter
+            at the start face; without them the model generates without conditions alone.
         use_cache (`bool`): whether the model returns its decoding state by default.
         linear_attn_implementation (`str`): how linear attention is computed: `"eager"` (the recurrence itself),
             `"chunked"` (plain torch), `"triton"` (kernels of this model), `"lightning_attn"` or `"fla"` (the packages
@@ -75,6 +78,8 @@ class IFlameConfig(PreTrainedConfig):
         bos_token_id=None,
         eos_token_id=None,
         mesh_format=DEFAULT_MESH_FORMAT,
+        categories=None,
+        num_faces_range=None,
         use_cache=True,
         tie_word_embeddings=False,
         linear_attn_implementation="auto",
@@ -92,6 +97,8 @@ class IFlameConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.coordinate_resolution = coordinate_resolution
         self.mesh_format = mesh_format
+        self.categories = list(categories) if categories else None
+        self.num_faces_range = None if num_faces_range is None else list(num_faces_range)
         self.use_cache = use_cache
         self.linear_attn_implementation = linear_attn_implementation
 
@@ -99,6 +106,7 @@ class IFlameConfig(PreTrainedConfig):
         bos_token_id = coordinate_resolution + 2 if bos_token_id is None else bos_token_id
         eos_token_id = coordinate_resolution + 3 if eos_token_id is None else eos_token_id
         self._check_sizes(pad_token_id, bos_token_id, eos_token_id, tie_word_embeddings)
+        self._check_conditions()
 
         self.num_hidden_layers = self._follows("num_hidden_layers", sum(self.stage_layers), kwargs)
         self.layer_types = self._follows(
@@ -252,6 +260,18 @@ class IFlameConfig(PreTrainedConfig):
             raise ValueError(f"pad, bos and eos must be three different ids, got {specials}")
         if tie_word_embeddings:
             raise ValueError("iFlame's head has its own weights: tie_word_embeddings must be False")
+
+    def _check_conditions(self):
+        names = self.categories or []
+        if any(not isinstance(name, str) or not name for name in names) or len(set(names)) < len(names):
+            raise ValueError(f"categories must be different names, got {names}")
+        if self.num_faces_range is None:
+            return
+        limits = self.num_faces_range
+        if len(limits) != 2 or any(isinstance(each, bool) or not isinstance(each, int) for each in limits):
+            raise ValueError(f"num_faces_range must be two whole numbers, fewest and most faces, got {limits}")
+        if not 1 <= limits[0] <= limits[1]:
+            raise ValueError(f"num_faces_range must begin at 1 or more and not end before it begins, got {limits}")
 
 
 def _as_saved(dictionary):

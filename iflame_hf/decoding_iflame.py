@@ -22,6 +22,7 @@ from .choosing_iflame import (
     RowsBegin,
     Settings,
 )
+from .conditions_iflame import CONDITIONS, GuidanceLogitsProcessor
 from .engine_iflame import DecodeEngine, Types, give_engine, take_engine, why_no_engine
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
 from .packing_iflame import what_cannot_be_packed
@@ -99,6 +100,7 @@ def request_of(
         grammar=grammar is not None,
         coordinates=layout.coordinate_resolution + 1,
         end=end if grammar is None else grammar.eos_token_id,
+        guided=settings.guidance_scale != 1,
     )
     pad = config._pad_token_tensor
     return DecodeRequest(
@@ -115,6 +117,7 @@ def request_of(
 def _settings(processors: Any) -> tuple[Settings, Any]:
     """Of the processors, which must stand in transformers' order."""
     known = [
+        GuidanceLogitsProcessor,
         logits_process.RepetitionPenaltyLogitsProcessor,
         MeshGrammarLogitsProcessor,
         logits_process.TemperatureLogitsWarper,
@@ -134,12 +137,14 @@ def _settings(processors: Any) -> tuple[Settings, Any]:
             raise Unsupported(f"min_tokens_to_keep of {kind.__name__}")
         if kind is MeshGrammarLogitsProcessor:
             grammar = processor
-        elif before == 0:
+        elif kind is GuidanceLogitsProcessor:
+            values["guidance_scale"] = float(processor.scale)
+        elif kind is logits_process.RepetitionPenaltyLogitsProcessor:
             if getattr(processor, "prompt_ignore_length", None):
                 raise Unsupported("prompt_ignore_length of RepetitionPenaltyLogitsProcessor")
             values["repetition_penalty"] = float(processor.penalty)
         else:
-            name = {2: "temperature", 3: "top_k", 4: "top_p", 5: "min_p"}[before]
+            name = {3: "temperature", 4: "top_k", 5: "top_p", 6: "min_p"}[before]
             values[name] = getattr(processor, name)
     return Settings(**values), grammar
 
@@ -178,7 +183,7 @@ def decode(
     The rows (B, T) with what follows them, as generate() returns them.
 
     Args:
-        inputs: of the model, for the prompt: attention_mask, position_ids.
+        inputs: of the model, for the prompt: attention_mask, position_ids, conditions.
         seeds: one for each row.
     """
     face, (rows, length) = model.config.tokens_per_face, input_ids.shape
@@ -235,7 +240,8 @@ def _begin(
     """Reads the prompt (B, T), which is on the host."""
     cache = engine.cache
     cache.reset()
-    inputs = {name: inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None}
+    names = ("attention_mask", "position_ids", *CONDITIONS)
+    inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
     inputs = {name: value.to(engine.device) for name, value in {"input_ids": prompt, **inputs}.items()}
     output = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True)
     if cache.is_padding_so_far or cache.ends_in_padding:

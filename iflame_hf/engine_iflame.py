@@ -53,12 +53,12 @@ class Prompt(NamedTuple):
     logits: np.ndarray  # (1, V) float32
 
 
-def read_prompt(model: Any, ids: torch.Tensor, types: Types) -> Prompt:
-    """Of ids (1, T) of whole faces."""
+def read_prompt(model: Any, ids: torch.Tensor, types: Types, conditions: dict[str, torch.Tensor]) -> Prompt:
+    """Of ids (1, T) of whole faces, and what the mesh is to be, (1,) each."""
     config = model.config
     faces = ids.shape[1] // config.tokens_per_face + 1
     cache = StaticIFlameCache(config, faces, 1, ids.device, types.dtype, types.kv_cache_dtype)
-    logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True).logits[:, -1]
+    output = model(ids, cache=cache, use_cache=True, logits_to_keep=1, return_dict=True, **conditions)
     memories = []
     for layer, level in zip(cache.layers, config.layer_levels(), strict=True):
         items = ids.shape[1] // config.level_strides[level]
@@ -67,7 +67,7 @@ def read_prompt(model: Any, ids: torch.Tensor, types: Types) -> Prompt:
         else:
             memories.append((layer.state,))
     handed = [group.handed_up[:, 0] for group in cache.open_groups]
-    return Prompt(ids.shape[1], memories, handed, logits.float().cpu().numpy())
+    return Prompt(ids.shape[1], memories, handed, output.logits[:, -1].float().cpu().numpy())
 
 
 class DecodeEngine:

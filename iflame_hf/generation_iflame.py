@@ -12,6 +12,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.utils import logging
 
 from .cache_iflame import IFlameCache, StaticIFlameCache, check_kv_cache_dtype
+from .conditions_iflame import (
+    CONDITIONS,
+    GuidanceLogitsProcessor,
+    PairsStreamer,
+    asked_conditions,
+    guided_pairs,
+    in_pairs,
+)
 from .configuration_iflame import DEFAULT_MAX_FACES
 from .decoding_iflame import Unsupported, decode, request_of
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor, check_prompts
@@ -39,6 +47,10 @@ class IFlameGenerationMixin(GenerationMixin):
     mesh random numbers of its own: a whole number, which counts up row by row, or a list of one for each row. The same
     seed gives the same mesh, alone or in a batch, and torch's own random numbers are neither used nor changed. Without
     a seed they decide, as elsewhere in transformers. Greedy search needs no seed; sampled beams take none.
+
+    `generate(category="chair", num_faces=200)` asks a model that was trained with such conditions for a mesh of a
+    category, of about so many faces, or both; a list has one for each row, and without a prompt makes as many. With
+    `guidance_scale` above 1 (classifier-free guidance) meshes follow it more closely, at twice the work.
     """
 
     _supported_generation_modes = [
@@ -50,8 +62,24 @@ class IFlameGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self._with_conditions(args[0] if args else None, with_own_cache_name(kwargs))
         with spare_a_core(self.device):
-            return super().generate(*args, **with_own_cache_name(kwargs))
+            return super().generate(*args, **kwargs)
+
+    def _with_conditions(self, inputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of generate() with tensors in the place of what meshes are asked to be."""
+        asked = {name: kwargs.pop(name) for name in CONDITIONS if kwargs.get(name) is not None}
+        if not asked:
+            if kwargs.get("guidance_scale") not in (None, 1):
+                raise ValueError("guidance_scale is of a condition: give category or num_faces too, or leave it out")
+            return kwargs
+        for name in ("inputs", "input_ids"):
+            inputs = kwargs.get(name) if inputs is None else inputs
+        tensors = asked_conditions(self.config, None if inputs is None else len(inputs), **asked)
+        rows = len(next(iter(tensors.values())))
+        if inputs is None and rows > 1:
+            kwargs["input_ids"] = torch.tensor([self.config.mesh_layout.start_face] * rows, device=self.device)
+        return {**kwargs, **{name: values.to(self.device) for name, values in tensors.items()}}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -86,6 +114,10 @@ class IFlameGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         method = super()._get_logits_processor
+        if generation_config.guidance_scale is not None:
+            # transformers' own would run the model on other tokens; here the rows go in pairs.
+            generation_config = copy.copy(generation_config)
+            generation_config.guidance_scale = None
         if not getattr(generation_config, "mesh_grammar", False):
             return method(generation_config, *args, **kwargs)
         given = inspect.signature(method).bind(generation_config, *args, **kwargs).arguments
@@ -139,6 +171,11 @@ class IFlameGenerationMixin(GenerationMixin):
         if seed is None:
             seed = int(torch.randint(2**62, ())) if generation_config.do_sample else 0
         seeds = row_seeds(seed, len(input_ids))
+        if guided_pairs(generation_config, model_kwargs):
+            options = {**model_kwargs, "synced_gpus": synced_gpus, "streamer": streamer}
+            return self._sample_pairs(
+                input_ids, logits_processor, stopping_criteria, generation_config, seeds, **options
+            )
         if generation_config.cache_implementation is None:
             try:
                 if synced_gpus:
@@ -166,7 +203,29 @@ class IFlameGenerationMixin(GenerationMixin):
             output.scores = tuple(sampling.scores)
         return output
 
+    def _sample_pairs(
+        self, input_ids, processors, criteria, generation_config, seeds, streamer=None, **model_kwargs
+    ) -> Any:
+        """As `_sample`, by rows each of which is followed by itself without conditions."""
+        if generation_config.return_dict_in_generate:
+            raise ValueError("guidance_scale gives meshes alone: leave out return_dict_in_generate, or guidance_scale")
+        guidance = GuidanceLogitsProcessor(generation_config.guidance_scale)
+        unguided = copy.copy(generation_config)
+        unguided.guidance_scale = None
+        sequences = self._sample(
+            input_ids.repeat_interleave(2, dim=0),
+            LogitsProcessorList([guidance, *processors]),
+            criteria,
+            unguided,
+            seed=[seed for seed in seeds for _ in range(2)],
+            streamer=None if streamer is None else PairsStreamer(streamer),
+            **in_pairs(model_kwargs),
+        )
+        return sequences[::2]
+
     def _beam_search(self, *args: Any, seed: Any = None, **kwargs: Any) -> Any:
+        if guided_pairs(kwargs["generation_config"], kwargs):
+            raise ValueError("guidance_scale is for sampling and greedy search: leave out num_beams or guidance_scale")
         if seed is not None and kwargs["generation_config"].do_sample:
             raise ValueError(
                 "a seed is of one mesh, and beams are drawn together: leave out num_beams, or leave out seed and call "
@@ -237,9 +296,14 @@ class IFlameGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"the cache must be an IFlameCache (IFlameCache(model.config)), got a {type(given).__name__}"
                 )
+            if guided_pairs(generation_config, model_kwargs):
+                raise ValueError(
+                    "guidance_scale takes two rows for each mesh, which a given cache has not: leave it out"
+                )
             given._is_user_defined = True
         elif generation_config.use_cache and implementation == "static":
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            rows *= 2 if guided_pairs(generation_config, model_kwargs) else 1
             faces = -(-max_cache_length // self.config.tokens_per_face)
             model_kwargs[CACHE_NAME] = StaticIFlameCache(
                 self.config, faces, rows, self.device, self.dtype, generation_config.kv_cache_dtype

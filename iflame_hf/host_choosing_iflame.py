@@ -64,6 +64,11 @@ class HostChooser:
         """The token at `place` of a face for each row, from `logits` (B, V) into `tokens` (B,); `advance`: after a
         step, whose position is then over."""
         scores = logits.numpy().astype(np.float64)
+        if choice.guided:
+            scores -= scores.max(axis=1, keepdims=True)
+            scores -= np.log(np.exp(scores).sum(axis=1, keepdims=True))
+            scores = scores[1::2] + self.settings.guidance_scale * (scores[::2] - scores[1::2])
+            scores = scores.repeat(2, axis=0)
         if choice.penalty:
             penalty = self.settings.repetition_penalty
             worse = np.where(scores < 0, scores * penalty, scores / penalty)

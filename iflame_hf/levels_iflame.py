@@ -99,7 +99,7 @@ def level_inputs(
 
 
 def _checked(layout, tokens, attention_mask, position_ids, seen):
-    """A layout that fits the tokens, on their device; None where position_ids have to take its place."""
+    """A layout that fits the tokens; None where position_ids have to take its place."""
     if seen > 0:
         raise ValueError("a layout describes rows from their start: leave it out for tokens after a filled cache")
     if attention_mask is not None:
@@ -111,7 +111,7 @@ def _checked(layout, tokens, attention_mask, position_ids, seen):
         # As where torch's DataParallel deals out the rows of a batch.
         warnings.warn(f"{message}: position_ids are read instead, which waits for the device", stacklevel=2)
         return None
-    return layout.to(tokens.device, non_blocking=True)
+    return layout
 
 
 def _laid_out_rows(config, layout, cache):

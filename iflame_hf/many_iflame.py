@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .choosing_iflame import RowsBegin
+from .conditions_iflame import UNKNOWN, GuidanceLogitsProcessor, asked_conditions, guided_pairs
 from .decoding_iflame import DecodeRequest, Unsupported, decoding_types, request_of, rows_begin
 from .engine_iflame import give_engine, read_prompt, take_engine
 from .format_iflame import MeshFormat
@@ -23,6 +24,7 @@ from .sampling_iflame import row_numbers, row_seeds
 # Meshes in work at a time, by the kind of device.
 DEFAULT_ROWS = {"cuda": 64}
 DEFAULT_ROWS_ELSEWHERE = 8
+MOST_PROMPTS = 64  # whose decoding state is kept, of one beginning with different conditions
 
 # What would count meshes or faces a second time, or leaves no mesh of a seed's own.
 _REFUSED = {
@@ -55,12 +57,13 @@ class GeneratedMesh(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A mesh to make: its place, its seed, the ids that it begins with, and how many faces the grammar makes it have,
-    those of the prompt included; None: as the request says."""
+    """A mesh to make: its place, its seed, the ids that it begins with, the values of the conditions, and how many
+    faces the grammar makes it have, those of the prompt included; None: as the request says."""
 
     number: int
     seed: int
     prompt: torch.Tensor
+    conditions: dict[str, int] = {}
     faces: int | None = None
 
 
@@ -76,6 +79,8 @@ def generate_meshes(
     rows: int | None = None,
     max_faces: int | None = None,
     prompt: Any = None,
+    category: Any = None,
+    num_faces: Any = None,
     **generate_options: Any,
 ) -> Iterator[GeneratedMesh]:
     """Samples a mesh for each seed and yields it when it is finished: in any order, so look at its `number`.
@@ -90,6 +95,8 @@ def generate_meshes(
         max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes.
         prompt: ids (T,) that every mesh begins with, from the start face on; or a list of such, one for each seed.
             By default the start face alone.
+        category, num_faces: what meshes are asked to be, as of `generate()`: one for all, or a list of one for each
+            seed, in which None leaves it open.
         generate_options: of `generate()`: temperature, top_k, top_p and the like.
 
     Raises ValueError at once for arguments that cannot be; while iterating whatever `generate()` raises.
@@ -111,9 +118,12 @@ def generate_meshes(
         options["max_faces"] = max_faces
     layout = model.config.mesh_layout
     prompts = _prompts(prompt, len(seeds), layout, max_faces)
-    jobs = [_Job(*job) for job in zip(range(len(seeds)), seeds, prompts, strict=True)]
-    if not jobs:
+    if not seeds:
         return iter(())
+    asked = asked_conditions(model.config, len(seeds), category, num_faces)
+    values = zip(*(each.tolist() for each in asked.values()), strict=True) if asked else [()] * len(seeds)
+    conditions = [dict(zip(asked, each, strict=True)) for each in values]
+    jobs = [_Job(*job) for job in zip(range(len(seeds)), seeds, prompts, conditions, strict=True)]
     most = max_faces or layout.most_faces(model.generation_config.max_length)
     made = _batches(model, jobs, min(rows or default_rows(model), len(jobs)), {"do_sample": True, **options})
     return _meshes(made, layout, max_faces, most)
@@ -122,7 +132,7 @@ def generate_meshes(
 def _batches(model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]) -> Iterator[tuple[_Job, torch.Tensor]]:
     """Each job with its ids (T,) on the CPU, from its prompt on, without padding; in any order, with so many rows in
     work at a time at most. `options` are those of `generate()`, which raises at once for what cannot be."""
-    request = _request(model, max((job.prompt for job in jobs), key=len), options)
+    request = _request(model, max(jobs, key=lambda job: len(job.prompt)), options)
     if request is None:
         return _in_batches(model, jobs, rows, options)
     if request.choice.grammar:  # generate() has looked at the longest prompt alone
@@ -131,7 +141,12 @@ def _batches(model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]) -
     return _refilled(model, jobs, rows, request)
 
 
-def _request(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> DecodeRequest | None:
+def _tensors(jobs: list[_Job], device: Any) -> dict[str, torch.Tensor]:
+    """What the model is told of the meshes of jobs, (B,) each."""
+    return {name: torch.tensor([job.conditions[name] for job in jobs], device=device) for name in jobs[0].conditions}
+
+
+def _request(model: Any, job: _Job, options: dict[str, Any]) -> DecodeRequest | None:
     """What generate() would ask of an engine, or None."""
     found: list[DecodeRequest | None] = []
 
@@ -141,13 +156,17 @@ def _request(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> Decod
                 raise Unsupported("a prompt that ends inside a face")
             if generation_config.cache_implementation is not None:
                 raise Unsupported("cache_implementation")
+            if guided_pairs(generation_config, kwargs):
+                guidance = GuidanceLogitsProcessor(generation_config.guidance_scale)
+                logits_processor = [guidance, *logits_processor]
             asked = request_of(model, logits_processor, stopping_criteria, generation_config, kwargs, input_ids)
             found.append(asked if asked.stops_at is None else None)
         except Unsupported:
             found.append(None)
         return input_ids
 
-    model.generate(prompt[None].to(model.device), custom_generate=look, **options)
+    inputs = {"inputs": job.prompt[None].to(model.device), **_tensors([job], model.device)}
+    model.generate(**inputs, custom_generate=look, **options)
     return found[0]
 
 
@@ -163,6 +182,7 @@ def _in_batches(
         for row, job in zip(ids, batch, strict=True):
             row[longest - len(job.prompt) :] = job.prompt
         inputs = {"input_ids": ids.to(model.device), "attention_mask": (ids != pad).long().to(model.device)}
+        inputs |= _tensors(batch, model.device)
         sequences = model.generate(**inputs, seed=[job.seed for job in batch], **options).cpu()
         for job, sequence in zip(batch, sequences, strict=True):
             sequence = sequence[longest - len(job.prompt) :]
@@ -178,10 +198,36 @@ class _Row:
         self.first_face = first_face  # of the engine: what it made before was of another mesh
 
 
+class _Prompts:
+    """What meshes begin with, as the model has read it: with the conditions, and if guided without them too."""
+
+    def __init__(self, model: Any, types: Any, guided: bool):
+        self.model, self.types, self.guided = model, types, guided
+        self.ids: torch.Tensor | None = None  # that were read last
+        self._read: dict[tuple[int, ...], Any] = {}
+
+    def read(self, job: _Job) -> list[Any]:
+        if job.prompt is not self.ids:
+            self.ids, self._read = job.prompt, {}
+        nothing = {name: UNKNOWN for name in job.conditions}
+        return [self._one(job, each) for each in ((job.conditions, nothing) if self.guided else (job.conditions,))]
+
+    def _one(self, job: _Job, conditions: dict[str, int]) -> Any:
+        key = tuple(conditions.values())
+        if key not in self._read:
+            if len(self._read) >= MOST_PROMPTS:
+                self._read.clear()
+            asked = _tensors([job._replace(conditions=conditions)], self.model.device)
+            self._read[key] = read_prompt(self.model, job.prompt[None].to(self.model.device), self.types, asked)
+        return self._read[key]
+
+
 def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -> Iterator[tuple[_Job, torch.Tensor]]:
     config, types = model.config, decoding_types(model, request)
     waiting = iter(jobs)
-    engine = take_engine(model, rows, -(-request.max_length // config.tokens_per_face) + 1, types)
+    width = 2 if request.choice.guided else 1  # rows of the engine for each mesh
+    engine = take_engine(model, rows * width, -(-request.max_length // config.tokens_per_face) + 1, types)
+    prompts = _Prompts(model, types, guided=request.choice.guided)
     try:
         with engine.at_work():
             engine.prepare(request.choice)
@@ -189,7 +235,6 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
             engine.steps.begin()
             engine.chooser.set(request.settings)
         work: list[_Row | None] = [None] * rows
-        prompt = begun = None
         launched = 0
         pending: list[tuple[int, Any]] = []
         while True:
@@ -197,23 +242,24 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
             free = [row for row in range(rows) if work[row] is None]
             done: list[_Row] = []
             begin: list[tuple[Any, int, RowsBegin, int]] = []
-            while len(begin) < len(free) and (job := next(waiting, None)):
-                if job.prompt is not prompt:
-                    prompt = job.prompt
-                    with engine.at_work():
-                        begun = read_prompt(model, prompt[None].to(model.device), types)
-                left = request.max_length - len(prompt)
-                start = rows_begin(request, config, prompt[None].numpy(), 0, row_numbers([job.seed], left))
+            while len(begin) < len(free) * width and (job := next(waiting, None)):
+                with engine.at_work():
+                    begun = prompts.read(job)
+                left = request.max_length - len(job.prompt)
+                start = rows_begin(request, config, job.prompt[None].numpy(), 0, row_numbers([job.seed], left))
                 if job.faces is not None:
                     start = start._replace(limits=np.full_like(start.limits, job.faces))
-                token, state, seen = _first_token(request, config, begun.logits, start)
+                logits = np.concatenate([each.logits for each in begun])
+                token, state, seen = _first_token(request, config, logits, start)
                 row = _Row(job, token, launched)
                 if token == request.choice.end or left == 1:
                     done.append(row)
                 else:
-                    place = free[len(begin)]
+                    place = free[len(begin) // width]
                     work[place] = row
-                    begin.append((begun, place, start._replace(state=state, seen=seen), token))
+                    start = start._replace(state=state, seen=seen)
+                    begin += [(each, place * width + index, start, token) for index, each in enumerate(begun)]
+            begin.sort(key=lambda each: id(each[0]))
             for _, group in groupby(begin, key=lambda each: id(each[0])):
                 begins, places, starts, tokens = zip(*group, strict=True)
                 together = RowsBegin(*(np.concatenate(parts) for parts in zip(*starts, strict=True)))
@@ -233,10 +279,10 @@ def _refilled(model: Any, jobs: list[_Job], rows: int, request: DecodeRequest) -
                 columns = engine.read(tokens)
                 finished = []
                 for place, row in enumerate(work):
-                    if row is not None and row.first_face <= number and _take(request, row, columns[:, place]):
+                    if row is not None and row.first_face <= number and _take(request, row, columns[:, place * width]):
                         finished.append(row)
                         work[place] = None
-                stops = [bool(torch.as_tensor(look(prompt[None], None)).all()) for look in request.after_faces]
+                stops = [bool(torch.as_tensor(look(prompts.ids[None], None)).all()) for look in request.after_faces]
                 yield from (_finished(config, request, row) for row in finished)
                 if any(stops):
                     yield from (_finished(config, request, row) for row in work if row is not None)
@@ -249,12 +295,13 @@ def _first_token(
     request: DecodeRequest, config: Any, logits: np.ndarray, start: RowsBegin
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """The token after the prompt, and the chooser's state and seen tokens after it."""
-    chooser = HostChooser(1, start.uniforms.shape[1], config.vocab_size, config.tokens_per_face, torch.zeros(1))
+    rows = len(logits)
+    chooser = HostChooser(rows, start.uniforms.shape[1], config.vocab_size, config.tokens_per_face, torch.zeros(rows))
     chooser.set(request.settings)
-    chooser.begin(torch.zeros(1, dtype=torch.long), start)
-    token = torch.zeros(1, dtype=torch.long)
-    chooser.choose(request.choice, torch.from_numpy(logits), token, 0, False)
-    return int(token), chooser.state, chooser.seen
+    chooser.begin(torch.arange(rows), RowsBegin(*(np.repeat(each, rows, axis=0) for each in start)))
+    tokens = torch.zeros(rows, dtype=torch.long)
+    chooser.choose(request.choice, torch.from_numpy(logits), tokens, 0, False)
+    return int(tokens[0]), chooser.state[:1], chooser.seen[:1]
 
 
 def _take(request: DecodeRequest, row: _Row, column: np.ndarray) -> bool:

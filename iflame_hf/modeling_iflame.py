@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, initialization
 
 from .blocks_iflame import IFlameBlock, IFlameRMSNorm, IFlameUpsample
 from .cache_iflame import IFlameCache
+from .conditions_iflame import IFlameConditions, add_conditions, conditions_of_rows, known_conditions
 from .configuration_iflame import STAGE_LEVELS, IFlameConfig
 from .generation_iflame import IFlameGenerationMixin
 from .implementations_iflame import check_linear_attention_implementation
@@ -85,6 +86,7 @@ class IFlameModel(IFlamePreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = IFlameRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.conditions = IFlameConditions(config) if known_conditions(config) else None
         self.layers = nn.ModuleList([IFlameBlock(config, index) for index in range(config.num_hidden_layers)])
         # To the coordinates, to the vertices.
         self.upsamplers = nn.ModuleList([IFlameUpsample(size) for size in config.group_sizes])
@@ -104,6 +106,8 @@ class IFlameModel(IFlamePreTrainedModel):
         return_dict: bool | None = None,
         past_key_values: IFlameCache | None = None,
         layout: RowLayout | None = None,
+        category: torch.LongTensor | None = None,
+        num_faces: torch.LongTensor | None = None,
         **kwargs,
     ):
         r"""
@@ -119,6 +123,9 @@ class IFlameModel(IFlamePreTrainedModel):
             inputs_embeds: (B, T, C) instead of `input_ids`.
             layout ([`RowLayout`]): which meshes the rows hold and where, as who packs rows knows it: nothing has to be
                 read back from the device. `attention_mask` is left out beside it, and `position_ids` are not read.
+                What is known of each mesh are its attributes `category` and `num_faces`.
+            category: (B,) what the mesh of each row is, a place in `config.categories`; -1 where it is not known.
+            num_faces: (B,) how many faces it has; -1 where it is not known.
 
         Returns:
             [`IFlameModelOutput`]: `hidden_states` holds the input of the first block and the output of every
@@ -144,8 +151,14 @@ class IFlameModel(IFlamePreTrainedModel):
 
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if layout is not None:
+            layout = layout.to((input_ids if inputs_embeds is None else inputs_embeds).device, non_blocking=True)
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self._embedded(input_ids, layout, category, num_faces)
+        elif category is not None or num_faces is not None:
+            raise ValueError(
+                "category and num_faces are added to the start face of input_ids: inputs_embeds have none"
+            )
         if inputs_embeds.shape[1] == 0:
             raise ValueError("there are no tokens: a mesh begins with the start face of nine bos tokens")
         cache = one_cache(cache, past_key_values)
@@ -180,6 +193,17 @@ class IFlameModel(IFlamePreTrainedModel):
             **{CACHE_NAME: cache if use_cache else None},
         )
         return output if return_dict else output.to_tuple()
+
+    def _embedded(self, input_ids, layout, category, num_faces):
+        """(B, T) ids -> (B, T, C), the start faces with what is known of their meshes."""
+        embeds = self.embed_tokens(input_ids)
+        if layout is not None and layout.shape != input_ids.shape:
+            layout = None  # which is found to be wrong later on
+        conditions = conditions_of_rows(self.config, category, num_faces, layout, len(input_ids))
+        if not conditions:
+            return embeds
+        starts = input_ids == self.config.bos_token_id
+        return add_conditions(embeds, starts, self.conditions(conditions), layout)
 
     def _hourglass(self, depth, hidden_states, levels, cache, trace):
         """
@@ -242,6 +266,8 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: IFlameCache | None = None,
         layout: RowLayout | None = None,
+        category: torch.LongTensor | None = None,
+        num_faces: torch.LongTensor | None = None,
         **kwargs,
     ):
         r"""
@@ -267,6 +293,8 @@ class IFlameForCausalLM(IFlamePreTrainedModel, IFlameGenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             layout=layout,
+            category=category,
+            num_faces=num_faces,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])

@@ -72,6 +72,7 @@ def choice():
         Settings(temperature=0.6, top_k=5),
         Settings(temperature=1.4, top_p=0.6),
         Settings(min_p=0.2),
+        Settings(0.9, 40, 0.9, 0.05, 1.3, guidance_scale=2.5),
         Settings(0.9, 40, 0.9, 0.05, 1.3),
     ):
         logits = 2 * torch.randn(rows, 132, generator=random)
@@ -80,6 +81,11 @@ def choice():
         np.put_along_axis(seen, ids.numpy(), True, axis=1)
         begin = fresh(rows, 4, seen)
         scores = logits.clone()
+        if settings.guidance_scale != 1:
+            scores = scores.log_softmax(dim=-1)
+            # as transformers' UnbatchedClassifierFreeGuidanceLogitsProcessor
+            scores = settings.guidance_scale * (scores[::2] - scores[1::2]) + scores[1::2]
+            scores = scores.repeat_interleave(2, dim=0)
         if settings.repetition_penalty != 1:
             scores = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)(ids, scores)
         best = scores.argmax(dim=-1)
@@ -93,7 +99,8 @@ def choice():
         reached = scores.double().softmax(dim=-1).cumsum(dim=-1)
         sampled = (reached <= torch.from_numpy(begin.uniforms[:, :1]) * reached[:, -1:]).sum(dim=-1)
         for sample, expected in ((True, sampled), (False, best)):
-            how = Choice(sample, settings != Settings(), settings.repetition_penalty != 1, False, 129, 131)
+            penalty, guided = settings.repetition_penalty != 1, settings.guidance_scale != 1
+            how = Choice(sample, settings != Settings(), penalty, False, 129, 131, guided)
             for chooser in choosers(rows, 4, begin, settings):
                 tokens = torch.zeros(rows, dtype=torch.long)
                 chooser.choose(how, logits, tokens, 4, True)
