@@ -54,6 +54,7 @@ SOURCES = ("memory-mapped", "streaming")
 # As training.prepare_data writes them.
 ROW_GROUP = 256
 SEED = 0
+EVERYTHING = {"scale": 0.25, "shift": True, "turn": "any", "mirror": True}
 
 
 def write_tori(path: Path, count: int, faces: int = 200) -> None:
@@ -80,12 +81,13 @@ def write_tori(path: Path, count: int, faces: int = 200) -> None:
 
 def open_rows(source: str, files: list[str], row_length: int, augmented: bool) -> TrainingRows:
     tokenizer = IFlameTokenizer()
+    varied = EVERYTHING if augmented else {}
     if source == "streaming":
-        encode = MeshEncoder(tokenizer, row_length, SEED, scale=augmented, shift=augmented)
+        encode = MeshEncoder(tokenizer, row_length, SEED, **varied)
         return StreamedRows(open_stream(files), encode, "drop")
     meshes = ParquetMeshes(files)
     stream = RowStream(*mesh_sizes(meshes, row_length, "drop"), row_length // TOKENS_PER_FACE, SEED)
-    return MappedRows(MeshRows(meshes, tokenizer, row_length, SEED, scale=augmented, shift=augmented), stream)
+    return MappedRows(MeshRows(meshes, tokenizer, row_length, SEED, **varied), stream)
 
 
 def triangles_of(corners: np.ndarray) -> tuple:

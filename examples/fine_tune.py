@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     train += ["--output_dir", (options.out / "model").resolve(), "--train_file", *[file.resolve() for file in files]]
     train += ["--row_length", row_length, "--max_steps", options.steps, "--learning_rate", options.learning_rate]
     train += ["--save_steps", 0, "--num_samples", options.samples, "--sample_max_faces", 2 * max(faces)]
-    train += ["--scale_augmentation", options.augment, "--shift_augmentation", options.augment]
+    train += ["--scale_augmentation", 0.25 if options.augment else 0, "--shift_augmentation", options.augment]
     run("2. training, then samples", [*train, "--top_p", 0.8])
 
     lines = [json.loads(line) for line in (options.out / "model" / "log.jsonl").read_text().splitlines()]

@@ -52,14 +52,14 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         max_steps: 7
         stage_layers: [1, 2, 3, 2, 1]
         bf16: true
-        scale_augmentation: false
+        scale_augmentation: 0
         save_total_limit: null
         lr_scheduler_kwargs: {min_lr_rate: 0.1}
     """
     arguments = parse_arguments([write(tmp_path, text), "--max_steps", "9", "--row-length", "180"])
     assert arguments.train.learning_rate == 1e-3 and arguments.train.max_steps == 9
     assert arguments.model.stage_layers == [1, 2, 3, 2, 1]
-    assert arguments.train.bf16 is True and arguments.data.scale_augmentation is False
+    assert arguments.train.bf16 is True and arguments.data.scale_augmentation == 0
     assert arguments.schedule_kwargs() == {"min_lr_rate": 0.1}
     assert arguments.data.row_length == 180 and arguments.train.save_total_limit is None
     assert parse_arguments(["--no_shift_augmentation"]).data.shift_augmentation is False

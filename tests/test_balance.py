@@ -87,7 +87,7 @@ def test_a_run_that_goes_on_in_the_middle_of_an_epoch_takes_the_same_rows():
     def rows():
         balance = Balance([packs, meshes.categories], 0.5)
         stream = RowStream(*mesh_sizes(meshes, ROW, "error"), ROW // 9, 5, balance)
-        return MappedRows(MeshRows(meshes, IFlameTokenizer(), ROW, 5, True, True, "any", True), stream)
+        return MappedRows(MeshRows(meshes, IFlameTokenizer(), ROW, 5, 0.25, True, "any", True), stream)
 
     whole = list(islice(rows().batches([], 2), 30))
     assert whole[-1][1][0] >= 1 and rows().digest() == rows().digest()
@@ -148,13 +148,13 @@ def test_the_options_reach_training_rows_and_no_held_out_ones(tmp_path):
     given += ["--balance_power", "0.25", "--turn_augmentation", "any", "--mirror_augmentation"]
     data = load_data(parse_arguments(given), IFlameTokenizer(), OneProcess())
     encode, fixed = data.rows.rows.encode, data.validation_loader.rows.encode
-    assert (encode.scale, encode.shift, encode.turn, encode.mirror) == (True, True, "any", True)
-    assert (fixed.scale, fixed.shift, fixed.turn, fixed.mirror) == (False, False, "none", False)
+    assert (encode.scale, encode.shift, encode.turn, encode.mirror) == (0.25, True, "any", True)
+    assert (fixed.scale, fixed.shift, fixed.turn, fixed.mirror) == (0, False, "none", False)
     balance = data.rows.stream.balance
     assert balance.power == 0.25 and [groups.tolist() for groups in balance.groups] == [[0, 0, 0, 1]] * 2
     streamed = [*given[:4], *given[9:], "--streaming", "--max_steps", "5"]
     encode = load_data(parse_arguments(streamed), IFlameTokenizer(), OneProcess()).rows.encode
-    assert (encode.scale, encode.shift, encode.turn, encode.mirror) == (True, True, "any", True)
+    assert (encode.scale, encode.shift, encode.turn, encode.mirror) == (0.25, True, "any", True)
     plain = load_data(parse_arguments(given[:4]), IFlameTokenizer(), OneProcess())
     encode = plain.rows.rows.encode
     assert (encode.turn, encode.mirror, plain.rows.stream.balance) == ("none", False, None)
@@ -166,6 +166,8 @@ def test_the_options_reach_training_rows_and_no_held_out_ones(tmp_path):
         (["--balance=category", "--balance_power=2"], "balance_power must be from 0 to 1, got 2.0"),
         (["--balance", "pack", "pack"], "balance names a column twice: pack pack"),
         (["--balance_power=0.5"], "balance_power needs balance"),
+        (["--scale_augmentation=-0.1"], "scale_augmentation must be at least 0 and finite, got -0.1"),
+        (["--scale_augmentation=nan"], "must be at least 0 and finite, got nan"),
         (["--turn_augmentation=half"], "invalid choice: 'half'"),
     ],
 )

@@ -114,7 +114,7 @@ def test_every_mesh_is_in_an_epoch_once_over_all_ranks_and_workers(rows, names, 
 
 def test_the_rows_of_a_process_are_the_same_for_any_number_of_workers(files):
     rows = StreamedRows(
-        open_stream(files), MeshEncoder(IFlameTokenizer(), ROW, 3, scale=True, shift=True), shards_in_block=2
+        open_stream(files), MeshEncoder(IFlameTokenizer(), ROW, 3, scale=0.25, shift=True), shards_in_block=2
     )
     alone = list(islice(rows.batches([], 4, 1, 2), 15))
     assert alone[-1][1][0] > 6, "the rows should reach into the second epoch"
@@ -144,7 +144,7 @@ def test_epochs_differ_in_order_and_company(rows, names):
 
 
 def test_without_augmentation_meshes_are_as_memory_mapped_ones_and_with_it_they_vary_by_epoch(files, names):
-    augmented = StreamedRows(open_stream(files), MeshEncoder(IFlameTokenizer(), ROW, 3, scale=True), shards_in_block=2)
+    augmented = StreamedRows(open_stream(files), MeshEncoder(IFlameTokenizer(), ROW, 3, scale=0.25), shards_in_block=2)
     epochs = [set(), set()]
     for batch, (block, _) in until_block(augmented, 12, [], 1):
         epochs[block // 6].update(sequences_in(batch))

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -89,7 +90,11 @@ class DataArguments:
         "leave its end open, or drop it.",
         LONG_MESHES,
     )
-    scale_augmentation: bool = option(True, "Stretch every mesh by 0.75 to 1.25 along each axis, anew in every epoch.")
+    scale_augmentation: float = option(
+        0.25,
+        "Stretch every mesh along each axis by a factor from 1 / (1 + this) to 1 + this, anew in every epoch; 0 "
+        "leaves its sides as they are.",
+    )
     shift_augmentation: bool = option(True, "Move every mesh by up to 0.1 (0.075 along the third axis) in its box.")
     turn_augmentation: str = option(
         "none",
@@ -224,6 +229,11 @@ class Arguments:
             raise ValueError(
                 f"row_length must be a multiple of nine, a mesh being faces of nine tokens, and at least 27; "
                 f"got {data.row_length}"
+            )
+        if not 0 <= data.scale_augmentation < math.inf:
+            raise ValueError(
+                f"scale_augmentation must be at least 0 and finite, got {data.scale_augmentation}: 0.25 stretches by "
+                "0.8 to 1.25"
             )
         self._check_balance()
         if data.validation_file and not data.train_file:

@@ -11,8 +11,7 @@ from iflame_hf.mesh_files_iflame import load_mesh
 from iflame_hf.mesh_iflame import normalise, triangulate
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 
-# Ranges of the paper's code.
-SCALE_RANGE = (0.75, 1.25)
+# The range of the paper's code.
 SHIFT_RANGE = np.array([0.1, 0.1, 0.075])
 # Cosine and sine of no turn, a quarter, a half and three quarters.
 QUARTER_TURNS = ((1, 0), (0, 1), (-1, 0), (0, -1))
@@ -96,25 +95,28 @@ def augment(
     vertices: np.ndarray,
     faces: np.ndarray,
     rng: np.random.Generator,
-    scale: bool = True,
+    scale: float = 0.25,
     shift: bool = True,
     turn: str = "none",
     mirror: bool = False,
     up_axis: str = "y",
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Vary a normalised mesh, (V, 3) and (F, 3): stretch each axis by 0.75 to 1.25, turn about the vertical axis and
-    normalise again, then move by up to 0.1 (0.075 along the third axis) as far as the cube [-0.5, 0.5] leaves room. To
-    stretch and to move are the augmentation of the paper's code. Always takes the same random numbers.
+    Vary a normalised mesh, (V, 3) and (F, 3): stretch each axis, turn about the vertical axis and normalise again,
+    then move by up to 0.1 (0.075 along the third axis) as far as the cube [-0.5, 0.5] leaves room. Always takes the
+    same random numbers.
 
     Args:
+        scale: each axis is stretched by a factor of its own, between 1 / (1 + scale) and 1 + scale, whose logarithm is
+            drawn evenly; 0 leaves the sides as they are.
+        shift: whether to move.
         turn: "none", "quarter" for a multiple of 90 degrees, "any" for any angle. Stretched before it is turned, a
             mesh keeps its right angles.
         mirror: in half of the cases mirror at the plane x = 0 and reverse the faces, which look outwards as before.
         up_axis: the vertical axis of the mesh, "y" or "z".
     """
     numbers, (angle, side) = rng.random((2, 3)), rng.random(2)
-    factors = SCALE_RANGE[0] + (SCALE_RANGE[1] - SCALE_RANGE[0]) * numbers[0] if scale else np.ones(3)
+    factors = (1 + scale) ** (2 * numbers[0] - 1)
     if mirror and side < 0.5:
         vertices, faces = vertices * (-1, 1, 1), faces[:, ::-1]
     if turn != "none":
@@ -152,7 +154,7 @@ class MeshEncoder:
     tokenizer: IFlameTokenizer
     row_length: int
     seed: int = 0
-    scale: bool = False
+    scale: float = 0.0
     shift: bool = False
     turn: str = "none"
     mirror: bool = False

@@ -179,7 +179,7 @@ class MeshRows:
         tokenizer: IFlameTokenizer,
         row_length: int,
         seed: int = 0,
-        scale: bool = False,
+        scale: float = 0.0,
         shift: bool = False,
         turn: str = "none",
         mirror: bool = False,
