@@ -30,7 +30,8 @@ from benchmarks.oracle import WrongResult
 from iflame_hf import IFlameTokenizer
 from training.rows.encode import MeshEncoder
 from training.rows.load import TrainingRows
-from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.map import MappedRows, MeshRows, RowStream, mesh_sizes
+from training.rows.meshes import ParquetMeshes
 from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE
 from training.rows.stream import StreamedRows, open_stream
 from training.run.ending import ends_in_words

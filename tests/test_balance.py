@@ -12,8 +12,9 @@ import torch
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
 from training.procedural.make import make_dataset
-from training.rows.balance import Balance
-from training.rows.map import MappedRows, MeshRows, ParquetMeshes, ProceduralMeshes, RowStream, load_data, mesh_sizes
+from training.rows.balance import Balance, bins_of_faces
+from training.rows.map import MappedRows, MeshRows, RowStream, load_data, mesh_sizes
+from training.rows.meshes import ParquetMeshes, ProceduralMeshes
 
 ROW = 9 * 202
 # Meshes by pack (rows) and category (columns).
@@ -134,10 +135,27 @@ def test_what_cannot_be_balanced_by_is_an_error_that_names_the_column(tmp_path, 
         load_data(arguments, IFlameTokenizer(), OneProcess())
 
 
-def test_generated_meshes_are_balanced_by_kind_and_by_nothing_else():
+def test_meshes_are_balanced_by_bins_of_faces_that_double(tmp_path):
+    edges = [1, 50, 51, 100, 101, 200, 400, 401, 6400, 6401, 90_000]
+    assert bins_of_faces(np.array(edges)).tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 7, 8, 8]
+    table = files(tmp_path, num_faces=[7] * 60)  # a column of that name is not asked
+    data = load_data(
+        parse_arguments(["--train_file", *table, "--balance", "num_faces"]), IFlameTokenizer(), OneProcess()
+    )
+    stream, counts = data.rows.stream, data.rows.rows.meshes.num_faces
+    bins = [np.flatnonzero((low < counts) & (counts <= high)) for low, high in ((0, 50), (50, 100), (100, 200))]
+    assert all(len(own) > 2 for own in bins) and sum(map(len, bins)) == 60
+    roots = np.sqrt([len(own) for own in bins])
+    for own, root in zip(bins, roots, strict=True):
+        np.testing.assert_allclose(stream.weights[own], root / roots.sum() / len(own))
+
+
+def test_generated_meshes_are_balanced_by_kind_and_faces_and_by_nothing_else():
     few = ["--num_procedural_meshes", "20", "--num_procedural_validation_meshes", "0"]
     data = load_data(parse_arguments([*few, "--balance", "category"]), IFlameTokenizer(), OneProcess())
     assert data.rows.stream.weights.sum() == pytest.approx(1) and data.rows.stream.balance.power == 0.5
+    by_faces = load_data(parse_arguments([*few, "--balance", "num_faces"]), IFlameTokenizer(), OneProcess())
+    assert len(np.unique(by_faces.rows.stream.weights)) == len(np.unique(by_faces.rows.stream.balance.groups[0])) > 1
     with pytest.raises(ValueError, match="generated meshes have no pack"):
         load_data(parse_arguments([*few, "--balance", "pack"]), IFlameTokenizer(), OneProcess())
 

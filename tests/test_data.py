@@ -14,16 +14,8 @@ from iflame_hf import IFlameTokenizer
 from training.procedural.make import make_dataset
 from training.rows.balance import Balance
 from training.rows.encode import augment
-from training.rows.map import (
-    MappedRows,
-    MeshRows,
-    ParquetMeshes,
-    ProceduralMeshes,
-    RowKey,
-    RowStream,
-    evaluation_batches,
-    mesh_sizes,
-)
+from training.rows.map import MappedRows, MeshRows, RowKey, RowStream, evaluation_batches, mesh_sizes
+from training.rows.meshes import ParquetMeshes, ProceduralMeshes
 from training.rows.pack import IGNORED
 
 ROW = 9 * 202

@@ -13,7 +13,7 @@ from mesh_fixtures import signed_volume
 from prepared_fixtures import prepare, rejected, rows
 
 from training.recipes import meshgpt_to_parquet
-from training.rows.map import ParquetMeshes
+from training.rows.meshes import ParquetMeshes
 
 NAMES = {"train": ["03001627_a", "04379243_b", "03001627_c"], "val": ["02828884_d"]}
 

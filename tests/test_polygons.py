@@ -14,7 +14,8 @@ from iflame_hf.mesh_errors_iflame import MeshError
 from iflame_hf.mesh_files_iflame import load_mesh
 from iflame_hf.mesh_iflame import canonicalise, normalise, quantise, triangulate
 from training.rows.encode import MeshEncoder, MeshTable, count_triangles
-from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.map import MappedRows, MeshRows, RowStream, mesh_sizes
+from training.rows.meshes import ParquetMeshes
 from training.rows.stream import StreamedRows, open_stream
 
 TOKENIZER = IFlameTokenizer()

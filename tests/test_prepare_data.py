@@ -18,7 +18,7 @@ from prepared_fixtures import content, prepare, rejected, rows, summary, write_b
 from iflame_hf import IFlameTokenizer
 from training.prepare import mesh_worker, prepared_set
 from training.prepare.synsets import SYNSETS
-from training.rows.map import ParquetMeshes
+from training.rows.meshes import ParquetMeshes
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from training_processes import Trainer, command_line, log_of, losses_of
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
 from training.rows.encode import MeshEncoder
-from training.rows.map import MappedRows, MeshRows, ParquetMeshes, RowStream, mesh_sizes
+from training.rows.map import MappedRows, MeshRows, RowStream, mesh_sizes
+from training.rows.meshes import ParquetMeshes
 from training.rows.stream import StreamedRows, open_stream
 from training.run.checkpoint import Progress
 

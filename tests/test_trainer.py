@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from iflame_hf import IFlameTokenizer
 from training.procedural.make import make_dataset
 from training.rows.collate import MeshCollator
-from training.rows.map import MeshRows, ProceduralMeshes, RowStream, mesh_sizes
+from training.rows.map import MeshRows, RowStream, mesh_sizes
+from training.rows.meshes import ProceduralMeshes
 
 ROW = 9 * 80
 CORNERS = [[0, 0, 0], [2, 0, 0], [0, 0, 2], [0, 4, 0]]

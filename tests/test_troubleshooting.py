@@ -19,7 +19,8 @@ from transformers.dynamic_module_utils import resolve_trust_remote_code
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer, implementations_iflame, names
 from training.arguments import parse_arguments
 from training.procedural.make import ProceduralMesh, make_dataset
-from training.rows.map import MeshRows, ProceduralMeshes, mesh_sizes, require_usable
+from training.rows.map import MeshRows, mesh_sizes, require_usable
+from training.rows.meshes import ProceduralMeshes
 from training.run.create import create_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -106,8 +106,9 @@ class DataArguments:
     )
     balance: list[str] | None = option(
         None,
-        "Columns, such as category or pack: draw the meshes of an epoch such that small groups in them come more "
-        "often. By several columns the chances of a mesh are multiplied.",
+        "Columns, such as category or pack, or num_faces, whose groups are up to 50, 100, 200, 400, ... faces: draw "
+        "the meshes of an epoch such that those of small groups come more often. By several the chances of a mesh "
+        "are multiplied.",
     )
     balance_power: float = option(
         0.5,

@@ -15,7 +15,7 @@ import numpy as np
 
 from iflame_cli.render import render_meshes
 from iflame_hf.mesh_files_iflame import load_mesh
-from training.rows.map import ParquetMeshes
+from training.rows.meshes import ParquetMeshes
 from training.run.ending import ends_in_words
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from training.prepare.containers import HUB
-from training.prepare.prepared_set import FACE_BINS, SPLITS
+from training.prepare.prepared_set import SPLITS
+from training.rows.balance import FACE_BINS
 
 _MOST_TABLE_ROWS = 60
 # Of the Hub's identifiers of licences (huggingface.co/docs/hub/repositories-licenses) those that data sets have.

@@ -24,6 +24,7 @@ from training.prepare.items import Item
 from training.prepare.mesh_worker import Prepared
 from training.prepare.rejection import DUPLICATE, NOT_CHOSEN, Rejected
 from training.prepare.sources import chain
+from training.rows.balance import bins_of_faces
 
 SPLITS = ("train", "validation")
 SCHEMA = pyarrow.schema(
@@ -42,7 +43,6 @@ SCHEMA = pyarrow.schema(
 )
 STATE, SETTINGS, REJECTED, SUMMARY = ".state.sqlite", "settings.json", "rejected.jsonl", "summary.json"
 UNPACKED = ".unpacked"
-FACE_BINS = (50, 100, 200, 400, 800, 1600, 3200, 6400)  # the most faces in each bin but the last
 _ROWS_PER_GROUP = 256
 # In the settings of a set: by it a folder is known as one that prepare_data may go on with or clear.
 _ORIGIN = {"made_by": "training.prepare_data"}
@@ -154,7 +154,7 @@ class PreparedSet:
         self._count("license", license or "")
         self._count("pack", item.pack or "")
         self._count("author", item.author or "")
-        self._count("faces", str(int(np.searchsorted(FACE_BINS, prepared.num_faces_q))))
+        self._count("faces", str(int(bins_of_faces(prepared.num_faces_q))))
         self._count("total faces", "after quantisation", prepared.num_faces_q)
         self._done(item)
         if self._waiting[split] == self._shard_size:

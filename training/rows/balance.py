@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow
 
+FACE_BINS = (50, 100, 200, 400, 800, 1600, 3200, 6400)  # the most faces in each bin but the last
+
 
 @dataclass(frozen=True)
 class Balance:
@@ -34,6 +36,11 @@ class Balance:
         """What the weights follow from."""
         groups = (np.ascontiguousarray(groups, dtype=np.int64).tobytes() for groups in self.groups)
         return b"".join([repr(float(self.power)).encode(), *groups])
+
+
+def bins_of_faces(num_faces: np.ndarray | int) -> np.ndarray:
+    """The bin of each number of faces, 0 for those up to the first of FACE_BINS."""
+    return np.searchsorted(FACE_BINS, num_faces)
 
 
 def check_columns(columns: Sequence[str], schema: pyarrow.Schema, file: str) -> None:

@@ -1,4 +1,4 @@
-"""Meshes for training and evaluation: where they come from, how they vary from epoch to epoch, and their order.
+"""Rows of meshes for training and evaluation: how they vary from epoch to epoch, and their order.
 
 Everything random is a function of the seed, the epoch and the mesh, so that neither the number of worker processes nor
 of devices changes what is learnt, and a place in the data is two numbers: an epoch and a row.
@@ -11,20 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-import datasets
-import fsspec
 import numpy as np
-import pyarrow.parquet
 from accelerate import Accelerator
 
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.arguments import Arguments
-from training.procedural.make import make_dataset
-from training.rows.balance import Balance, check_columns
-from training.rows.encode import MeshEncoder, MeshTable, count_triangles
+from training.rows.balance import Balance
+from training.rows.encode import MeshEncoder
 from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
+from training.rows.meshes import Meshes, ParquetMeshes, generated_meshes
 from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, best_fit, pack, plan_rows
 from training.rows.stream import stream_rows
 
@@ -34,125 +31,6 @@ MESHES_AT_ONCE = 256
 ROWS_IN_MESSAGE = 32
 # Another number when the same seed comes to mean other rows: checkpoints from before are then refused.
 ORDER = 2
-# What the held-out procedural meshes add to the seed.
-VALIDATION_SEED = 1_000_003
-
-
-class Meshes(Protocol):
-    """A collection of meshes, in memory or on disk."""
-
-    num_faces: np.ndarray  # (N,) triangles
-    categories: np.ndarray  # (N,) indices into category_names
-    category_names: list[str]
-
-    def read(self, indices: Sequence[int]) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-        """Vertices (V, 3) and faces (F, 3) of some meshes; getting a damaged one raises ValueError."""
-
-    def groups(self, column: str) -> np.ndarray:
-        """Numbers (N,) that are equal for meshes with the same value in a column. Raises ValueError if there is no
-        such column, or it holds no text and no whole numbers."""
-
-    def describe(self, index: int) -> str:
-        """What an error message calls the mesh."""
-
-
-class ProceduralMeshes:
-    """Meshes of `training.procedural.make`, in memory; their kind is their category."""
-
-    def __init__(self, meshes: Sequence[Any]):
-        self._meshes = meshes
-        self.num_faces = np.array([len(mesh.faces) for mesh in meshes], dtype=np.int64)
-        self.category_names, self.categories = _number([mesh.kind for mesh in meshes])
-
-    def read(self, indices: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(self._meshes[index].vertices, self._meshes[index].faces) for index in indices]
-
-    def groups(self, column: str) -> np.ndarray:
-        if column != "category":
-            raise ValueError(
-                f"generated meshes have no {column} to balance by: give --balance category or no --balance"
-            )
-        return self.categories
-
-    def describe(self, index: int) -> str:
-        return f"generated mesh {index} ({self._meshes[index].kind})"
-
-
-class ParquetMeshes:
-    """
-    The meshes of parquet files, here or at hf:// addresses, memory-mapped by `datasets`: columns `vertices` and
-    `faces` (lists of three numbers; of more corners, which become fans of triangles), and `category` and `name` where
-    there are such.
-
-    Args:
-        max_samples: take only the first so many.
-        grouped_by: columns that `groups` will be asked for.
-
-    Raises:
-        ValueError: no such file, a column is missing or of another type, or there is no mesh in them.
-    """
-
-    def __init__(self, files: Sequence[str], max_samples: int | None = None, grouped_by: Sequence[str] = ()):
-        optional, filled = {"category", "name"}, []
-        for file in chain.from_iterable(map(expand, files)):
-            try:
-                with fsspec.open(file) as opened:
-                    metadata = pyarrow.parquet.read_metadata(opened)
-            except (OSError, pyarrow.ArrowInvalid) as error:
-                raise ValueError(f"{file} cannot be read as a parquet file: {error}") from error
-            schema = metadata.schema.to_arrow_schema()
-            names = set(schema.names)
-            missing = {"vertices", "faces"} - names
-            if missing:
-                raise ValueError(f"{file} has no column {' and no column '.join(sorted(missing))}")
-            check_columns(grouped_by, schema, file)
-            optional &= names
-            filled += [str(file)] * (metadata.num_rows > 0)
-        if not filled:
-            raise ValueError(f"there is no mesh in {', '.join(map(str, files))}")
-        columns = ["vertices", "faces", *sorted(optional.union(grouped_by))]
-        self._data = datasets.load_dataset("parquet", data_files=filled, split="train", columns=columns)
-        if max_samples is not None:
-            self._data = self._data.take(min(max_samples, len(self._data)))
-        table = self._data.with_format("arrow")
-        self.num_faces = count_triangles(table["faces"][:])
-        categories = self._data["category"][:] if "category" in optional else ["all"] * len(self._data)
-        self.category_names, self.categories = _number([str(category) for category in categories])
-        self._rows = self._data.select_columns(["vertices", "faces"]).with_format("arrow")
-        self._names = self._data.select_columns(["name"]) if "name" in optional else None
-
-    def read(self, indices: Sequence[int]) -> MeshTable:
-        return MeshTable(self._rows[list(indices)])
-
-    def groups(self, column: str) -> np.ndarray:
-        values = self._data[column][:]
-        if all(value is None for value in values):
-            raise ValueError(f"no mesh has a value in the column {column}, so --balance {column} has nothing to go by")
-        return _number([str(value) for value in values])[1]
-
-    def describe(self, index: int) -> str:
-        return f"mesh {index}" if self._names is None else f"mesh {index} ({self._names[index]['name']})"
-
-
-def expand(pattern: str) -> list[str]:
-    """
-    The files that a pattern names, on this machine or, of hf:// addresses, on the Hub; a plain name is itself. Raises
-    ValueError if there is none.
-    """
-    if not fsspec.core.has_magic(pattern):
-        return [pattern]
-    system, path = fsspec.core.url_to_fs(pattern)
-    found = sorted(system.glob(path))
-    if not found:
-        is_held_out = "validation" in pattern.rpartition("/")[2]
-        advice = "; a set without held-out meshes has none: leave out --validation_file" if is_held_out else ""
-        raise ValueError(f"no file matches {pattern}{advice}")
-    return [system.unstrip_protocol(name) if "://" in pattern else name for name in found]
-
-
-def _number(names: list[str]) -> tuple[list[str], np.ndarray]:
-    unique, indices = np.unique(names, return_inverse=True)
-    return unique.tolist(), indices
 
 
 class RowKey(NamedTuple):
@@ -410,13 +288,8 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
             if options.validation_file:
                 validation = ParquetMeshes(options.validation_file, options.max_eval_samples)
     else:
-        chosen = {"max_faces": options.procedural_max_faces, "kinds": tuple(options.procedural_kinds)}
-        count = min(options.num_procedural_meshes, options.max_train_samples or options.num_procedural_meshes)
-        meshes = ProceduralMeshes(make_dataset(count, train.seed, **chosen))
-        count = options.num_procedural_validation_meshes
-        count = min(count, options.max_eval_samples or count)
-        if count:
-            validation = ProceduralMeshes(make_dataset(count, train.seed + VALIDATION_SEED, **chosen))
+        meshes = generated_meshes(options, train.seed)
+        validation = generated_meshes(options, train.seed, held_out=True)
 
     length, capacity = options.row_length, options.row_length // TOKENS_PER_FACE
     varied = {
