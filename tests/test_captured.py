@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -73,16 +74,16 @@ def test_steps_on_one_buffer_of_gradients_learn_what_accelerates_do(optim):
 
 def test_few_kinds_of_rows_serve_all_batches():
     kinds = {kind_of(with_rounded_room(batch_of(seed))) for seed in range(50)}
-    assert kinds == {((ROWS, 9 * FACES), 32, True)}
+    assert kinds == {((ROWS, 9 * FACES), 32, True, ())}
     rows = batch_of(0)
     rounded = with_rounded_room(rows)["layout"]
     assert torch.equal(rounded.offsets[:, : rows["layout"].num_meshes + 1], rows["layout"].offsets)
     assert (rounded.offsets[:, rows["layout"].num_meshes :] == rows["layout"].offsets[:, -1:]).all()
     assert rounded.longest == (9 * FACES, 3 * FACES, FACES)
     single = batch_of(0, packed=False)
-    assert kind_of(with_rounded_room(single)) == ((ROWS, 9 * FACES), ROWS, False)
+    assert kind_of(with_rounded_room(single)) == ((ROWS, 9 * FACES), ROWS, False, ())
     many = {**rows, "layout": RowLayout.of_begins(torch.ones(ROWS, FACES, dtype=torch.bool), 9 * FACES, STRIDES)}
-    assert kind_of(with_rounded_room(many)) == ((ROWS, 9 * FACES), 64, True)
+    assert kind_of(with_rounded_room(many)) == ((ROWS, 9 * FACES), 64, True, ())
     with pytest.raises(ValueError, match="alone, got attention_mask"):
         with_rounded_room({**rows, "attention_mask": rows["input_ids"]})
 
@@ -119,6 +120,44 @@ def test_what_is_repeated_learns_from_the_rows_and_rates_of_now(optim, repeats):
     found, moved, used = learnt(CapturedLearner, optim, packed=False)
     assert len(used._graphs) == 3 and torch.allclose(found, expected, rtol=1e-5, equal_nan=True)
     assert all(torch.allclose(moved[name], weight, atol=1e-6) for name, weight in weights.items())
+
+
+def told(rows, seed):
+    """The same rows, of whose meshes something is known."""
+    random = torch.Generator().manual_seed(seed)
+    names, count = ("num_faces", "category"), rows["layout"].num_meshes
+    attributes = {name: torch.randint(0, 99, (count,), generator=random) for name in names}
+    return {**rows, "layout": replace(rows["layout"], attributes=attributes)}
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_what_is_known_of_meshes_is_that_of_now_in_every_step(captures, repeats):
+    model, seen = small_model().train(), []
+
+    def see(module, arguments, inputs):
+        seen.append({name: values.clone() for name, values in inputs["layout"].attributes.items()})
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    optimizer = create_optimizer(model, "adamw_torch", 0.0, 0.1, fused=True)
+    chosen = CapturedLearner(model, optimizer, CLIP, contextlib.nullcontext, captures=captures)
+    batches = [told(batch_of(seed, packed=False), seed) for seed in range(4)]
+    for batch in batches:
+        chosen.update(chosen.backward([batch], 100))
+    assert len(chosen._graphs) == (3 if captures else 0) and len(seen) == 4
+    for batch, attributes in zip(batches, seen, strict=True):
+        expected = batch["layout"].attributes
+        assert attributes.keys() == expected.keys()
+        assert all(torch.equal(attributes[name], values) for name, values in expected.items())
+
+
+def test_what_is_known_of_meshes_has_room_for_more_and_makes_rows_another_kind():
+    rows = told(batch_of(1), 1)
+    rounded = with_rounded_room(rows)
+    for name, values in rows["layout"].attributes.items():
+        expected = torch.cat([values, torch.full((32 - len(values),), -1)])
+        assert torch.equal(rounded["layout"].attributes[name], expected)
+    assert kind_of(rounded).attributes == ("category", "num_faces")
+    assert kind_of(rounded) != kind_of(with_rounded_room(batch_of(1)))
 
 
 def test_what_looks_at_one_batch_on_the_host_is_not_repeated_for_others(repeats):

@@ -119,17 +119,6 @@ def test_rows_that_came_from_a_worker_are_those_of_their_keys(rows, stream):
     assert same(batch, rows.batch([RowKey(0, draws) for draws in stream.rows_of(0)[:5]]))
 
 
-def test_batches_know_the_category_and_the_faces_of_each_mesh(meshes, rows, stream):
-    for batch, draws in zip(first_batches(rows, stream, 4, size=1), stream.rows_of(0), strict=False):
-        layout, count = batch["layout"], len(draws)
-        assert layout.attributes["category"][:count].tolist() == meshes.categories[draws].tolist()
-        ends = (batch["labels"] == rows.tokenizer.eos_token_id).sum().item() // 9
-        assert ends == count and layout.attributes["faces"][:count].min() > 0
-        tokens = (batch["input_ids"] != rows.tokenizer.pad_token_id).sum().item()
-        assert 9 * (layout.attributes["faces"][:count] + 2).sum() == tokens
-        assert layout.attributes["category"][count:].tolist() == [-1] * (layout.num_meshes - count)
-
-
 def test_an_epoch_holds_every_mesh_once_and_epochs_differ(stream):
     epochs = [stream.rows_of(epoch) for epoch in range(2)]
     for epoch in epochs:
@@ -236,14 +225,14 @@ def test_an_unusable_mesh_is_left_out_of_its_row_and_named(tmp_path, meshes, tok
     table = pyarrow.parquet.read_table(file).to_pydict()
     table["vertices"][3][1] = [0.5]
     pyarrow.parquet.write_table(pyarrow.table(table), file)
-    rows = MeshRows(ParquetMeshes([str(file)]), tokenizer, ROW)
+    rows = MeshRows(ParquetMeshes([str(file)]), tokenizer, ROW, grouped=True)
     with pytest.warns(UserWarning) as caught:
         batch = rows.batch([RowKey(0, np.arange(5))])
     messages = [str(warning.message) for warning in caught]
     assert [f"({name}) is left out" in message for name, message in zip(bad, messages, strict=True)] == [True] * 4
     length = len(tokenizer.encode_mesh(good))
     assert (batch["labels"] != IGNORED).sum() == length - 9
-    assert batch["layout"].attribute("category").tolist() == [[0] * length + [-1] * (ROW - length)]
+    assert batch["layout"].attribute("group").tolist() == [[0] * length + [-1] * (ROW - length)]
 
 
 def test_meshes_longer_than_a_row_are_an_error_cropped_or_dropped(meshes, tokenizer):
@@ -284,8 +273,8 @@ def test_evaluation_sees_every_mesh_once_in_equally_many_batches_a_rank(meshes, 
     assert len({len(batches) for batches in ranks}) == 1
     keys = [key for batches in ranks for batch in batches for key in batch]
     assert sorted(np.concatenate([key.draws for key in keys])) == list(range(40))
-    empty = MeshRows(meshes, tokenizer, ROW).batch([RowKey(0, np.array([], dtype=np.int64))])
-    assert (empty["labels"] == IGNORED).all() and (empty["layout"].attribute("category") == -1).all()
+    empty = MeshRows(meshes, tokenizer, ROW, grouped=True).batch([RowKey(0, np.array([], dtype=np.int64))])
+    assert (empty["labels"] == IGNORED).all() and (empty["layout"].attribute("group") == -1).all()
 
 
 def test_the_digest_changes_with_the_data_and_not_with_the_run(meshes):

@@ -21,7 +21,7 @@ CATEGORIES = ["chair", "lamp", "table"]
 def batch():
     """Two rows of four meshes, of the categories chair, table, table, chair."""
     meshes, tokenizer = list(mesh_rows(4, faces=4, end=True).numpy()), IFlameTokenizer()
-    return row_inputs(pack([meshes[:2], meshes[2:]], 9 * 14, tokenizer, {"category": [0, 2, 2, 0]}), tokenizer)
+    return row_inputs(pack([meshes[:2], meshes[2:]], 9 * 14, tokenizer, {"group": [0, 2, 2, 0]}), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def counted_one_by_one(logits, labels, categories):
 
 
 def test_tokens_vertices_and_faces_are_counted_by_category(batch, logits):
-    categories = batch["layout"].attribute("category")
+    categories = batch["layout"].attribute("group")
     expected = counted_one_by_one(logits, batch["labels"], categories)
     counts = count_right(logits, batch["labels"], categories, len(CATEGORIES), 129)
     torch.testing.assert_close(counts.double(), expected, rtol=1e-5, atol=1e-5)

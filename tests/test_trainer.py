@@ -6,7 +6,7 @@ import pytest
 import torch
 import trimesh
 from prepared_fixtures import prepare
-from small_models import BOS, EOS, PAD, small_model
+from small_models import BOS, EOS, PAD, small_config, small_model
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from iflame_hf import IFlameTokenizer
@@ -141,10 +141,25 @@ def test_packed_rows_restart_positions_at_every_mesh_and_at_the_padding():
     places = [54, 27, 9], [27, 63]
     assert batch["position_ids"].tolist() == [[n for length in row for n in range(length)] for row in places]
     assert batch["layout"].positions().tolist() == batch["position_ids"].tolist()
-    assert batch["layout"].attributes["faces"].tolist() == [4, 1, -1, 1, -1]
-    with_categories = [mesh | {"category": number} for number, mesh in enumerate((SIDE, TETRAHEDRON, SIDE))]
-    batch = MeshCollator(IFlameTokenizer(), 9 * 10)(with_categories)
-    assert batch["layout"].attributes["category"].tolist() == [1, 0, -1, 2, -1]
+    assert batch["layout"].attributes == {}
+
+
+def test_batches_tell_the_model_what_its_config_asks_for():
+    config = small_config()
+    config.categories, config.condition_on_num_faces = ["side", "solid"], True
+    examples = [SIDE | {"category": "side"}, TETRAHEDRON | {"category": "solid"}, SIDE | {"category": "door"}, SIDE]
+    packed = MeshCollator(IFlameTokenizer(), 9 * 10, config)(examples)
+    layout = packed["layout"]  # a solid and a side; two sides; paddings
+    assert {name: values.tolist() for name, values in layout.attributes.items()} == {
+        "category": [1, 0, -1, -1, -1, -1],
+        "num_faces": [4, 1, -1, 1, 1, -1],
+    }
+    assert layout.attribute("num_faces")[0].tolist() == [4] * 54 + [1] * 27 + [-1] * 9
+    padded = MeshCollator(IFlameTokenizer(), config=config)(examples)
+    assert padded["category"].tolist() == [0, 1, -1, -1] and padded["num_faces"].tolist() == [1, 4, 1, 1]
+    assert {padded[name].dtype for name in ("category", "num_faces")} == {torch.int64}
+    config.categories = None
+    assert "category" not in MeshCollator(IFlameTokenizer(), config=config)(examples)
 
 
 @pytest.mark.parametrize("row_length", [None, 9 * 10])

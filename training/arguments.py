@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from training.optim.groups import OPTIMIZERS
 from training.optim.schedule import SCHEDULES
 from training.procedural.make import KINDS
+from training.rows.conditions import CONDITIONS
 from training.rows.pack import TOKENS_PER_FACE
 from training.run.ending import is_first_to_say
 
@@ -58,6 +59,15 @@ class ModelArguments:
     )
     linear_attn_implementation: str = option("auto", "How linear attention is computed: auto, chunked, fla, ...")
     gradient_checkpointing: bool = option(False, "Recompute blocks in the backward pass: less memory, more time.")
+    condition_on: list[str] | None = option(
+        None,
+        "What a new model is told of each mesh, so that it can be asked for it later: its category, its number of "
+        "faces. A model to start from keeps its own.",
+        CONDITIONS,
+    )
+    min_category_meshes: int = option(
+        20, "The categories that a new model knows are those of at least so many training meshes."
+    )
 
 
 @dataclass
@@ -114,6 +124,11 @@ class DataArguments:
         0.5,
         "A group of n meshes is drawn with a probability proportional to n to this power: 0 draws all groups equally "
         "often, 1 leaves them as they are.",
+    )
+    condition_dropout: float = option(
+        0.2,
+        "The probability with which a mesh's category is left out in training, and, independently, its number of "
+        "faces: so the model learns to do without.",
     )
     up_axis: str = option("y", "Vertical axis of the meshes.", ("y", "z"))
     dataloader_num_workers: int = option(0, "Processes that prepare rows; 0 prepares them in the main process.")
@@ -237,6 +252,7 @@ class Arguments:
                 "0.8 to 1.25"
             )
         self._check_balance()
+        self._check_conditions()
         if data.validation_file and not data.train_file:
             raise ValueError("validation_file needs a train_file: generated meshes have their own held-out ones")
         if train.required_eval_loss is not None:
@@ -263,6 +279,20 @@ class Arguments:
             )
         if "balance_power" in self.given and not columns:
             raise ValueError("balance_power needs balance: name the columns to balance by, such as category")
+
+    def _check_conditions(self) -> None:
+        model, dropout = self.model, self.data.condition_dropout
+        if model.condition_on:
+            model.condition_on = [name for name in CONDITIONS if name in model.condition_on]
+        if not 0 <= dropout < 1:
+            raise ValueError(f"condition_dropout must be at least 0 and less than 1, got {dropout}")
+        if model.min_category_meshes < 1:
+            raise ValueError(f"min_category_meshes must be at least 1, got {model.min_category_meshes}")
+        if "min_category_meshes" in self.given:
+            if "category" not in (model.condition_on or []):
+                raise ValueError("min_category_meshes needs --condition_on category")
+            if model.model_name_or_path is not None:
+                raise ValueError("min_category_meshes is for a new model: one to start from keeps its categories")
 
     def _check_streaming(self) -> None:
         if not self.data.train_file:

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = create_accelerator(arguments)
     set_seed(arguments.train.seed)
     tokenizer, model = create_model(arguments, accelerator)
-    data = load_data(arguments, tokenizer, accelerator)
+    data = load_data(arguments, tokenizer, accelerator, model.config)
     run = Run(arguments, accelerator, tokenizer, model, data, Interruption())
     with lock(Path(arguments.train.output_dir), accelerator):
         run.start()

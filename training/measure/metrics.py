@@ -32,7 +32,8 @@ def evaluate(
     of its three or nine coordinates are.
 
     Args:
-        batches: this rank's rows, each with `labels` (B, T) and a `layout` that knows the `category` of each mesh.
+        batches: this rank's rows, each with `labels` (B, T) and a `layout` that knows the `group` of each mesh, an
+            index into category_names.
         num_coordinate_ids: how many token ids, from 0 on, are coordinates.
         check: called before each batch; what it raises ends the evaluation.
 
@@ -47,7 +48,7 @@ def evaluate(
         for batch in batches:
             check()
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            labels, categories = batch.pop("labels"), batch["layout"].attribute("category")
+            labels, categories = batch.pop("labels"), batch["layout"].attribute("group")
             with torch.no_grad(), accelerator.autocast():
                 logits = model(**batch, use_cache=False).logits
             counts += count_right(logits, labels, categories, len(category_names), num_coordinate_ids).cpu()

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from iflame_hf.tokenization_iflame import IFlameTokenizer
-from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, best_fit, pack, row_inputs
+from training.rows.conditions import Conditions
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, best_fit, count_faces, pack, row_inputs
 
 
 @dataclass
@@ -23,6 +24,8 @@ class MeshCollator:
     Args:
         tokenizer: the model's; also the copy of its code that AutoTokenizer loads.
         row_length: tokens of a row, a multiple of nine, if meshes are to share rows; None pads.
+        config: the model's, if it is to be told each mesh's `category`, a name in the example, or its number of faces.
+            Nothing is left out at random.
 
     Raises:
         ValueError: a row length that is no multiple of nine or holds no mesh.
@@ -30,28 +33,37 @@ class MeshCollator:
 
     tokenizer: IFlameTokenizer
     row_length: int | None = None
+    config: Any = None
 
     def __post_init__(self):
         least = TOKENS_PER_FACE * (EXTRA_FACES + 1)
         if self.row_length is not None and (self.row_length < least or self.row_length % TOKENS_PER_FACE):
             raise ValueError(f"row_length must be a multiple of 9, at least {least}, got {self.row_length}")
+        self.conditions = Conditions.of(self.config)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
         Int64 tensors of N meshes, at least one. Padded on the right: `input_ids`, `attention_mask` and `labels`,
         (N, longest). Packed: `input_ids`, `position_ids` and `labels`, (R, row_length), R as few rows as best fit
-        finds, and their `layout`, which spares the model looking at the positions; it knows of each mesh its number
-        of `faces` and, where all examples have a whole number of that name, its `category`. Labels are the ids, which
-        the model shifts, but -100 on start faces and padding.
+        finds, and their `layout`, which spares the model looking at the positions. Labels are the ids, which the
+        model shifts, but -100 on start faces and padding.
+
+        What the config asks for comes by the names `category`, an index into its categories, and `num_faces`; -1 is
+        for padding and for what is not known. Padded: tensors (N,) beside the others. Packed: attributes of the
+        layout, (meshes,), the padding of a row being one.
 
         Raises:
             ValueError: naming the mesh's place in the batch, for one that the tokenizer refuses or that is longer than
                 a row, and for ids that are no whole mesh.
         """
         sequences = [self._encode(place, example) for place, example in enumerate(examples)]
+        told = []
+        for ids, example in zip(sequences, examples, strict=True):
+            category = self.conditions.index(example.get("category"))
+            told.append(self.conditions.of_mesh(category, count_faces(ids, self.tokenizer)))
         if self.row_length is None:
-            return self._pad(sequences)
-        return self._pack(sequences, self.row_length, [example.get("category") for example in examples])
+            return {**self._pad(sequences), **{n: torch.tensor(v) for n, v in self.conditions.columns(told).items()}}
+        return self._pack(sequences, self.row_length, told)
 
     def _encode(self, place: int, example: Mapping[str, Any]) -> np.ndarray:
         try:
@@ -84,7 +96,7 @@ class MeshCollator:
         mask = (torch.arange(longest) < lengths[:, None]).long()
         return {"input_ids": inputs["input_ids"], "attention_mask": mask, "labels": inputs["labels"]}
 
-    def _pack(self, sequences: list[np.ndarray], row_length: int, categories: list[Any]) -> dict[str, Any]:
+    def _pack(self, sequences: list[np.ndarray], row_length: int, told: list[dict[str, int]]) -> dict[str, Any]:
         for place, ids in enumerate(sequences):
             if len(ids) > row_length:
                 raise ValueError(
@@ -96,9 +108,7 @@ class MeshCollator:
         order = sorted(range(len(sequences)), key=lambda mesh: -len(sequences[mesh]))
         sizes = [len(sequences[mesh]) // TOKENS_PER_FACE for mesh in order]
         rows = [[order[item] for item in row] for row in best_fit(sizes, row_length // TOKENS_PER_FACE)]
-        known = {}
-        if all(isinstance(category, (int, np.integer)) for category in categories):
-            known["category"] = [categories[mesh] for row in rows for mesh in row]
+        known = self.conditions.columns(told[mesh] for row in rows for mesh in row)
         packed = pack([[sequences[mesh] for mesh in row] for row in rows], row_length, self.tokenizer, known)
         inputs = row_inputs(packed, self.tokenizer)
         return {**inputs, "position_ids": inputs["layout"].positions()}

@@ -32,9 +32,11 @@ class TrainingRows(Protocol):
 
     Attributes:
         rows_in_epoch: about how many rows an epoch has, all processes together; None if that is not known before.
+        knows_categories: whether any mesh may have a category that the model knows.
     """
 
     rows_in_epoch: int | None
+    knows_categories: bool
 
     def batches(
         self,

@@ -8,10 +8,10 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from iflame_hf.tokenization_iflame import IFlameTokenizer
 from training.arguments import Arguments
 from training.rows.balance import Balance
+from training.rows.conditions import NO_CONDITIONS, UNKNOWN, Conditions
 from training.rows.encode import MeshEncoder
 from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
 from training.rows.meshes import Meshes, ParquetMeshes, generated_meshes
-from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, best_fit, pack, plan_rows
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, best_fit, count_faces, pack, plan_rows
 from training.rows.stream import stream_rows
 
 # Meshes that are read together in search of a usable one.
@@ -43,12 +44,21 @@ class RowKey(NamedTuple):
     draws: np.ndarray
 
 
+class EncodedMesh(NamedTuple):
+    index: int
+    ids: np.ndarray  # (tokens,)
+    told: dict[str, int]  # what the model is told of it
+
+
 class MeshRows:
     """
-    Packed rows by their keys, for training and evaluation. Of each mesh its category is known: `category`, an index
-    into the names of the meshes' categories.
+    Packed rows by their keys, for training and evaluation. Of each mesh is known what the conditions are.
 
     A mesh that turns out to be unusable, for example flat to a point once it is quantised, is left out with a warning.
+
+    Args:
+        grouped: also known is `group`, an index into the names of the meshes' categories, which need not be those of
+            the model.
     """
 
     def __init__(
@@ -61,8 +71,13 @@ class MeshRows:
         shift: bool = False,
         turn: str = "none",
         mirror: bool = False,
+        conditions: Conditions = NO_CONDITIONS,
+        grouped: bool = False,
     ):
         self.meshes = meshes
+        self.conditions = conditions
+        self.grouped = grouped
+        self.categories = model_categories(meshes, conditions)
         self.tokenizer = tokenizer
         self.row_length = row_length
         self.encode = MeshEncoder(tokenizer, row_length, seed, scale, shift, turn, mirror)
@@ -70,16 +85,23 @@ class MeshRows:
     def pack(self, keys: Sequence[RowKey]) -> PackedRows:
         """The rows of N keys, in the order of these."""
         found = self._sequences(keys)
-        categories = [self.meshes.categories[index] for of_row in found for index, _ in of_row]
-        sequences = [[sequence for _, sequence in of_row] for of_row in found]
-        return pack(sequences, self.row_length, self.tokenizer, {"category": categories}, self.encode.id_type)
+        known = self.conditions.columns(mesh.told for of_row in found for mesh in of_row)
+        if self.grouped:
+            known["group"] = [self.meshes.categories[mesh.index] for of_row in found for mesh in of_row]
+        sequences = [[mesh.ids for mesh in of_row] for of_row in found]
+        return pack(sequences, self.row_length, self.tokenizer, known, self.encode.id_type)
 
     def batch(self, keys: Sequence[RowKey]) -> Batch:
         """The model's inputs for the rows of N keys."""
         return batch_inputs(self.pack(keys), self.tokenizer)
 
-    def _sequences(self, keys: Sequence[RowKey]) -> list[list[tuple[int, np.ndarray]]]:
-        """For every row the indices of its meshes and their token ids."""
+    def told(self) -> bytes:
+        """Changes with what a model is told of the meshes; empty if that is nothing."""
+        content = self.conditions.content()
+        return content + self.categories.astype(np.int64).tobytes() if content else content
+
+    def _sequences(self, keys: Sequence[RowKey]) -> list[list[EncodedMesh]]:
+        """The meshes of every row."""
         draws = [key.draws.tolist() for key in keys]
         indices = [draw % len(self.meshes.num_faces) for draw in chain.from_iterable(draws)]
         meshes, done, rows = self.meshes.read(indices), 0, []
@@ -88,10 +110,22 @@ class MeshRows:
             for draw in of_row:
                 index, number, done = indices[done], done, done + 1
                 try:
-                    rows[-1].append((index, self.encode(meshes[number], key.epoch, draw)))
+                    ids = self.encode(meshes[number], key.epoch, draw)
                 except ValueError as error:
                     warnings.warn(f"{self.meshes.describe(index)} is left out: {error}", stacklevel=1)
+                    continue
+                faces = count_faces(ids, self.tokenizer)
+                told = self.conditions.of_mesh(int(self.categories[index]), faces, key.epoch, draw)
+                rows[-1].append(EncodedMesh(index, ids, told))
         return rows
+
+
+def model_categories(meshes: Meshes, conditions: Conditions) -> np.ndarray:
+    """The category (N,) of each mesh by its place among those of the model; UNKNOWN if it is none of them."""
+    if not conditions.categories:
+        return np.full(len(meshes.num_faces), UNKNOWN)
+    places = np.array([conditions.index(name) for name in meshes.category_names])
+    return np.where(meshes.has_category, places[meshes.categories], UNKNOWN)
 
 
 def mesh_sizes(meshes: Meshes, row_length: int, long_meshes: str) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +260,7 @@ class MappedRows(TrainingRows):
         self.rows = rows
         self.stream = stream
         self.rows_in_epoch = len(stream.rows_of(0))
+        self.knows_categories = bool((rows.categories[stream.used] != UNKNOWN).any())
 
     def batches(
         self,
@@ -253,7 +288,8 @@ class MappedRows(TrainingRows):
         return f"{len(self.stream.used):,} meshes in {self.rows_in_epoch:,} rows"
 
     def digest(self) -> str:
-        return self.stream.digest()
+        digest, told = self.stream.digest(), self.rows.told()
+        return hashlib.sha256(digest.encode() + told).hexdigest()[:16] if told else digest
 
 
 @dataclass(frozen=True)
@@ -276,9 +312,15 @@ class Data:
     validation_loader: HeldOutRows | None
 
 
-def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator) -> Data:
-    """The training rows, and the held-out rows if there are any."""
+def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Accelerator, config: Any = None) -> Data:
+    """The training rows, and the held-out rows if there are any. The model's `config` says what it is told of them."""
     options, train = arguments.data, arguments.train
+    conditions = Conditions.of(config, options.condition_dropout, train.seed)
+    if not conditions.names and "condition_dropout" in arguments.given:
+        raise ValueError(
+            "condition_dropout is for a model that is told something of each mesh: give --condition_on, or leave out "
+            "--condition_dropout"
+        )
     meshes: Meshes | None = None
     validation: Meshes | None = None
     if options.train_file:
@@ -302,21 +344,27 @@ def load_data(arguments: Arguments, tokenizer: IFlameTokenizer, accelerator: Acc
     rows: TrainingRows
     if meshes is None:
         encode = MeshEncoder(tokenizer, length, **varied)
-        rows = stream_rows(options.train_file, encode, options.long_meshes, options.streaming_row_groups)
+        rows = stream_rows(options.train_file, encode, options.long_meshes, options.streaming_row_groups, conditions)
     else:
         sizes, used = mesh_sizes(meshes, length, options.long_meshes)
         balance = None
         if options.balance:
             balance = Balance([meshes.groups(column) for column in options.balance], options.balance_power)
         stream = RowStream(sizes, used, capacity, train.seed, balance)
-        mapped = MeshRows(meshes, tokenizer, length, **varied)
+        mapped = MeshRows(meshes, tokenizer, length, **varied, conditions=conditions)
         if options.train_file:
             require_usable(mapped, used, "--train_file", options.train_file)
         rows = MappedRows(mapped, stream)
+    if conditions.categories and accelerator.is_main_process and not rows.knows_categories:
+        warnings.warn(
+            "the model is told the category of each mesh, and no training mesh has one that it knows: give meshes "
+            "with the column category, or it learns to do without",
+            stacklevel=1,
+        )
     held_out = None
     if validation is not None:
         sizes, used = mesh_sizes(validation, length, options.long_meshes)
-        fixed = MeshRows(validation, tokenizer, length)
+        fixed = MeshRows(validation, tokenizer, length, conditions=replace(conditions, dropout=0.0), grouped=True)
         if options.validation_file:
             require_usable(fixed, used, "--validation_file", options.validation_file)
         batches = evaluation_batches(

@@ -101,6 +101,12 @@ class PackedRows(NamedTuple):
         )
 
 
+def count_faces(ids: Sequence[int] | np.ndarray, tokenizer: IFlameTokenizer) -> int:
+    """Faces of one mesh's token ids, start and end face not counted."""
+    form = tokenizer.format
+    return form.prompt_faces(len(ids)) - int(ids[-1] == form.eos_token_id)
+
+
 def pack(
     rows: Sequence[Sequence[np.ndarray]],
     row_length: int,
@@ -113,14 +119,13 @@ def pack(
 
     Args:
         rows: for each row the token sequences of its meshes, each (tokens,).
-        attributes: what is known of each mesh, whole numbers from 0 on, row after row. The number of its faces,
-            `faces`, start and end face not counted, is added.
+        attributes: what is known of each mesh, whole numbers from 0 on or -1, row after row.
 
     Raises:
         ValueError: a sequence is not made of whole faces, or they do not fit into the row together.
     """
     ids = np.full((len(rows), row_length), tokenizer.pad_token_id, dtype=dtype)
-    faces, form = [], tokenizer.format
+    form = tokenizer.format
     for row, sequences in zip(ids, rows, strict=True):
         end = 0
         for sequence in sequences:
@@ -132,12 +137,10 @@ def pack(
             if end > row_length:
                 raise ValueError(f"meshes of {end} tokens together do not fit into a row of {row_length}")
             row[start:end] = sequence
-            faces.append(form.prompt_faces(len(sequence)) - int(sequence[-1] == form.eos_token_id))
-    known = {"faces": faces, **(attributes or {})}
     return PackedRows(
         ids,
         np.array([len(sequences) for sequences in rows], dtype=np.int64),
-        {name: np.asarray(values, dtype=np.int64) for name, values in known.items()},
+        {name: np.asarray(values, dtype=np.int64) for name, values in (attributes or {}).items()},
     )
 
 

@@ -30,18 +30,20 @@ import numpy as np
 import pyarrow
 from fsspec.core import has_magic
 
+from training.rows.conditions import NO_CONDITIONS, Conditions
 from training.rows.encode import MeshEncoder, MeshTable
 from training.rows.load import Batch, Place, TrainingRows, batch_inputs, in_workers
-from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, pack, plan_rows
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE, PackedRows, count_faces, pack, plan_rows
 
 # Meshes that are made arrays of at once, and the most that a row group may hold: it is in memory while it is packed.
 MESHES_AT_ONCE = 1000
 MOST_MESHES = 100_000
 
 
-def open_stream(sources: Sequence[str]) -> datasets.IterableDataset:
+def open_stream(sources: Sequence[str], with_category: bool = False) -> datasets.IterableDataset:
     """
-    The columns `vertices`, `faces` and, where there is one, `name` of a data set, a shard for every row group.
+    The columns `vertices`, `faces` and, where there are such, `name` and, if asked for, `category` of a data set, a
+    shard for every row group.
 
     Args:
         sources: parquet files, patterns of such, hf://datasets/user/name/... among them; or one folder or name of a
@@ -50,28 +52,48 @@ def open_stream(sources: Sequence[str]) -> datasets.IterableDataset:
     Raises:
         ValueError: there is no such data set, it is not kept as parquet, or a column is missing.
     """
-    named = ", ".join(sources)
+    names = set(_load(sources).features or ())
+    missing = {"vertices", "faces"} - names
+    if missing:
+        raise ValueError(f"{', '.join(sources)} has no column {' and no column '.join(sorted(missing))}")
+    optional = ("name", "category") if with_category else ("name",)
+    columns = ["vertices", "faces", *(name for name in optional if name in names)]
+    stream = _load(sources, columns=columns, batch_size=MESHES_AT_ONCE)  # by default a row group, which may be empty
+    try:
+        return stream.reshard()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(f"{', '.join(sources)} cannot be streamed as parquet: {error}") from error
+
+
+def read_categories(sources: Sequence[str], most: int | None = None) -> list[str | None]:
+    """
+    The category of every mesh of a data set, see `open_stream`, or of the first so many; nothing else of it is read.
+    None where it is not known.
+
+    Raises:
+        ValueError: there is no such data set, or it has no column `category`.
+    """
+    if "category" not in (_load(sources).features or ()):
+        raise ValueError(f"{', '.join(sources)} has no column category, which --condition_on category needs")
+    stream = _load(sources, columns=["category"], batch_size=MESHES_AT_ONCE).with_format("arrow")
+    values: list[str | None] = []
+    try:
+        for table in (stream if most is None else stream.take(most)).iter(MESHES_AT_ONCE):
+            values += [None if value is None else str(value) for value in table["category"].to_pylist()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the categories of {', '.join(sources)} cannot be read: {error}") from error
+    return values
+
+
+def _load(sources: Sequence[str], **options: Any) -> datasets.IterableDataset:
     if len(sources) == 1 and not (sources[0].endswith(".parquet") or "://" in sources[0] or has_magic(sources[0])):
         where = {"path": sources[0]}
     else:
         where = {"path": "parquet", "data_files": list(sources)}
-
-    def load(**options: Any) -> datasets.IterableDataset:
-        try:
-            return datasets.load_dataset(**where, split="train", streaming=True, **options)
-        except (OSError, ValueError) as error:  # of which pyarrow's and the Hub's errors are kinds
-            raise ValueError(f"{named} cannot be streamed as parquet: {error}") from error
-
-    names = set(load().features or ())
-    missing = {"vertices", "faces"} - names
-    if missing:
-        raise ValueError(f"{named} has no column {' and no column '.join(sorted(missing))}")
-    columns = ["vertices", "faces", *({"name"} & names)]
-    stream = load(columns=columns, batch_size=MESHES_AT_ONCE)  # by default a row group, which must not be empty
     try:
-        return stream.reshard()
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{named} cannot be streamed as parquet: {error}") from error
+        return datasets.load_dataset(**where, split="train", streaming=True, **options)
+    except (OSError, ValueError) as error:  # of which pyarrow's and the Hub's errors are kinds
+        raise ValueError(f"{', '.join(sources)} cannot be streamed as parquet: {error}") from error
 
 
 class StreamedRows(TrainingRows):
@@ -79,10 +101,11 @@ class StreamedRows(TrainingRows):
     Training rows of a stream; a place is a block and a row in it, each process has its own.
 
     Args:
-        stream: shards with the columns `vertices`, `faces` and perhaps `name`.
+        stream: shards with the columns `vertices`, `faces` and perhaps `name` and `category`.
         long_meshes: what becomes of a mesh that is longer than a row: "error", "crop" or "drop".
         shards_in_block: how many shards are shuffled and packed together.
         label: what else tells this data set from others.
+        conditions: what is known of each mesh in its row.
     """
 
     rows_in_epoch = None
@@ -94,11 +117,14 @@ class StreamedRows(TrainingRows):
         long_meshes: str = "error",
         shards_in_block: int = 8,
         label: str = "",
+        conditions: Conditions = NO_CONDITIONS,
     ):
         self.stream = stream.with_format("arrow")
         self.encode = encode
         self.long_meshes = long_meshes
         self.label = label
+        self.conditions = conditions
+        self.knows_categories = bool(conditions.categories) and "category" in (stream.column_names or ())
         self.blocks_in_epoch = -(-stream.num_shards // shards_in_block)
 
     def read_block(self, block: int) -> PackedRows:
@@ -107,32 +133,38 @@ class StreamedRows(TrainingRows):
         seed, length = self.encode.seed, self.encode.row_length
         shards = np.random.default_rng((seed, epoch)).permutation(self.stream.num_shards)
         shards = np.array_split(shards, self.blocks_in_epoch)[number]
-        sequences = [sequence for shard in shards.tolist() for sequence in self._read_shard(epoch, shard)]
-        sizes = np.array([len(sequence) // TOKENS_PER_FACE for sequence in sequences], dtype=np.int64)
+        meshes = [mesh for shard in shards.tolist() for mesh in self._read_shard(epoch, shard)]
+        sizes = np.array([len(ids) // TOKENS_PER_FACE for ids, _ in meshes], dtype=np.int64)
         rows = (
             []
             if len(sizes) == 0
             else plan_rows(sizes, length // TOKENS_PER_FACE, np.random.default_rng((seed, epoch, number)))
         )
         return pack(
-            [[sequences[mesh] for mesh in row] for row in rows],
+            [[meshes[index][0] for index in row] for row in rows],
             length,
             self.encode.tokenizer,
+            self.conditions.columns(meshes[index][1] for row in rows for index in row),
             dtype=self.encode.id_type,
         )
 
-    def _read_shard(self, epoch: int, shard: int) -> Iterator[np.ndarray]:
-        """Token ids of the meshes of a shard."""
+    def _read_shard(self, epoch: int, shard: int) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+        """Token ids of the meshes of a shard, and what the model is told of each."""
         index = 0
         for table in self.stream.shard(self.stream.num_shards, shard).iter(MESHES_AT_ONCE):
             meshes = MeshTable(table)
+            categories = table["category"].to_pylist() if self.knows_categories else [None] * len(meshes)
             too_long = meshes.num_faces + EXTRA_FACES > self.encode.row_length // TOKENS_PER_FACE
             for row in range(len(meshes)):
                 if not too_long[row] or self.long_meshes == "crop":
                     try:
-                        yield self.encode(meshes[row], epoch, shard, index + row).astype(self.encode.id_type)
+                        ids = self.encode(meshes[row], epoch, shard, index + row).astype(self.encode.id_type)
                     except ValueError as error:
                         warnings.warn(f"{_describe(table, shard, row)} is left out: {error}", stacklevel=1)
+                        continue
+                    faces = count_faces(ids, self.encode.tokenizer)
+                    category = self.conditions.index(categories[row])
+                    yield ids, self.conditions.of_mesh(category, faces, epoch, shard, index + row)
                 elif self.long_meshes == "error":
                     faces = int(meshes.num_faces[row])
                     raise ValueError(
@@ -204,14 +236,22 @@ class StreamedRows(TrainingRows):
             self.encode.row_length,
             self.encode.seed,
             self.long_meshes,
+            *filter(None, [self.conditions.content()]),
         )
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
-def stream_rows(sources: Sequence[str], encode: MeshEncoder, long_meshes: str, shards_in_block: int) -> StreamedRows:
+def stream_rows(
+    sources: Sequence[str],
+    encode: MeshEncoder,
+    long_meshes: str,
+    shards_in_block: int,
+    conditions: Conditions = NO_CONDITIONS,
+) -> StreamedRows:
     """The training rows of `open_stream(sources)`; known again by the names of the files, wherever they lie."""
     label = " ".join(os.path.basename(source) for source in sources)
-    return StreamedRows(open_stream(sources), encode, long_meshes, shards_in_block, label)
+    stream = open_stream(sources, with_category=bool(conditions.categories))
+    return StreamedRows(stream, encode, long_meshes, shards_in_block, label, conditions)
 
 
 def _describe(table: pyarrow.Table, shard: int, row: int) -> str:

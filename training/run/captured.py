@@ -231,11 +231,12 @@ class Kind(NamedTuple):
     shape: torch.Size  # of the ids
     meshes: int | None  # for which a layout has room
     is_packed: bool
+    attributes: tuple[str, ...] = ()  # what is known of each mesh
 
 
 def with_rounded_room(rows: Batch) -> Batch:
     """
-    Rows whose layout is one of few: without attributes, and with room for a power of two of meshes if packed.
+    Rows whose layout is one of few: with room for a power of two of meshes if packed.
 
     Raises:
         ValueError: for inputs that a graph would not be given, and a layout that says nothing on the host.
@@ -249,31 +250,37 @@ def with_rounded_room(rows: Batch) -> Batch:
         return rows
     if layout.num_meshes is None:
         raise ValueError("a layout must be made on the CPU, by who packs the rows")
-    layout = replace(layout, attributes={})
     if layout.num_meshes != layout.shape[0]:
         layout = layout.with_room(max(LEAST_MESHES, 1 << (layout.num_meshes - 1).bit_length()))
         if layout.offsets.device.type == "cpu" and torch.cuda.is_available():
-            layout = replace(layout, offsets=layout.offsets.pin_memory())
+            layout = layout.pin_memory()
     return {**rows, "layout": layout}
 
 
 def kind_of(rows: Batch) -> Kind:
     shape, layout = rows["input_ids"].shape, rows.get("layout")
     meshes = None if layout is None else layout.num_meshes
-    return Kind(shape, meshes, meshes not in (None, shape[0]))
+    attributes = () if layout is None else tuple(sorted(layout.attributes))
+    return Kind(shape, meshes, meshes not in (None, shape[0]), attributes)
 
 
 _OF_LAYOUT = ("face_positions", "face_meshes", "offsets")
 
 
 def _tensors(rows: Batch) -> list[torch.Tensor]:
-    of_layout = () if rows.get("layout") is None else _OF_LAYOUT
-    return [rows["input_ids"], rows["labels"], *(getattr(rows["layout"], name) for name in of_layout)]
+    """All that differs from batch to batch, in one order."""
+    layout: RowLayout | None = rows.get("layout")
+    of_layout = [] if layout is None else [getattr(layout, name) for name in _OF_LAYOUT]
+    attributes = {} if layout is None else layout.attributes
+    return [rows["input_ids"], rows["labels"], *of_layout, *(attributes[name] for name in sorted(attributes))]
 
 
 def _with_tensors(rows: Batch, tensors: list[torch.Tensor]) -> Batch:
     input_ids, labels, *of_layout = tensors
     layout: RowLayout | None = rows.get("layout")
     if layout is not None:
-        layout = replace(layout, **dict(zip(_OF_LAYOUT, of_layout, strict=True)))
+        names = (*_OF_LAYOUT, *sorted(layout.attributes))
+        moved = dict(zip(names, of_layout, strict=True))
+        attributes = {name: moved.pop(name) for name in layout.attributes}
+        layout = replace(layout, **moved, attributes=attributes)
     return {"input_ids": input_ids, "labels": labels, "layout": layout}

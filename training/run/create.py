@@ -15,6 +15,9 @@ from iflame_hf.names import model_folder
 from training.arguments import Arguments, TrainArguments
 from training.optim.average import MovingAverage
 from training.optim.groups import create_optimizer
+from training.rows.conditions import Conditions, frequent_categories
+from training.rows.meshes import generated_meshes
+from training.rows.stream import read_categories
 from training.run.weights import are_sharded
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
@@ -97,6 +100,7 @@ def create_model(arguments: Arguments, accelerator: Accelerator) -> tuple[IFlame
             stage_layers=sizes.stage_layers,
             full_attention_interval=sizes.full_attention_interval,
             initializer_range=sizes.initializer_range,
+            **_conditions(arguments),
             **implementations,
         )
         model = IFlameForCausalLM(config)
@@ -109,6 +113,26 @@ def create_model(arguments: Arguments, accelerator: Accelerator) -> tuple[IFlame
     if sizes.gradient_checkpointing:
         enable_activation_checkpointing(model)
     return tokenizer, model
+
+
+def _conditions(arguments: Arguments) -> dict[str, Any]:
+    """
+    What the configuration of a fresh model says of the conditions that the options ask for: the categories are those
+    of enough training meshes.
+
+    Raises:
+        ValueError: there are no such categories, or the training files cannot be read.
+    """
+    options, asked = arguments.model, arguments.model.condition_on or []
+    settings: dict[str, Any] = {"condition_on_num_faces": True} if "num_faces" in asked else {}
+    if "category" in asked:
+        if arguments.data.train_file:
+            names = read_categories(arguments.data.train_file, arguments.data.max_train_samples)
+        else:
+            meshes = generated_meshes(arguments.data, arguments.train.seed)
+            names = [meshes.category_names[index] for index in meshes.categories]
+        settings["categories"] = frequent_categories(names, options.min_category_meshes)
+    return settings
 
 
 def flash_attention_4_serves(accelerator: Accelerator, head_dim: int, compiled: bool) -> bool:
@@ -145,6 +169,7 @@ def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTo
         return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     own = {name: getattr(config, name) for name in SIZE_OPTIONS} | {"up_axis": tokenizer.up_axis}
+    own["condition_on"] = Conditions.of(config).names or None
     given = arguments.to_dict()
     others = [
         f"--{name} {shown(given[name])} (its own is {shown(value)})"

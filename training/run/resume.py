@@ -124,9 +124,9 @@ def resume(
     if saved.data_digest != progress.data_digest:
         raise ValueError(
             f"{checkpoint} belongs to other training data, or to another --row_length, --seed, --long_meshes, "
-            "--balance, --balance_power or --streaming, so that its place in the data means nothing here. Give the "
-            f"same options, or start a new run from its weights with --model_name_or_path {checkpoint} and another "
-            "--output_dir"
+            "--balance, --balance_power, --condition_on, --min_category_meshes or --streaming, so that its place in "
+            "the data means nothing here. Give the same options, or start a new run from its weights with "
+            f"--model_name_or_path {checkpoint} and another --output_dir"
         )
     given = progress.arguments
     if saved.arguments.get("attn_implementation", "") is None:  # as "auto" was once called
