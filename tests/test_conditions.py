@@ -77,9 +77,8 @@ def streamed(file, conditions):
 def epoch_of(rows, epoch=0, workers=0):
     """(ids, category, faces) of every mesh in the rows of an epoch, in their order."""
     found = []
-    first = 0 if isinstance(rows, MappedRows) else epoch * rows.blocks_in_epoch
-    places = [[epoch, 0]] if isinstance(rows, MappedRows) else [[first, 0]]
-    for batch, _ in rows.batches(places, 1, num_workers=workers):
+    first = epoch if isinstance(rows, MappedRows) else epoch * rows.blocks_in_epoch
+    for batch, _ in rows.batches([[first, 0]], 1, num_workers=workers):
         found += meshes_of(batch)
         if len(found) >= COUNT:
             return found

@@ -127,6 +127,9 @@ def desk(model_folder, tmp_path, monkeypatch):
     for name in ("part.obj", "other.ply"):
         part.export(tmp_path / name)
     solids()["box"].export(tmp_path / "sample-00.glb")
+    (tmp_path / "collection").mkdir()
+    solids()["box"].export(tmp_path / "collection" / "box.glb")
+    (tmp_path / "collection" / "list.csv").write_text("file,category,license,author\nbox.glb,box,cc0-1.0,Ada\n")
     for split in ("train", "validation"):
         path = tmp_path / "data" / "mine" / "data" / f"{split}-00000.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
