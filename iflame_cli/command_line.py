@@ -200,6 +200,9 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
         metavar="N",
         help="of the first mesh, the next one has N + 1: gives the same again; printed if not given",
     )
+    parser.add_argument(
+        "--best-of", type=_whole(1), default=1, metavar="N", help="draw N meshes for each one, and keep the best"
+    )
     parser.add_argument("--temperature", type=_number(0, above=True), metavar="T", help="below 1: more of the likely")
     parser.add_argument("--top-p", type=_number(0, 1, above=True), metavar="P", help="from the likeliest share P only")
     parser.add_argument("--top-k", type=_whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")

@@ -18,7 +18,18 @@ from iflame_hf.mesh_files_iflame import load_mesh, up_axis_of
 from iflame_hf.mesh_iflame import turn
 
 RECORD = "meshes.json"
-RECORDED_OPTIONS = ("model", "revision", "batch_size", "temperature", "top_p", "top_k", "max_faces", "height", "pivot")
+RECORDED_OPTIONS = (
+    "model",
+    "revision",
+    "batch_size",
+    "best_of",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_faces",
+    "height",
+    "pivot",
+)
 
 
 class Job(NamedTuple):

@@ -18,7 +18,7 @@ from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGene
 from iflame_hf.format_iflame import MeshFormat
 from iflame_hf.mesh_errors_iflame import errors_name
 
-SAMPLING = ("temperature", "top_p", "top_k", "max_faces")
+SAMPLING = ("best_of", "temperature", "top_p", "top_k", "max_faces")
 
 
 def check_device(name: str | None) -> None:
@@ -128,7 +128,7 @@ def make_meshes(
     bar: tqdm,
 ) -> Iterator[tuple[int, Any]]:
     """A mesh for each part, or from nothing for None, as soon as it is finished, with the number of its part; its
-    seed is the one given plus that number."""
+    seed is the one given plus that number, unless it is the best of several."""
     sampling = {name: getattr(options, name) for name in SAMPLING}
     progress = Progress(bar, generator.tokenizer.format)
     first = done = 0

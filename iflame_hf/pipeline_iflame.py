@@ -13,10 +13,11 @@ from transformers import Pipeline
 from .export_iflame import export_mesh
 from .faces_iflame import stream_faces
 from .format_iflame import UP_AXES
-from .many_iflame import default_rows, generate_meshes
+from .many_iflame import default_rows
 from .mesh_errors_iflame import MeshError, OptionError, errors_name
 from .mesh_files_iflame import import_trimesh, is_mesh, load_mesh, up_axis_of
 from .mesh_iflame import bounding_box, denormalise, turn
+from .ranking_iflame import generate_best
 from .sampling_iflame import row_seeds
 
 
@@ -54,6 +55,9 @@ class MeshGenerationPipeline(Pipeline):
             seed: a whole number, the seed of the first mesh; the others, of all prompts, have those that follow it. Or
                 a list of one for each mesh. A seed gives the same mesh again for the same prompt and parameters,
                 alone or in a batch; torch's own random numbers stay as they are. By default one is drawn of them.
+            best_of: draw so many meshes for each one and keep the best (`iflame_hf.ranking_iflame.best`): an ended one
+                before one that was cut off, then likely under the model and with few boundary edges. The candidates
+                of the seed s have the seeds s * best_of + 0, 1, ...; the mesh has the one of its own. 1 by default.
             do_sample, temperature, top_p, top_k: as of `generate()`. By default it samples, from all tokens unless
                 the model's generation_config.json says otherwise.
             room_above: how much higher than the part the whole mesh may become, in heights of the part (1.0: twice as
@@ -88,6 +92,7 @@ class MeshGenerationPipeline(Pipeline):
         """The meshes of a call, each as soon as it is finished: pairs (number, mesh), in any order.
 
         Mesh `number` is `num_meshes * i + j` for the j-th mesh of the i-th prompt, and has the seed `seed + number`.
+        With `best_of` a mesh is finished when all are that it was chosen from.
 
         ```python
         for number, mesh in generator.as_finished(num_meshes=1000, seed=0):
@@ -105,26 +110,35 @@ class MeshGenerationPipeline(Pipeline):
         for each, row in zip(prompts, rows, strict=True):
             with errors_name(each):
                 self._check_room(row, forward.get("max_faces"))
-        num_meshes = forward.pop("num_meshes", 1)
+        num_meshes, best_of = forward.pop("num_meshes", 1), forward.pop("best_of", 1)
+        one_by_one = self._samples_one_by_one(**forward)
+        if best_of > 1 and not one_by_one:
+            raise ValueError(
+                f"best_of={best_of} draws meshes at random and keeps the best: leave out do_sample=False and "
+                "num_beams, or best_of"
+            )
         seeds = self._seeds(len(rows) * num_meshes, **forward)
         forward.pop("seed", None)
         each_row = [row for row in rows for _ in range(num_meshes)]
         jobs = [{**row, "seed": seed} for row, seed in zip(each_row, seeds, strict=True)]
-        if self._samples_one_by_one(**forward):
-            return self._sampled(jobs, batch_size, **forward)
+        if one_by_one:
+            return self._sampled(jobs, batch_size, best_of, **forward)
         return self._in_batches(jobs, batch_size, **forward)
 
-    def _sampled(self, jobs: list[dict], rows: int, max_faces: int | None = None, **options: Any) -> Iterator:
+    def _sampled(
+        self, jobs: list[dict], rows: int, best_of: int, max_faces: int | None = None, **options: Any
+    ) -> Iterator:
         most = max_faces or self.default_max_faces
-        made = generate_meshes(
+        made = generate_best(
             self.model,
             [job["seed"] for job in jobs],
+            best_of,
             rows=rows,
             max_faces=most,
             prompt=[job["input_ids"] for job in jobs],
             **self._sampling_options(**options),
         )
-        return ((mesh.number, self._decoded(mesh.ids, jobs[mesh.number], most)) for mesh in made)
+        return ((mesh.number, self._decoded(mesh.ids, jobs[mesh.number] | {"seed": mesh.seed}, most)) for mesh in made)
 
     def _in_batches(self, jobs: list[dict], batch_size: int, **options: Any) -> Iterator[tuple[int, Any]]:
         """Meshes that are not sampled with a seed each: the likeliest, or beams."""
@@ -147,6 +161,11 @@ class MeshGenerationPipeline(Pipeline):
         preprocess, forward, _ = self._parameters(kwargs)
         if forward.pop("num_meshes", 1) != 1 or isinstance(prompt, list):
             raise ValueError("faces come of one mesh at a time: leave out num_meshes and give one prompt")
+        if forward.pop("best_of", 1) != 1:
+            raise ValueError(
+                "faces come before it is known which mesh will be the best: leave out best_of, or give the seed of a "
+                "mesh that best_of has chosen"
+            )
         row = self.preprocess(prompt, **preprocess)
         with errors_name(prompt):
             self._check_room(row, forward.get("max_faces"))
@@ -170,7 +189,7 @@ class MeshGenerationPipeline(Pipeline):
         preprocess = {
             name: given.pop(name) for name in ("room_above", "bounds", "keep", "prompt_up_axis") if name in given
         }
-        for name in ("num_meshes", "max_faces"):
+        for name in ("num_meshes", "max_faces", "best_of"):
             if name in given:
                 _whole(name, given[name])
         if given.get("temperature", 1) <= 0:

@@ -4,8 +4,8 @@ Sample many meshes with Accelerate, on as many GPUs and machines as there are.
     accelerate launch training/generate.py --model outputs/demo --num 10000 --out outputs/meshes
     python training/generate.py --help
 
-Mesh i has the seed --seed + i and is the same however the work is split. Run the same command again to go on after an
-interruption, or with a larger --num for more meshes.
+Mesh i has the seed --seed + i, or with --best_of that of the best of its candidates, and is the same however the work
+is split. Run the same command again to go on after an interruption, or with a larger --num for more meshes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from iflame_cli.making import load_generator
 from iflame_cli.models import check_model
-from iflame_hf.many_iflame import generate_meshes
+from iflame_hf.ranking_iflame import generate_best
 from training.run.ending import ends_in_words
 from training.run.interruption import Interruption, Stopped
 from training.run.resume import lock, raise_on_all
@@ -77,6 +77,7 @@ def settings_of(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
         "revision": options.revision,
         "dtype": str(generator.model.dtype).removeprefix("torch."),
         "seed": options.seed,
+        "best_of": options.best_of,
         "min_faces": options.min_faces,
         "max_faces": options.max_faces or generator.default_max_faces,
         "temperature": options.temperature or own.temperature or 1.0,
@@ -116,9 +117,10 @@ def sample(
     pace = Pace(folder.path, there, options.num) if accelerator.is_main_process and numbers else None
     own = numbers[accelerator.process_index :: accelerator.num_processes]
     chosen = ("min_faces", "max_faces", "temperature", "top_k", "top_p", "kv_cache_dtype")
-    meshes = generate_meshes(
+    meshes = generate_best(
         generator.model,
         [options.seed + number for number in own],
+        options.best_of,
         rows=options.rows,
         stopping_criteria=[AfterEachFace(interruption, pace)],
         **{name: settings[name] for name in chosen},

@@ -69,8 +69,8 @@ class MeshFolder:
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.path / SETTINGS
         try:
-            # Folders of an earlier version do not name it.
-            before = {"kv_cache_dtype": None, **json.loads(path.read_text(encoding="utf-8"))}
+            # Folders of earlier versions do not name them.
+            before = {"kv_cache_dtype": None, "best_of": 1, **json.loads(path.read_text(encoding="utf-8"))}
             changed = [name for name in settings if name not in FREE_SETTINGS and before[name] != settings[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -33,6 +33,7 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     add("--num", "--num_meshes", type=_whole(1), required=True, metavar="N", help="how many meshes")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write to, new or of the same run")
     add("--seed", type=_whole(0), default=0, metavar="N", help="of mesh 0, mesh i has N + i (default 0)")
+    add("--best_of", type=_whole(1), default=1, metavar="N", help="draw N meshes for each, keep the best (default 1)")
     add("--min_faces", type=_whole(0), default=0, metavar="N", help="fewest faces of a mesh (default 0)")
     add("--max_faces", type=_whole(1), metavar="N", help="most faces of a mesh (by default the model's)")
     add("--rows", type=_whole(1), metavar="N", help="meshes that a process has in work (default: 64 on CUDA, else 8)")
