@@ -13,9 +13,10 @@ import torch
 from .format_iflame import MeshFormat
 from .layout_iflame import RowLayout
 from .many_iflame import GeneratedMesh, generate_meshes
+from .mesh_iflame import weld
 from .sampling_iflame import row_seeds
 
-# N sequences or meshes, T tokens, F faces, C corners of a face
+# N sequences or meshes, T tokens, F faces
 
 MAX_TOKENS = 2**15
 
@@ -157,19 +158,16 @@ def _laid_end_to_end(sequences: list[torch.Tensor], layout: MeshFormat) -> tuple
 
 
 def _faces(ids: np.ndarray, layout: MeshFormat) -> np.ndarray:
-    """(F, C) numbers of the vertices of each face; corners in one place are one vertex."""
+    """Faces (F, 3) of the mesh that the ids become."""
     ids = ids[layout.tokens_per_face :]
     others = np.flatnonzero(~layout.is_coordinate(ids))
-    corners = layout.to_corners(ids[: others[0]] if len(others) else ids)
-    _, numbers = np.unique(corners.reshape(-1, corners.shape[-1]), axis=0, return_inverse=True)
-    return numbers.reshape(corners.shape[:2])
+    _, faces = weld(layout.to_corners(ids[: others[0]] if len(others) else ids))
+    return faces
 
 
 def boundary_share(faces: np.ndarray) -> float:
-    """The share of the edges that exactly one face runs along, of faces (F, C) of welded vertices; 0 without an edge.
-    A face with a vertex twice has no edge."""
-    sides = np.sort(np.stack([faces, np.roll(faces, -1, axis=1)], axis=-1))  # (F, C, 2)
-    sides = sides[(sides[..., 0] != sides[..., 1]).all(axis=1)]
+    """The share of the edges that have one face alone, of faces (F, 3) of welded vertices; 0 without an edge."""
+    sides = np.sort(np.stack([faces, np.roll(faces, -1, axis=1)], axis=-1))  # (F, 3 sides, 2 vertices)
     _, count = np.unique(sides.reshape(-1, 2), axis=0, return_counts=True)
     return float((count == 1).mean()) if len(count) else 0.0
 
