@@ -1,260 +1,239 @@
-"""What a model is told of each mesh: its category and its number of faces, by packed rows, streamed or mapped."""
+"""Category and number of faces: how they enter the network, generate() and the decode engine; guidance."""
 
-import datasets
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from accelerate import Accelerator
-from small_models import small_config, small_model
+from small_models import BOS, EOS, ending_model, mesh_rows, small_config, small_model
+from transformers import LogitsProcessor
 
-from iflame_hf import IFlameConfig, IFlameTokenizer
-from training.arguments import parse_arguments
-from training.procedural.make import make_dataset
-from training.rows.conditions import Conditions, frequent_categories
-from training.rows.encode import MeshEncoder
-from training.rows.map import MappedRows, MeshRows, RowStream, evaluation_batches, load_data, mesh_sizes
-from training.rows.meshes import ParquetMeshes
-from training.rows.stream import StreamedRows, open_stream, read_categories
-from training.run.create import create_model
+from iflame_hf import IFlameConfig, IFlameForCausalLM, RowLayout, generate_meshes
 
-ROW = 9 * 120
-COUNT = 60
-CATEGORIES = [("chair", "table", "lamp", None, "None", "ship")[index % 6] for index in range(COUNT)]
-# Of the model: another order than that of the data, one that the data has not, and not all that it has.
-KNOWN = ("table", "house", "chair", "None")
-BOTH = Conditions(KNOWN, num_faces=True)
+CATEGORIES = ["chair", "lamp", "table"]
+CONDITIONED = {"categories": CATEGORIES, "num_faces_range": [4, 64]}
 
 
 @pytest.fixture(scope="module")
-def made():
-    return make_dataset(COUNT, seed=1, max_faces=60)
+def model():
+    return small_model(**CONDITIONED)
 
 
 @pytest.fixture(scope="module")
-def file(made, tmp_path_factory):
-    columns = {name: [np.asarray(getattr(mesh, name)).tolist() for mesh in made] for name in ("vertices", "faces")}
-    path = tmp_path_factory.mktemp("set") / "train.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(columns | {"category": CATEGORIES}), path, row_group_size=20)
-    return str(path)
+def sampler():
+    """Whose meshes end after a few faces, in float64: no token hangs on how a sum is ordered."""
+    return ending_model(7.0, **CONDITIONED)
 
 
-@pytest.fixture(scope="module")
-def meshes(file, tmp_path_factory):
-    datasets.config.HF_DATASETS_CACHE, before = tmp_path_factory.mktemp("cache"), datasets.config.HF_DATASETS_CACHE
-    yield ParquetMeshes([file])
-    datasets.config.HF_DATASETS_CACHE = before
+def by_hand(model, ids, categories, num_faces):
+    """Logits of rows whose start faces were embedded outside of the model, as the formula says."""
+    conditions, embeds = model.model.conditions, model.model.embed_tokens(ids)
+    for row, (category, faces) in enumerate(zip(categories, num_faces, strict=True)):
+        added = torch.zeros(ids.shape[1], embeds.shape[2], dtype=embeds.dtype)
+        if category >= 0:
+            added[:9] += conditions.category.weight[category]
+        if faces >= 0:
+            # four octaves of four steps each: 17 rows
+            place = 4 * torch.log2(torch.tensor(faces / 4, dtype=torch.float64))
+            lower = min(int(place), 15)
+            table = conditions.num_faces.weight
+            added[:9] += (1 - (place - lower)) * table[lower] + (place - lower) * table[lower + 1]
+        embeds[row] += added
+    return model(inputs_embeds=embeds).logits
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_conditions_are_added_to_the_start_face_alone(model):
+    ids = mesh_rows(4, faces=3)
+    categories, num_faces = torch.tensor([0, 2, -1, -1]), torch.tensor([4, -1, 23, -1])
+    logits = model(ids, category=categories, num_faces=num_faces).logits
+    with torch.no_grad():
+        expected = by_hand(model, ids, categories.tolist(), num_faces.tolist())
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    assert (logits[0] - model(ids).logits[0]).abs().max() > 0.1
+    torch.testing.assert_close(logits[3], model(ids).logits[3])  # nothing is known
 
 
-@pytest.fixture(scope="module")
-def by_ids(made):
-    """(category of the model or -1, faces) by token ids, counted without the code of rows."""
-    tokenizer, expected = IFlameTokenizer(), {}
-    for mesh, category in zip(made, CATEGORIES, strict=True):
-        ids = tokenizer.encode_mesh((mesh.vertices, mesh.faces))
-        place = KNOWN.index(category) if category in KNOWN else -1
-        expected[tuple(ids)] = (place, len(tokenizer.decode_mesh(ids).faces))
-    assert len(expected) == COUNT
-    return expected
+@pytest.mark.parametrize("faces", [4, 5, 16, 50, 64])
+def test_numbers_of_faces_lie_between_rows_of_the_table(model, faces):
+    ids = mesh_rows(1, faces=1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids, num_faces=torch.tensor([faces])).logits,
+            by_hand(model, ids, [-1], [faces]),
+            atol=2e-5,
+            rtol=1e-4,
+        )
 
 
-def mapped(meshes, conditions, **options):
-    stream = RowStream(*mesh_sizes(meshes, ROW, "error"), ROW // 9, seed=3)
-    return MappedRows(MeshRows(meshes, IFlameTokenizer(), ROW, 3, conditions=conditions, **options), stream)
+def test_packed_meshes_have_the_logits_that_they_have_alone(model):
+    first, second = mesh_rows(1, faces=2, seed=1, end=True), mesh_rows(1, faces=3, seed=2)
+    row = torch.cat([first, second], dim=1)
+    begins = torch.zeros(1, row.shape[1] // 9, dtype=torch.bool)
+    begins[0, first.shape[1] // 9] = True
+    attributes = {"category": torch.tensor([1, 0]), "num_faces": torch.tensor([-1, 9])}
+    layout = RowLayout.of_begins(begins, row.shape[1], model.config.level_strides, attributes=attributes)
+    logits = model(row, layout=layout).logits[0]
+    alone = [
+        model(first, category=torch.tensor([1])).logits[0],
+        model(second, category=torch.tensor([0]), num_faces=torch.tensor([9])).logits[0],
+    ]
+    torch.testing.assert_close(logits, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    # Room for more meshes changes nothing.
+    roomy = model(row, layout=layout.with_room(8)).logits[0]
+    torch.testing.assert_close(roomy, logits, atol=2e-5, rtol=1e-4)
 
 
-def streamed(file, conditions):
-    stream = open_stream([file], with_category=True)
-    return StreamedRows(stream, MeshEncoder(IFlameTokenizer(), ROW, seed=3), shards_in_block=2, conditions=conditions)
+def test_conditions_are_learnt_and_what_is_unknown_is_not(model):
+    ids = mesh_rows(2, faces=1, end=True)
+    model.zero_grad()
+    model(ids, labels=ids, category=torch.tensor([1, -1]), num_faces=torch.tensor([-1, -1])).loss.backward()
+    gradient = model.model.conditions.category.weight.grad
+    assert (gradient[1] != 0).any() and (gradient[[0, 2]] == 0).all()
+    assert (model.model.conditions.num_faces.weight.grad == 0).all()
+    model.zero_grad()
 
 
-def epoch_of(rows, epoch=0, workers=0):
-    """(ids, category, faces) of every mesh in the rows of an epoch, in their order."""
-    found = []
-    first = epoch if isinstance(rows, MappedRows) else epoch * rows.blocks_in_epoch
-    for batch, _ in rows.batches([[first, 0]], 1, num_workers=workers):
-        found += meshes_of(batch)
-        if len(found) >= COUNT:
-            return found
+def test_a_model_without_conditions_has_no_weights_of_them():
+    plain, conditioned = small_model(), small_model(**CONDITIONED)
+    assert set(conditioned.state_dict()) - set(plain.state_dict()) == {
+        "model.conditions.category.weight",
+        "model.conditions.num_faces.weight",
+    }
+    only_category = IFlameForCausalLM(small_config(categories=CATEGORIES))
+    with pytest.raises(ValueError, match="takes no num_faces: .* trained with are category"):
+        only_category.generate(num_faces=10)
+    with pytest.raises(ValueError, match="takes no category: .* without any"):
+        plain.generate(category="chair")
 
 
-def meshes_of(batch):
-    layout = batch["layout"]
-    assert all(values.dtype == torch.int64 for values in layout.attributes.values())
-    known = [layout.attribute(name) for name in ("category", "num_faces")]
-    found = []
-    for row, (ids, positions) in enumerate(zip(batch["input_ids"], layout.positions(), strict=True)):
-        starts = (positions == 0).nonzero()[:, 0].tolist()
-        for start, end in zip(starts, [*starts[1:], ROW], strict=True):
-            told = tuple(set(values[row, start:end].tolist()) for values in known)
-            assert all(len(values) == 1 for values in told), "it holds for a whole mesh"
-            told = tuple(values.pop() for values in told)
-            if ids[start] == 129:
-                assert told == (-1, -1), "padding is no mesh"
-            else:
-                found.append((tuple(ids[start:end].tolist()), *told))
-    return found
-
-
-def test_a_config_says_what_a_model_is_told_and_one_of_before_says_nothing(tmp_path):
-    assert Conditions.of(small_config()).names == Conditions.of(None).names == ()
-    config = small_config(categories=list(KNOWN), condition_on_num_faces=True)
-    config.save_pretrained(tmp_path)
-    for each in (config, IFlameConfig.from_pretrained(tmp_path)):
-        told = Conditions.of(each)
-        assert told == BOTH and told.names == ("category", "num_faces")
-        assert [told.index(name) for name in (*KNOWN, "ship", "", None)] == [0, 1, 2, 3, -1, -1, -1]
-
-
-@pytest.mark.parametrize("source", ["mapped", "streamed"])
-def test_rows_tell_the_category_and_the_faces_of_each_mesh(source, file, meshes, by_ids):
-    rows = mapped(meshes, BOTH) if source == "mapped" else streamed(file, BOTH)
-    found = epoch_of(rows)
-    assert {ids: told for ids, *told in found} == {ids: list(told) for ids, told in by_ids.items()}
-    assert rows.knows_categories and {category for _, category, _ in found} == {-1, 0, 2, 3}
-    for asked in (Conditions(KNOWN), Conditions(num_faces=True), Conditions()):
-        other = mapped(meshes, asked) if source == "mapped" else streamed(file, asked)
-        batch, _ = next(other.batches([], 2))
-        assert tuple(batch["layout"].attributes) == asked.names
-
-
-@pytest.mark.parametrize("source", ["mapped", "streamed"])
-def test_each_condition_is_left_out_by_itself_as_seed_epoch_and_mesh_say(source, file, meshes, by_ids):
-    def rows(**options):
-        conditions = Conditions(KNOWN, num_faces=True, **{"dropout": 0.3, "seed": 3} | options)
-        return mapped(meshes, conditions) if source == "mapped" else streamed(file, conditions)
-
-    epochs = [epoch_of(rows(), epoch) for epoch in range(8)]
-    assert epoch_of(rows(), 1, workers=1) == epochs[1]
-    assert epoch_of(rows(seed=4)) != epochs[0]
-    counts, left_out = np.zeros((2, 2)), set()
-    for epoch in epochs:
-        for ids, category, faces in epoch:
-            known = by_ids[ids]
-            assert category in (-1, known[0]) and faces in (-1, known[1])
-            if known[0] >= 0:
-                counts[int(category == -1), int(faces == -1)] += 1
-        left_out.add(frozenset(ids for ids, _, faces in epoch if faces == -1))
-    assert len(left_out) == len(epochs), "each epoch leaves out others"
-    total = counts.sum()
-    expected = np.outer([0.7, 0.3], [0.7, 0.3])
-    assert total == 8 * COUNT / 2
-    assert (np.abs(counts / total - expected) < 4 * np.sqrt(expected * (1 - expected) / total)).all()
-
-
-def test_what_is_left_out_of_one_condition_does_not_hang_on_the_other():
-    whole = [Conditions(KNOWN, True, 0.5).of_mesh(1, 20, epoch, 7) for epoch in range(40)]
-    alone = [Conditions((), True, 0.5).of_mesh(1, 20, epoch, 7) for epoch in range(40)]
-    assert [told["num_faces"] for told in whole] == [told["num_faces"] for told in alone]
-    assert {told["num_faces"] for told in whole} == {-1, 20}
-
-
-def test_held_out_rows_know_both_the_models_category_and_their_own_group(meshes, by_ids):
-    sizes, used = mesh_sizes(meshes, ROW, "error")
-    rows = MeshRows(meshes, IFlameTokenizer(), ROW, conditions=BOTH, grouped=True)
-    names = []
-    for keys in evaluation_batches(sizes, used, ROW // 9, 2):
-        batch = rows.batch(keys)
-        for ids, *told in meshes_of(batch):
-            assert tuple(told) == by_ids[ids]
-        groups = batch["layout"].attributes["group"]
-        names += [meshes.category_names[index] for index in groups[groups >= 0].tolist()]
-    assert sorted(names) == sorted(map(str, CATEGORIES))
-
-
-def test_a_place_in_the_data_is_that_of_a_model_that_is_told_the_same(file, meshes):
-    for rows in (lambda told: mapped(meshes, told), lambda told: streamed(file, told)):
-        told = [Conditions(), BOTH, Conditions(KNOWN), Conditions(("table",)), Conditions(num_faces=True)]
-        assert len({rows(each).digest() for each in told}) == 5
-        assert rows(Conditions(KNOWN, True, 0.5)).digest() == rows(BOTH).digest(), "as with the augmentation"
-
-
-def options_of(file, *more):
-    return parse_arguments(["--train_file", file, "--hidden_size", "32", "--row_length", str(ROW), "--use_cpu", *more])
-
-
-@pytest.mark.parametrize("more", [[], ["--streaming", "--max_steps", "3"]])
-def test_a_new_model_knows_the_frequent_categories_and_its_rows_tell_them(file, more, by_ids):
-    both = ["--condition_on", "num_faces", "category", "--min_category_meshes", "10"]
-    held_out = ["--validation_file", file, "--condition_dropout", "0.5"]
-    arguments = options_of(file, *both, *held_out, *more)
-    accelerator = Accelerator(cpu=True)
-    tokenizer, model = create_model(arguments, accelerator)
-    assert (
-        model.config.categories == ["None", "chair", "lamp", "ship", "table"] and model.config.condition_on_num_faces
-    )
-    data = load_data(arguments, tokenizer, accelerator, model.config)
-    rows = data.rows if more else data.rows.rows
-    assert rows.conditions == Conditions.of(model.config, 0.5, 42)
-    assert data.validation_loader.rows.conditions == Conditions.of(model.config, 0.0, 42)
-    batch, _ = next(data.rows.batches([], 4))
-    assert {-1} < set(batch["layout"].attributes["category"].tolist()) <= {-1, 0, 1, 2, 3, 4}
-    for batch in data.validation_loader:
-        faces = [faces for _, _, faces in meshes_of(batch)]
-        assert faces and min(faces) > 0, "nothing is left out in evaluation"
-
-
-def test_categories_are_those_of_enough_meshes():
-    names = ["b"] * 3 + ["a"] * 2 + ["c"] + [None] * 5 + [""] * 5
-    assert frequent_categories(names, 2) == ["a", "b"] and frequent_categories(names, 3) == ["b"]
-    with pytest.raises(ValueError, match="no category has 4 training meshes; the largest, b, has 3"):
-        frequent_categories(names, 4)
-    with pytest.raises(ValueError, match="no training mesh has a category"):
-        frequent_categories([None, ""], 1)
-
-
-def test_a_model_to_start_from_keeps_what_it_is_told(file, tmp_path):
-    small_model(categories=["ship", "lamp"]).save_pretrained(tmp_path / "model")
-    IFlameTokenizer().save_pretrained(tmp_path / "model")
-    start = ["--train_file", file, "--row_length", str(ROW), "--model_name_or_path", str(tmp_path / "model")]
-    accelerator = Accelerator(cpu=True)
-    for more in ([], ["--condition_on", "category"]):
-        tokenizer, model = create_model(parse_arguments([*start, *more]), accelerator)
-        assert model.config.categories == ["ship", "lamp"]
-    rows = load_data(parse_arguments(start), tokenizer, accelerator, model.config).rows.rows
-    assert rows.conditions == Conditions(("ship", "lamp"), dropout=0.2, seed=42)
-    with pytest.raises(ValueError, match="--condition_on category num_faces .its own is category"):
-        create_model(parse_arguments([*start, "--condition_on", "num_faces", "category"]), accelerator)
-
-
-def test_a_model_that_is_told_categories_and_finds_none_says_so(made, tmp_path):
-    columns = {name: [np.asarray(getattr(made[0], name)).tolist()] for name in ("vertices", "faces")}
-    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    arguments, config = options_of(str(tmp_path / "a.parquet")), small_config(categories=["ship"])
-    with pytest.warns(UserWarning, match="no training mesh has one that it knows"):
-        load_data(arguments, IFlameTokenizer(), Accelerator(cpu=True), config)
-    with pytest.raises(ValueError, match="a.parquet has no column category, which --condition_on category needs"):
-        read_categories([str(tmp_path / "a.parquet")])
-
-
-def test_generated_meshes_have_their_kinds_for_categories():
-    few = ["--num_procedural_meshes", "40", "--condition_on", "category", "--min_category_meshes", "4"]
-    _, model = create_model(parse_arguments(["--hidden_size", "32", *few]), Accelerator(cpu=True))
-    kinds = [mesh.kind for mesh in make_dataset(40, seed=42)]
-    assert model.config.categories == sorted({kind for kind in kinds if kinds.count(kind) >= 4})
+def test_conditions_outlive_saving(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = IFlameForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.config.categories, loaded.config.num_faces_range) == (CATEGORIES, [4, 64])
+    ids, asked = mesh_rows(1, faces=1), {"category": torch.tensor([2]), "num_faces": torch.tensor([33])}
+    torch.testing.assert_close(loaded.eval()(ids, **asked).logits, model(ids, **asked).logits)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("asked", "words"),
     [
-        (["--condition_on", "size"], "invalid choice: 'size'"),
-        (["--condition_dropout=1"], "condition_dropout must be at least 0 and less than 1, got 1.0"),
-        (["--condition_on=num_faces", "--min_category_meshes=5"], "min_category_meshes needs --condition_on category"),
-        (["--condition_on=category", "--min_category_meshes=0"], "min_category_meshes must be at least 1, got 0"),
+        ({"category": "sofa"}, "does not know the category 'sofa': it was trained with chair, lamp, table"),
+        ({"category": 1}, "does not know the category 1"),
+        ({"num_faces": 3}, "from 4 to 64, as of training; got 3"),
+        ({"num_faces": 9.5}, "whole number from 4 to 64"),
+        ({"category": ["chair", "lamp"], "num_faces": [5]}, "2 meshes need as many values of num_faces, got 1"),
+        ({"guidance_scale": 2.0}, "guidance_scale is of a condition"),
+        ({"category": "chair", "guidance_scale": 2.0, "num_beams": 2}, "leave out num_beams"),
+        ({"category": "chair", "guidance_scale": 2.0, "return_dict_in_generate": True}, "return_dict_in_generate"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(capsys, given, message):
-    with pytest.raises(SystemExit) as end:
-        parse_arguments(given)
-    assert end.value.code == 2 and message in capsys.readouterr().err
+def test_what_cannot_be_asked_for_is_refused_in_words(model, asked, words):
+    with pytest.raises(ValueError, match=words):
+        model.generate(**asked, max_new_tokens=9)
 
 
-def test_to_leave_out_what_a_model_is_not_told_is_refused(file):
-    with pytest.raises(ValueError, match="condition_dropout is for a model that is told something"):
-        load_data(options_of(file, "--condition_dropout", "0.1"), IFlameTokenizer(), Accelerator(cpu=True))
+def test_the_model_itself_takes_tensors_that_fit_its_rows(model):
+    ids = mesh_rows(2, faces=1)
+    for wrong in (torch.tensor([1]), torch.tensor([1.0, 2.0]), ["chair", "lamp"]):
+        with pytest.raises(ValueError, match="category must be a tensor of 2 whole numbers"):
+            model(ids, category=wrong)
+    with pytest.raises(ValueError, match="start face"):
+        model(inputs_embeds=model.model.embed_tokens(ids), category=torch.tensor([1, 1]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"categories": ["a", "a"]}, {"categories": [1]}, {"num_faces_range": [4]}, {"num_faces_range": [9, 4]}],
+    ids=str,
+)
+def test_conditions_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        IFlameConfig(**wrong)
+
+
+LOOP = {"cache_implementation": "dynamic"}
+
+
+def test_a_list_makes_a_mesh_for_each_of_its_values(sampler):
+    asked = {"category": ["chair", None, "table"], "num_faces": [10, 20, None]}
+    options = {"do_sample": True, "seed": 3, "max_faces": 6}
+    together = sampler.generate(**asked, **options)
+    assert together.shape[0] == 3 and torch.equal(together, sampler.generate(**asked, **options, **LOOP))
+    start = torch.full((1, 9), BOS)
+    for row, (category, faces) in enumerate(zip(*asked.values(), strict=True)):
+        alone = sampler.generate(start, category=category, num_faces=faces, **{**options, "seed": 3 + row})[0]
+        assert torch.equal(together[row, : len(alone)], alone)
+        assert (together[row, len(alone) :] == sampler.config.pad_token_id).all()
+    assert not torch.equal(together, sampler.generate(start.expand(3, -1), **options))
+    # several of one
+    four = sampler.generate(category="lamp", num_return_sequences=4, **options)
+    assert torch.equal(four[:1, :18], sampler.generate(category="lamp", **options)[:, :18]) and len(four) == 4
+
+
+class ByHand(LogitsProcessor):
+    """Guidance by two passes over all tokens, in transformers' words: uncond + scale (cond - uncond)."""
+
+    def __init__(self, model, scale, **asked):
+        self.model, self.scale, self.asked = model, scale, asked
+
+    def __call__(self, input_ids, scores):
+        without = self.model(input_ids).logits[:, -1].log_softmax(dim=-1)
+        with_them = self.model(input_ids, **self.asked).logits[:, -1].log_softmax(dim=-1)
+        return without + self.scale * (with_them - without)
+
+
+@pytest.mark.parametrize("options", [{}, LOOP, {"cache_implementation": "static"}, {"mesh_grammar": False}], ids=str)
+def test_guided_tokens_are_those_of_two_passes(sampler, options):
+    prompt = mesh_rows(2, faces=1, seed=5)[:, :15] if "mesh_grammar" in options else torch.full((2, 9), BOS)
+    common = {"do_sample": True, "seed": 11, "max_new_tokens": 30, "top_p": 0.9, **options}
+    made = sampler.generate(prompt, category=["chair", "table"], guidance_scale=2.5, **common)
+    asked = {"category": torch.tensor([0, 2])}
+    expected = sampler.generate(
+        prompt, logits_processor=[ByHand(sampler, 2.5, **asked)], **{**common, "cache_implementation": "dynamic"}
+    )
+    assert torch.equal(made, expected)
+    assert not torch.equal(made, sampler.generate(prompt, category=["chair", "table"], **common))
+
+
+def test_a_scale_of_the_generation_config_guides_where_there_are_conditions(sampler):
+    options = {"do_sample": True, "seed": 2, "max_faces": 4}
+    unconditional, guided = sampler.generate(**options), sampler.generate(num_faces=8, guidance_scale=3.0, **options)
+    sampler.generation_config.guidance_scale = 3.0
+    try:
+        assert torch.equal(sampler.generate(**options), unconditional)
+        assert torch.equal(sampler.generate(num_faces=8, **options), guided)
+        assert not torch.equal(sampler.generate(num_faces=8, guidance_scale=1.0, **options), guided)
+    finally:
+        sampler.generation_config.guidance_scale = None
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0}], ids=str)
+@pytest.mark.parametrize("rows", [2, 5])
+def test_many_meshes_are_those_of_generate(sampler, rows, guidance):
+    categories = ["chair", None, "lamp", "table", "lamp"]
+    options = {"max_faces": 5, **guidance}
+    made = {
+        mesh.number: mesh.ids
+        for mesh in generate_meshes(sampler, range(20, 25), rows=rows, category=categories, num_faces=12, **options)
+    }
+    for number, category in enumerate(categories):
+        (alone,) = sampler.generate(category=category, num_faces=12, do_sample=True, seed=20 + number, **options)
+        ended = (alone[9:] == EOS).any()
+        assert torch.equal(made[number], alone) if ended else torch.equal(made[number], alone[: len(made[number])])
+    assert len({tuple(ids.tolist()) for ids in made.values()}) == 5
+
+
+def test_a_guided_mesh_can_be_streamed(sampler):
+    class Streamer:
+        def __init__(self):
+            self.values = []
+
+        def put(self, value):
+            self.values.append(value.flatten().tolist())
+
+        def end(self):
+            self.values.append("end")
+
+    for options in ({}, LOOP):
+        streamer = Streamer()
+        options = {"category": "lamp", "guidance_scale": 2.0, "do_sample": True, "seed": 1, "max_faces": 3, **options}
+        (ids,) = sampler.generate(streamer=streamer, **options)
+        assert streamer.values.pop() == "end"
+        assert [token for value in streamer.values for token in value] == ids.tolist()

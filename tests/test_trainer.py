@@ -146,7 +146,7 @@ def test_packed_rows_restart_positions_at_every_mesh_and_at_the_padding():
 
 def test_batches_tell_the_model_what_its_config_asks_for():
     config = small_config()
-    config.categories, config.condition_on_num_faces = ["side", "solid"], True
+    config.categories, config.num_faces_range = ["side", "solid"], [1, 9]
     examples = [SIDE | {"category": "side"}, TETRAHEDRON | {"category": "solid"}, SIDE | {"category": "door"}, SIDE]
     packed = MeshCollator(IFlameTokenizer(), 9 * 10, config)(examples)
     layout = packed["layout"]  # a solid and a side; two sides; paddings

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-# By the names of the attributes of a layout.
-CONDITIONS = ("category", "num_faces")
-# What stands for a category or a number that the model is not told, as for padding.
-UNKNOWN = -1
+from iflame_hf.conditions_iflame import CONDITIONS, UNKNOWN, known_conditions
+
 # Sets the random numbers by which conditions are left out apart from those of the augmentation of the same mesh.
 DROPOUT_STREAM = 1
 
@@ -32,8 +30,9 @@ class Conditions:
     @classmethod
     def of(cls, config: Any, dropout: float = 0.0, seed: int = 0) -> "Conditions":
         """Those that a model's configuration asks for; of None, none."""
-        categories = tuple(getattr(config, "categories", None) or ())
-        return cls(categories, bool(getattr(config, "condition_on_num_faces", False)), dropout, seed)
+        known = () if config is None else known_conditions(config)
+        categories = tuple(config.categories) if "category" in known else ()
+        return cls(categories, "num_faces" in known, dropout, seed)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -75,13 +75,30 @@ def read_categories(sources: Sequence[str], most: int | None = None) -> list[str
     """
     if "category" not in (_load(sources).features or ()):
         raise ValueError(f"{', '.join(sources)} has no column category, which --condition_on category needs")
-    stream = _load(sources, columns=["category"], batch_size=MESHES_AT_ONCE).with_format("arrow")
-    values: list[str | None] = []
+    return [None if value is None else str(value) for value in _column(sources, "category", most)]
+
+
+def read_num_faces(sources: Sequence[str], most: int | None = None) -> list[int]:
+    """
+    The number of faces of every mesh of a data set, or of the first so many, by its column `num_faces_q` or
+    `num_faces`; without such a column, nothing.
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    names = set(_load(sources).features or ())
+    column = next((name for name in ("num_faces_q", "num_faces") if name in names), None)
+    return [] if column is None else [int(value) for value in _column(sources, column, most) if value]
+
+
+def _column(sources: Sequence[str], name: str, most: int | None) -> list[Any]:
+    stream = _load(sources, columns=[name], batch_size=MESHES_AT_ONCE).with_format("arrow")
+    values: list[Any] = []
     try:
         for table in (stream if most is None else stream.take(most)).iter(MESHES_AT_ONCE):
-            values += [None if value is None else str(value) for value in table["category"].to_pylist()]
+            values += table[name].to_pylist()
     except (OSError, ValueError) as error:
-        raise ValueError(f"the categories of {', '.join(sources)} cannot be read: {error}") from error
+        raise ValueError(f"the column {name} of {', '.join(sources)} cannot be read: {error}") from error
     return values
 
 

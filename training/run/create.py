@@ -17,7 +17,8 @@ from training.optim.average import MovingAverage
 from training.optim.groups import create_optimizer
 from training.rows.conditions import Conditions, frequent_categories
 from training.rows.meshes import generated_meshes
-from training.rows.stream import read_categories
+from training.rows.pack import EXTRA_FACES, TOKENS_PER_FACE
+from training.rows.stream import read_categories, read_num_faces
 from training.run.weights import are_sharded
 
 # Variants of a block that torch.compile may make before it gives up: 2 kinds x 3 levels x evaluation or training x one
@@ -118,20 +119,29 @@ def create_model(arguments: Arguments, accelerator: Accelerator) -> tuple[IFlame
 def _conditions(arguments: Arguments) -> dict[str, Any]:
     """
     What the configuration of a fresh model says of the conditions that the options ask for: the categories are those
-    of enough training meshes.
+    of enough training meshes, the numbers of faces those from the smallest of them to what fits into a row.
 
     Raises:
         ValueError: there are no such categories, or the training files cannot be read.
     """
-    options, asked = arguments.model, arguments.model.condition_on or []
-    settings: dict[str, Any] = {"condition_on_num_faces": True} if "num_faces" in asked else {}
+    asked, files, most = (
+        arguments.model.condition_on or [],
+        arguments.data.train_file,
+        arguments.data.max_train_samples,
+    )
+    meshes = generated_meshes(arguments.data, arguments.train.seed) if asked and not files else None
+    settings: dict[str, Any] = {}
+    if "num_faces" in asked:
+        counts = read_num_faces(files, most) if meshes is None else meshes.num_faces.tolist()
+        room = arguments.data.row_length // TOKENS_PER_FACE - EXTRA_FACES
+        fewest = min(counts, default=1)
+        settings["num_faces_range"] = [fewest, max(min(max(counts, default=room), room), fewest)]
     if "category" in asked:
-        if arguments.data.train_file:
-            names = read_categories(arguments.data.train_file, arguments.data.max_train_samples)
+        if meshes is None:
+            names = read_categories(files, most)
         else:
-            meshes = generated_meshes(arguments.data, arguments.train.seed)
             names = [meshes.category_names[index] for index in meshes.categories]
-        settings["categories"] = frequent_categories(names, options.min_category_meshes)
+        settings["categories"] = frequent_categories(names, arguments.model.min_category_meshes)
     return settings
 
 
