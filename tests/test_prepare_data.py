@@ -1,6 +1,7 @@
 """From collections of meshes, bad files among them, to a data set: what is in it, and that nothing can spoil it."""
 
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -201,6 +202,12 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path):
     assert [(row["category"], row["license"]) for row in rows(tmp_path / "out", "validation")] == [
         ("bench", "CC0-1.0")
     ]
+    # Of some licences alone: what tells none is left out too.
+    assert prepare(f"hub:{stand_in}", "--out", tmp_path / "free", "--only_licenses", "mit", "CC0-1.0") == 0
+    free = rows(tmp_path / "free", "train") + rows(tmp_path / "free", "validation")
+    assert {row["license"] for row in free} == {"MIT", "CC0-1.0"} and len(free) == 2
+    summary = json.loads((tmp_path / "free" / "summary.json").read_text())
+    assert summary["rejected"] == {"not chosen": 1}
 
 
 def test_packs_authors_and_splits_of_a_source_are_kept(tmp_path):

@@ -74,6 +74,7 @@ def prepare_data(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         options.splits == "source",
         options.deduplicate,
         options.license,
+        options.only_licenses,
     )
     if prepared.is_finished:
         return prepared.finished_summary(), False
@@ -208,6 +209,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="vertical axis of the sources, but of dae files that declare theirs; written is y (default y)",
     )
     add("--license", metavar="NAME", help="licence of meshes whose source does not tell theirs")
+    add(
+        "--only_licenses",
+        nargs="+",
+        metavar="NAME",
+        help="take only meshes of these licences, such as CC0-1.0; what is known of none is left out",
+    )
     add("--num_workers", type=int, default=cores, help="processes that read meshes (default: as many as cores)")
     add("--time_limit", type=float, default=60.0, help="seconds that reading one mesh may take (default 60)")
     add("--memory_limit", type=float, default=4.0, help="GiB that reading one mesh may take (default 4)")

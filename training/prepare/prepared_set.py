@@ -11,7 +11,7 @@ import os
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class PreparedSet:
         keep_splits: leave meshes in the split that their source puts them in.
         deduplicate: whether a mesh that equals an earlier one after quantisation is left out.
         license: of meshes whose source does not tell theirs.
+        only_licenses: take meshes of these alone, in upper or lower case.
 
     Raises:
         ValueError: `folder` holds something else, or a run with other settings, or another process writes to it.
@@ -82,6 +83,7 @@ class PreparedSet:
         keep_splits: bool = False,
         deduplicate: bool = True,
         license: str | None = None,
+        only_licenses: Collection[str] | None = None,
     ):
         self.folder = folder
         self.temporary = folder / UNPACKED
@@ -90,6 +92,7 @@ class PreparedSet:
         self._keep_splits = keep_splits
         self._deduplicate = deduplicate
         self._license = license
+        self._only_licenses = only_licenses and {name.lower() for name in only_licenses}
         folder.mkdir(parents=True, exist_ok=True)
         is_new = not _is_ours(folder)
         if is_new and any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -129,7 +132,11 @@ class PreparedSet:
         return summary
 
     def add(self, item: Item, prepared: Prepared) -> bool:
-        """Take a mesh, or reject it as a duplicate: False."""
+        """Take a mesh, or reject it for its licence or as a duplicate: False."""
+        license = item.license or prepared.license or self._license
+        if self._only_licenses and (license or "").lower() not in self._only_licenses:
+            self.reject(item, Rejected(NOT_CHOSEN, f"its licence is {license or 'not known'}"))
+            return False
         if self._deduplicate:
             first = self._database.execute("SELECT name FROM geometry WHERE digest = ?", (prepared.digest,)).fetchone()
             if first is not None:
@@ -139,7 +146,6 @@ class PreparedSet:
         name = self._unique(item.name)
         if self._deduplicate:
             self._database.execute("INSERT INTO geometry VALUES (?, ?)", (prepared.digest, name))
-        license = item.license or prepared.license or self._license
         blobs = prepared.vertices.astype("<f4").tobytes(), prepared.faces.astype("<i4").tobytes()
         self._database.execute(
             "INSERT INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
