@@ -9,7 +9,6 @@ is split. Run the same command again to go on after an interruption, or with a l
 """
 
 import argparse
-import hashlib
 import signal
 import sys
 from datetime import timedelta
@@ -19,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -30,9 +28,10 @@ from iflame_hf.ranking_iflame import generate_best
 from training.run.ending import ends_in_words
 from training.run.interruption import Interruption, Stopped
 from training.run.resume import lock, raise_on_all
-from training.sampling.folder import MeshFolder
+from training.sampling.folder import MeshFolder, RecordReader
 from training.sampling.options import parse_options
 from training.sampling.pace import AfterEachFace, Pace
+from training.sampling.settings import SAMPLING_SETTINGS, digest_of, sampling_settings
 from training.sampling.write import MeshWriter
 
 # One process may come to its end so long before another.
@@ -70,31 +69,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def settings_of(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
     """What decides over the meshes, with the model's own values where nothing is given."""
-    own = generator.model.generation_config
-    top_k = own.to_diff_dict().get("top_k", 0) if options.top_k is None else options.top_k
     return {
         "model": options.model,
         "revision": options.revision,
         "dtype": str(generator.model.dtype).removeprefix("torch."),
         "seed": options.seed,
         "best_of": options.best_of,
-        "min_faces": options.min_faces,
-        "max_faces": options.max_faces or generator.default_max_faces,
-        "temperature": options.temperature or own.temperature or 1.0,
-        "top_k": top_k,
-        "top_p": options.top_p or own.top_p or 1.0,
-        "kv_cache_dtype": options.kv_cache_dtype or getattr(own, "kv_cache_dtype", None),
+        **sampling_settings(options, generator),
         "format": options.format,
     }
-
-
-def digest_of(model: torch.nn.Module) -> str:
-    """Of names and values of all weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def sample(
@@ -114,16 +97,17 @@ def sample(
         f"{len(numbers):,} meshes to make with {accelerator.num_processes} x {accelerator.device.type}"
         + (f", {there:,} are there" if there else "")
     )
-    pace = Pace(folder.path, there, options.num) if accelerator.is_main_process and numbers else None
+    pace = None
+    if accelerator.is_main_process and numbers:
+        pace = Pace(RecordReader(folder.path), there, options.num)
     own = numbers[accelerator.process_index :: accelerator.num_processes]
-    chosen = ("min_faces", "max_faces", "temperature", "top_k", "top_p", "kv_cache_dtype")
     meshes = generate_best(
         generator.model,
         [options.seed + number for number in own],
         options.best_of,
         rows=options.rows,
         stopping_criteria=[AfterEachFace(interruption, pace)],
-        **{name: settings[name] for name in chosen},
+        **{name: settings[name] for name in SAMPLING_SETTINGS},
     )
     try:
         with MeshWriter(folder.path, options.format, generator.tokenizer, accelerator.process_index) as writer:

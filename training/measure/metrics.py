@@ -38,8 +38,9 @@ def evaluate(
         check: called before each batch; what it raises ends the evaluation.
 
     Returns:
-        `eval_loss` (nats per token), `eval_perplexity`, `eval_token_accuracy`, `eval_vertex_accuracy`,
-        `eval_face_accuracy`, and the same without the prefix by category in `eval_by_category`.
+        `eval_loss` (nats per token), `eval_perplexity`, `eval_bits_per_face` (those of end faces are spread over the
+        faces), `eval_token_accuracy`, `eval_vertex_accuracy`, `eval_face_accuracy`, and the same without the prefix by
+        category in `eval_by_category`.
     """
     was_training = model.training
     model.eval()
@@ -99,6 +100,7 @@ def _metrics(counts: torch.Tensor) -> dict[str, float]:
     named = dict(zip(COUNTS, counts.tolist(), strict=True))
     loss = named["loss"] / max(named["tokens"], 1)
     metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    metrics["bits_per_face"] = named["loss"] / math.log(2) / max(named["faces"], 1)
     for what in ("token", "vertex", "face"):
         plural = {"token": "tokens", "vertex": "vertices", "face": "faces"}[what]
         metrics[f"{what}_accuracy"] = named[f"right_{plural}"] / max(named[plural], 1)

@@ -3,30 +3,34 @@
 import sys
 import time
 from collections import deque
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from transformers import StoppingCriteria
 
 from training.run.interruption import Interruption, Stopped
-from training.sampling.folder import RecordReader
 
 SECONDS_BETWEEN_LINES = 5
 LINES_OF_A_RATE = 24  # the rates are those of the last two minutes
 
 
+class Reader(Protocol):
+    def read(self) -> Sequence[Any]: ...
+
+
 class Pace:
     """
-    Counts the meshes that all processes write, and shows the pace on stderr.
+    Counts the meshes that are made, and shows the pace on stderr.
 
     Args:
-        folder: of the meshes.
+        reader: its `read()` gives those that have come since the last time, each with its number of `faces`.
         done: meshes that are there already.
         num: meshes that there will be.
     """
 
-    def __init__(self, folder: Path, done: int, num: int):
-        self.reader, self.done, self.num = RecordReader(folder), done, num
+    def __init__(self, reader: Reader, done: int, num: int):
+        self.reader, self.done, self.num = reader, done, num
         self.faces = 0
         self.is_shown = False
         # time, meshes, faces
