@@ -217,7 +217,10 @@ def test_packs_authors_and_splits_of_a_source_are_kept(tmp_path):
         vertices, faces = zip(*map(bad_files.row, heights), strict=True)
         texts = {"name": [f"{height}" for height in heights], "author": ["Ann", "", None][: len(heights)]}
         packs = [f"Ann/{split} kit"] * len(heights)
-        table = pyarrow.table({**texts, "vertices": vertices, "faces": faces, "pack": packs})
+        columns = {**texts, "vertices": vertices, "faces": faces, "pack": packs}
+        if split == "test":
+            columns["nn_iou_train"] = pyarrow.array([0.25, None], pyarrow.float32())
+        table = pyarrow.table(columns)
         pyarrow.parquet.write_table(table, source / f"{split}.parquet")
     assert prepare(source, "--out", tmp_path / "out", "--splits", "source", "--validation_share", 0) == 0
     found = [(row["name"], row["pack"], row["author"]) for row in rows(tmp_path / "out", "train")]
@@ -229,6 +232,7 @@ def test_packs_authors_and_splits_of_a_source_are_kept(tmp_path):
     ]
     found = [(row["name"], row["pack"], row["author"]) for row in rows(tmp_path / "out", "validation")]
     assert found == [("1.6", "Ann/test kit", "Ann"), ("1.8", "Ann/test kit", None)]
+    assert [row["nn_iou_train"] for row in rows(tmp_path / "out")] == [None] * 4 + [0.25, None]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| Ann/train kit | 3 |\n" in card and "| not known | 4 |\n| Ann | 2 |\n" in card
     files = [str(path) for path in sorted((tmp_path / "out" / "data").glob("train-*.parquet"))]

@@ -52,6 +52,7 @@ meshes = load_dataset("path/of/this/folder")["train"]
 | faces | list of 3 x int32 | indices of vertices, counter-clockwise seen from outside as in the source |
 | num_faces | int32 | faces |
 | num_faces_q | int32 | faces left after quantisation to {{ settings.resolution + 1 }} levels |
+| nn_iou_train | float32 | overlap with the most similar training mesh; null where the source does not say |
 
 ## How it was made
 

@@ -43,6 +43,7 @@ class Item:
         rejection: why the item is not even read.
         split: "train" or "validation" where the source says so.
         temporary: a file or folder to delete when the item is done with.
+        nn_iou_train: how much it overlaps with the most similar training mesh, where the source says so.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Item:
     split: str | None = None
     rejection: Rejected | None = None
     temporary: str | None = None
+    nn_iou_train: float | None = None
 
     @property
     def key(self) -> str:

@@ -39,6 +39,7 @@ SCHEMA = pyarrow.schema(
         ("faces", pyarrow.list_(pyarrow.list_(pyarrow.int32()))),
         ("num_faces", pyarrow.int32()),
         ("num_faces_q", pyarrow.int32()),
+        ("nn_iou_train", pyarrow.float32()),
     ]
 )
 STATE, SETTINGS, REJECTED, SUMMARY = ".state.sqlite", "settings.json", "rejected.jsonl", "summary.json"
@@ -52,7 +53,7 @@ _TABLES = """
     CREATE TABLE IF NOT EXISTS names (name TEXT PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS waiting (
         number INTEGER PRIMARY KEY, split TEXT, name TEXT, category TEXT, source TEXT, license TEXT,
-        pack TEXT, author TEXT, vertices BLOB, faces BLOB, num_faces_q INTEGER
+        pack TEXT, author TEXT, vertices BLOB, faces BLOB, num_faces_q INTEGER, nn_iou_train REAL
     );
 """
 
@@ -148,10 +149,10 @@ class PreparedSet:
             self._database.execute("INSERT INTO geometry VALUES (?, ?)", (prepared.digest, name))
         blobs = prepared.vertices.astype("<f4").tobytes(), prepared.faces.astype("<i4").tobytes()
         self._database.execute(
-            "INSERT INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(split, name, item.category, item.source, license, item.pack, item.author),
-                *(*blobs, prepared.num_faces_q),
+                *(*blobs, prepared.num_faces_q, item.nn_iou_train),
             ),
         )
         self._waiting[split] += 1
@@ -245,8 +246,8 @@ class PreparedSet:
 
     def _waiting_rows(self, split: str) -> Iterator[list[tuple]]:
         cursor = self._database.execute(
-            "SELECT name, category, source, license, pack, author, vertices, faces, num_faces_q FROM waiting"
-            " WHERE split = ? ORDER BY number",
+            "SELECT name, category, source, license, pack, author, vertices, faces, num_faces_q, nn_iou_train"
+            " FROM waiting WHERE split = ? ORDER BY number",
             (split,),
         )
         while rows := cursor.fetchmany(_ROWS_PER_GROUP):
@@ -362,7 +363,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _table(rows: list[tuple]) -> pyarrow.Table:
-    *texts, vertices, faces, sizes = zip(*rows, strict=True)
+    *texts, vertices, faces, sizes, overlaps = zip(*rows, strict=True)
     faces = [np.frombuffer(blob, "<i4") for blob in faces]
     columns = [
         *(pyarrow.array(values, pyarrow.string()) for values in texts),
@@ -370,6 +371,7 @@ def _table(rows: list[tuple]) -> pyarrow.Table:
         _triples(faces, pyarrow.int32()),
         pyarrow.array([len(flat) // 3 for flat in faces], pyarrow.int32()),
         pyarrow.array(sizes, pyarrow.int32()),
+        pyarrow.array(overlaps, pyarrow.float32()),
     ]
     return pyarrow.Table.from_arrays(columns, schema=SCHEMA)
 

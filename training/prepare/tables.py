@@ -17,6 +17,7 @@ from training.prepare.synsets import synset_category
 
 Build = Callable[[], None]
 _ROWS_PER_READ = 32
+_OVERLAP_COLUMN = "nn_iou_train"
 _TEXT_COLUMNS = {
     **{name: name for name in ("name", "source", "license", "pack", "author", "category")},
     "label": "category",
@@ -31,6 +32,7 @@ class Columns(NamedTuple):
     arrays: bool  # vertices and faces, else one column of mesh files
     files: str | None
     text: dict[str, str]
+    overlap: bool
 
 
 def parquet_items(path: str, label: str, prefix: str, folder: str) -> Iterator[tuple[Item, Build]]:
@@ -40,6 +42,7 @@ def parquet_items(path: str, label: str, prefix: str, folder: str) -> Iterator[t
     with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
         columns = _columns(file.schema_arrow)
         wanted = [*columns.text, *(("vertices", "faces") if columns.arrays else (columns.files,))]
+        wanted += [_OVERLAP_COLUMN] * columns.overlap
         first = 0
         for batch in file.iter_batches(
             batch_size=_ROWS_PER_READ if columns.arrays else 1, columns=wanted, use_threads=False
@@ -87,13 +90,14 @@ def _columns(schema: pyarrow.Schema) -> Columns:
     for column, field in _TEXT_COLUMNS.items():
         if column in schema.names and field not in text.values():
             text[column] = field
+    overlap = _OVERLAP_COLUMN in schema.names and pyarrow.types.is_floating(schema.field(_OVERLAP_COLUMN).type)
     if {"vertices", "faces"} <= set(schema.names):
-        return Columns(True, None, text)
+        return Columns(True, None, text, overlap)
     for field in schema:
         is_file = pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
         is_bytes = pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type)
         if is_file or (is_bytes and f".{field.name}" in READ_SUFFIXES):
-            return Columns(False, field.name, text)
+            return Columns(False, field.name, text, overlap)
     raise Rejected(
         "no meshes", f"it has no columns vertices and faces, nor one of mesh files; it has {', '.join(schema.names)}"
     )
@@ -117,6 +121,8 @@ def _table_items(
         source = values.pop("source", None) or f"{label}#{first + row}"
         item = Item(name, source, split=split, **values)
         item.category = item.category or synset_category(name)
+        if columns.overlap:
+            item.nn_iou_train = batch.column(_OVERLAP_COLUMN)[row].as_py()
         yield item, _row_build(item, batch, columns, row, folder, fetch)
 
 
