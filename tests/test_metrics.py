@@ -17,6 +17,7 @@ from scipy.spatial.distance import cdist, jensenshannon
 
 from iflame_hf.mesh_errors_iflame import MeshError
 from iflame_hf.mesh_iflame import normalise
+from training import metrics
 from training.metrics import (
     chamfer_distances,
     coverage,
@@ -134,6 +135,14 @@ def test_chamfer_distances_on_a_gpu_are_those_of_the_cpu():
         torch.testing.assert_close(given.cpu(), chamfer_distances(a, b), rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="a is on cuda:0 and b on cpu: move one to the other"):
         chamfer_distances(a.cuda(), b)
+
+
+def test_what_is_compiled_for_a_gpu_computes_chamfer_distances(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    a, b = (torch.from_numpy(clouds(seed, 5, points)).transpose(1, 2) for seed, points in ((0, 17), (1, 40)))
+    found = metrics.chamfer_compiled.__wrapped__()(a[0], b)
+    expected = chamfer_distances(a[:1].transpose(1, 2), b.transpose(1, 2))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_earth_movers_distances_are_means_of_the_best_assignment():
