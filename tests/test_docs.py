@@ -28,8 +28,9 @@ import hub_upload
 from hub_upload import run_in_clean_process
 from iflame_cli import command_line
 from iflame_hf import IFlameTokenizer
-from training import generate, prepare_data
+from training import evaluate, generate, prepare_data
 from training.arguments import parse_arguments
+from training.evaluation.options import parse_options as evaluation_options
 from training.sampling.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,6 +226,8 @@ def check_script(launch):
     """The options of the script that a launcher starts."""
     if launch.training_script == "training/generate.py":
         parse_options(launch.training_script_args, "")
+    elif launch.training_script == "training/evaluate.py":
+        evaluation_options(launch.training_script_args, "")
     else:
         assert launch.training_script == "training/train.py"
         check_train(launch.training_script_args)
@@ -318,7 +321,7 @@ def known_options(monkeypatch):
 
     monkeypatch.setattr(argparse._ActionsContainer, "_add_action", add)
     command_line.build_parser()
-    for main in (hub_upload.main, prepare_data.parse_options, parse_arguments, generate.main):
+    for main in (hub_upload.main, prepare_data.parse_options, parse_arguments, generate.main, evaluate.main):
         with pytest.raises(SystemExit):
             main(["--help"])
     for script in [*sorted(ROOT.glob("examples/*.py")), ROOT / "tests" / "versions.py", *_mains()]:
