@@ -1,9 +1,8 @@
 """Compiles kernels for a GPU that is not there, as test_kernels.py asks."""
 
-import sys
-
 import torch
 import triton
+from served_checks import serve
 from small_models import small_model
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -33,7 +32,7 @@ class AbsentGPU:
         return self.target
 
 
-def step(rows: str, dtype: str, pdl: str, kv_cache_dtype: str | None = None) -> None:
+def step(rows: str, dtype: str, pdl: str, kv_cache_dtype: str | None = None) -> list[str]:
     """Every kernel of the nine steps of a face, and the choice of a token."""
     rows, pdl = int(rows), pdl == "pdl"
     model = small_model(hidden_size=128, heads=4)
@@ -47,10 +46,10 @@ def step(rows: str, dtype: str, pdl: str, kv_cache_dtype: str | None = None) -> 
             steps.step(place)
             how = Choice(True, True, False, True, 129, 131)
             chooser.choose(how, steps.logits, torch.zeros(rows, dtype=torch.long), place, True)
-    report(kernels_iflame, attention_kernels_iflame, choose=choose)
+    return compiled(kernels_iflame, attention_kernels_iflame, choose=choose)
 
 
-def attention(size: str, dtype: str) -> None:
+def attention(size: str, dtype: str) -> list[str]:
     """Linear attention with mesh bounds and states, forwards and backwards."""
     q, k, v = (torch.zeros(2, 200, 4, int(size), dtype=DTYPES[dtype], requires_grad=True) for _ in range(3))
     state = torch.zeros(2, 4, int(size), int(size), requires_grad=True)
@@ -58,10 +57,10 @@ def attention(size: str, dtype: str) -> None:
     with compiled_ahead():
         output, last, _ = linear_kernels_iflame._attention(q, k, v, alibi_slopes(4), state, meshes, True)
         (output.float().sum() + last.sum()).backward()
-    report(linear_kernels_iflame)
+    return compiled(linear_kernels_iflame)
 
 
-def muon() -> None:
+def muon() -> list[str]:
     """A step of tall and of wide matrices, whose rows begin where four elements are read at once or anywhere."""
     places = muon_kernels.Tables()
     with compiled_ahead():
@@ -70,20 +69,29 @@ def muon() -> None:
             table = places.of(*matrices)
             x = muon_kernels.move_momenta(table, 0.95, True, 1e-7, torch.zeros(()))
             muon_kernels.step_parameters(table, x, torch.zeros(()), 0.1, 1.0, torch.zeros(()))
-    report(muon_kernels)
+    return compiled(muon_kernels)
 
 
-def report(*modules: object, **others: object) -> None:
-    """Prints how many variants of each kernel were compiled."""
+def compiled(*modules: object, **others: object) -> list[str]:
+    """Names of the kernels that were compiled."""
+    names = []
     for name, kernel in [*(item for module in modules for item in vars(module).items()), *others.items()]:
-        compiled = (
-            kernel.device_caches[0][0] if isinstance(kernel, triton.JITFunction) and kernel.device_caches else {}
-        )
-        if compiled:
-            assert all(each.asm["cubin"] for each in compiled.values())
-            print(name, len(compiled))
+        if isinstance(kernel, triton.JITFunction) and kernel.device_caches:
+            variants = kernel.device_caches[0][0]
+            if variants:
+                assert all(each.asm["cubin"] for each in variants.values())
+                names.append(name)
+            kernel.device_caches.clear()
+    return sorted(names)
+
+
+CHECKS = {"step": step, "attention": attention, "muon": muon}
+
+
+def check_on(architecture: str, check: str, *arguments: str) -> list[str]:
+    driver.set_active(AbsentGPU(architecture))
+    return CHECKS[check](*arguments)
 
 
 if __name__ == "__main__":
-    driver.set_active(AbsentGPU(sys.argv[1]))
-    {"step": step, "attention": attention, "muon": muon}[sys.argv[2]](*sys.argv[3:])
+    serve({"on": check_on})

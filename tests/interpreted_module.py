@@ -14,6 +14,9 @@ def interpreted(module):
     name = f"iflame_hf.interpreted_{module.__name__.rpartition('.')[2]}"
     spec = importlib.util.spec_from_file_location(name, Path(module.__file__))
     copy = sys.modules[name] = importlib.util.module_from_spec(spec)
+    from quick_interpreter import make_quick
+
+    make_quick()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(copy)

@@ -1,13 +1,12 @@
 """The kernels of a decoding step, run by Triton's interpreter, against the network and transformers' processors."""
 
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from served_checks import served
 
 from iflame_hf import kernels_iflame
 from iflame_hf.kernels_iflame import compiled_ahead, launch
@@ -30,17 +29,21 @@ CHECKS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def interpreter():
+    with served(SCRIPT, {**os.environ, "TRITON_INTERPRET": "1"}) as ask:
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    with served(COMPILER, {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}) as ask:
+        yield ask
+
+
 @pytest.mark.parametrize("check", CHECKS)
-def test_kernels_compute_what_the_network_and_the_processors_do(check):
-    run = subprocess.run(
-        [sys.executable, SCRIPT, *check.split()],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip().endswith("as it should be")
+def test_kernels_compute_what_the_network_and_the_processors_do(interpreter, check):
+    assert interpreter(check) == "as it should be"
 
 
 FEW = ["attend_keys", "attend_linear_project", "choose", "combine_project", "gate_up", "project", "project_heads"]
@@ -58,16 +61,8 @@ MANY = ["attend_keys", "attend_linear", "choose", "gate_up", "project", "project
         ("90 muon", ["divide_by_norms", "move_momentum", "move_parameters"]),
     ],
 )
-def test_kernels_are_compiled_ahead_for_a_gpu_that_is_not_there(tmp_path, check, kernels):
-    run = subprocess.run(
-        [sys.executable, COMPILER, *check.split()],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert sorted(line.split()[0] for line in run.stdout.splitlines()) == kernels
+def test_kernels_are_compiled_ahead_for_a_gpu_that_is_not_there(compiler, check, kernels):
+    assert compiler(f"on {check}") == kernels
 
 
 class Kernel:
