@@ -20,8 +20,8 @@ from iflame_hf.packing_iflame import pack_weights
 from iflame_hf.steps_iflame import KernelSteps, Product, Tiles
 
 FEW = Tiles(False, Product(8), Product(32), Product(8), Product(8), 2, (2, 2, 2), 2, 2)
-PROMPT = 23  # of 36 ids: there is every place of a face, and a face that is begun anew
 MANY = Tiles(True, *[Product(16, rows=16, inner=16)] * 4, 1, (1, 1, 1), 4)
+PROMPT = 23  # of 36 ids: there is every place of a face, and a face that is begun anew
 
 
 @torch.inference_mode()
