@@ -3,7 +3,7 @@
 import errno
 import math
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -172,17 +172,27 @@ def test_other_programs_end_in_a_sentence_too(model, tmp_path, capsys, monkeypat
     [
         (["training/train.py", "--train_file=nowhere.parquet", "--use_cpu", "--max_steps=1"], "train"),
         (["hub_upload.py", "nowhere", "--repo-id=a/b", "--dry-run"], "hub_upload"),
-        (["-m", "training.prepare_data", "nowhere", "--out=nowhere/out"], "prepare_data"),
-        (["-m", "training.convert_checkpoint", "nowhere.pth", "out", "--num_attention_heads=4"], "convert_checkpoint"),
+        (["training.prepare_data", "nowhere", "--out=nowhere/out"], "prepare_data"),
+        (["training.convert_checkpoint", "nowhere.pth", "out", "--num_attention_heads=4"], "convert_checkpoint"),
         # the commands of earlier versions
-        (["-m", "training.curves", "nowhere", "--out=nowhere.svg"], "curves"),
-        (["-m", "training.contact_sheet", "nowhere", "--data=nowhere", "--out=nowhere.png"], "contact_sheet"),
+        (["training.curves", "nowhere", "--out=nowhere.svg"], "curves"),
+        (["training.contact_sheet", "nowhere", "--data=nowhere", "--out=nowhere.png"], "contact_sheet"),
     ],
 )
-def test_a_script_ends_with_the_status_that_its_main_function_returns(command, name):
-    process = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 1 and len(process.stderr.splitlines()) == 1
-    assert process.stderr.startswith(f"{name}: ") and "nowhere" in process.stderr
+def test_a_script_ends_with_the_status_that_its_main_function_returns(command, name, monkeypatch, capfd):
+    """As `python FILE` and `python -m MODULE` run it, without a new process, which would import everything again."""
+    script = command[0]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", list(command))
+    monkeypatch.delitem(sys.modules, script, raising=False)
+    with pytest.raises(SystemExit) as end:
+        if script.endswith(".py"):
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+    said = capfd.readouterr().err
+    assert end.value.code == 1 and len(said.splitlines()) == 1
+    assert said.startswith(f"{name}: ") and "nowhere" in said
 
 
 def write_meshes(path, *meshes):
