@@ -34,10 +34,13 @@ def drop_a_weight(path):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def test_generate_writes_numbered_meshes_and_a_record_as_a_process(model, tmp_path):
+def test_a_process_writes_numbered_meshes_and_a_record_by_a_model_that_the_hub_knows_by_its_name(model, tmp_path):
+    lay_out_cache(Path(model), tmp_path / "home", "some-user/small")
     arguments = (
         "generate",
-        model,
+        "some-user/small",
+        "--revision",
+        "main",
         "--num",
         11,
         "--out",
@@ -49,7 +52,8 @@ def test_generate_writes_numbered_meshes_and_a_record_as_a_process(model, tmp_pa
         "--batch-size",
         4,
     )
-    run = process(*arguments, "--device", "cpu", cwd=tmp_path)
+    settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    run = process(*arguments, "--device", "cpu", cwd=tmp_path, **settings)
     assert run.returncode == 0, run.stderr
     out = tmp_path / "some" / "meshes"
     record = json.loads((out / "meshes.json").read_text())
@@ -64,6 +68,11 @@ def test_generate_writes_numbered_meshes_and_a_record_as_a_process(model, tmp_pa
             assert (len(mesh.faces), len(mesh.vertices)) == (entry["faces"], entry["vertices"])
             assert f"{os.path.join('some', 'meshes', entry['file'])}  {entry['faces']} faces" in run.stdout
     assert "Traceback" not in run.stderr and "Loading weights" not in run.stderr
+    same = ("--num", "11", "--seed", "1", "--batch-size", "4")
+    assert generate(model, tmp_path / "of the folder", *same) == 0
+    for name in written:
+        meshes = [trimesh.load_mesh(folder / name, process=False) for folder in (out, tmp_path / "of the folder")]
+        assert np.array_equal(meshes[0].triangles, meshes[1].triangles)
 
 
 def test_a_seed_gives_the_same_meshes_and_an_unsaid_one_is_told(model, tmp_path, capsys):
@@ -145,17 +154,6 @@ def test_a_model_that_cannot_be_loaded_ends_with_1_and_one_line(model, damage, r
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_is_found_by_its_name_on_the_hub(model, tmp_path):
-    lay_out_cache(Path(model), tmp_path / "home", "some-user/small")
-    arguments = ("generate", "some-user/small", "--revision", "main", "--max-faces", 5, "--seed", 1, "--device", "cpu")
-    run = process(*arguments, cwd=tmp_path, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
-    assert run.returncode == 0, run.stderr
-    assert generate(model, tmp_path / "expected", "--seed", "1") == 0
-    name = "mesh-00.glb"
-    meshes = [trimesh.load_mesh(tmp_path / folder / name, process=False) for folder in ("meshes", "expected")]
-    assert np.array_equal(meshes[0].triangles, meshes[1].triangles)
-
-
 def test_a_name_that_the_hub_does_not_have_ends_with_1(tmp_path, capsys):
     assert generate("nobody/nothing-at-all", tmp_path / "out") == 1
     assert "the model nobody/nothing-at-all cannot be loaded" in capsys.readouterr().err
@@ -218,18 +216,18 @@ def test_ctrl_c_keeps_what_is_written_and_ends_with_130(model, tmp_path):
     assert not [name for name in found if "partial" in name]
 
 
-def test_json_gives_a_line_a_mesh_on_the_output_and_says_all_else_as_errors(model, tmp_path):
-    arguments = ("generate", model, "--num", 4, "--max-faces", 5, "--device", "cpu", "--json")
-    run = process(*arguments, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    told = [json.loads(line) for line in run.stdout.splitlines()]
+def test_json_gives_a_line_a_mesh_on_the_output_and_says_all_else_as_errors(model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", model, "--num", "4", "--max-faces", "5", "--device", "cpu", "--json"]) == 0
+    said = capfd.readouterr()
+    told = [json.loads(line) for line in said.out.splitlines()]
     recorded = json.loads((tmp_path / "meshes" / "meshes.json").read_text())["meshes"]
     told.sort(key=lambda each: each["seed"])  # they are told as they come
     assert [{name: value for name, value in each.items() if name != "path"} for each in told] == recorded
     assert len(told) == 4 and any(each["path"] for each in told)
     for each in told:
         assert each["path"] is None if each["file"] is None else (tmp_path / each["path"]).is_file()
-    assert re.search(r"--seed \d+ for the same meshes", run.stderr)
+    assert re.search(r"--seed \d+ for the same meshes", said.err)
 
 
 def save_with_likely_tokens(folder, mesh_grammar=True, **bias):
