@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -382,14 +383,16 @@ def test_what_goes_wrong_is_said_in_a_line(whole, model_folder, tmp_path, capsys
     assert not out.exists()
 
 
-def test_the_script_runs_as_a_file_from_anywhere_and_ends_in_words(model_folder, tmp_path):
-    command = [sys.executable, generate.__file__, *command_line(model_folder, "out", num=2, top_p=2)]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 2 and run.stderr.splitlines()[-1] == (
+def test_the_script_runs_as_a_file_from_anywhere_and_ends_in_words(model_folder, tmp_path, monkeypatch, capfd):
+    command = [generate.__file__, *command_line(model_folder, "out", num=2, top_p=2)]
+    monkeypatch.setattr(sys, "argv", list(command))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(generate.__file__, run_name="__main__")
+    assert end.value.code == 2 and capfd.readouterr().err.splitlines()[-1] == (
         "training/generate.py: error: argument --top_p: must be above 0 and at most 1, got 2"
     )
     command[-1] = "--top_p=0.9"
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and len(records_of(tmp_path / "out")) == 2, run.stderr
     assert re.search(r"2 of 2 meshes; \d+\.\d+ meshes/s, \d+ faces/s\n", run.stderr)
 
