@@ -32,7 +32,7 @@ from training.metrics import (
     one_nearest_neighbour_accuracy,
 )
 from training.rows.encode import augment
-from training.rows.map import ParquetMeshes
+from training.rows.meshes import ParquetMeshes
 
 CHEAP = ("--points", "128", "--search_points", "32", "--repeats", "2", "--use_cpu")
 

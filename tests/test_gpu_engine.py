@@ -40,6 +40,18 @@ def test_tokens_in_float32_are_those_of_the_plain_loop(model, rows):
         assert torch.equal(found, model.generate(prompt, cache_implementation="dynamic", **options)), options
 
 
+def test_guided_tokens_in_float32_are_those_of_the_plain_loop():
+    model = ending_model(2, **SIZES, categories=["chair", "lamp"], num_faces_range=[4, 64]).to("cuda", torch.float32)
+    asked = {"category": ["chair", "lamp", None, "lamp"] * 5, "num_faces": 12, "guidance_scale": 2.5, "max_faces": 20}
+    options = {"do_sample": True, "seed": 3, "top_p": 0.9}
+    found = model.generate(**asked, **options)
+    assert torch.equal(found, model.generate(cache_implementation="dynamic", **asked, **options))
+    assert not torch.equal(found, model.generate(**{**asked, "guidance_scale": 1.0}, **options))
+    many = {each.number: each.ids for each in generate_meshes(model, range(3, 23), rows=7, **asked, top_p=0.9)}
+    for number, row in enumerate(found.cpu()):
+        assert torch.equal(many[number], row[: len(many[number])])
+
+
 def test_greedy_tokens_in_float32_are_the_plain_loops_for_4000_tokens(model):
     prompt = torch.full((64, 9), BOS, device="cuda")
     prompt = model.generate(prompt, do_sample=True, seed=1, temperature=2.0, min_faces=3, max_faces=3)[:, :36]

@@ -151,7 +151,13 @@ NOT_OF_TRANSFORMERS = {"_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_for
 NOT_OF_TRANSFORMERS |= {"_functorch", "_C", "_are_functorch_transforms_active"}
 NOT_OF_TRANSFORMERS |= {"_exit", "_abc_impl", "_last_lr", "_assert_async", "_foreach_copy_"}
 NOT_OF_TRANSFORMERS |= {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_replace"}
-NOT_OF_TRANSFORMERS |= {"_flash_attention_forward", "_flash_attention_backward", "_compiled_call_impl", "_fields"}
+NOT_OF_TRANSFORMERS |= {
+    "_flash_attention_forward",
+    "_flash_attention_backward",
+    "_compiled_call_impl",
+    "_fields",
+    "_asdict",
+}
 
 
 @pytest.mark.parametrize("hook", HOOKS, ids=str)

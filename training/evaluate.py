@@ -42,7 +42,7 @@ from training.evaluation.pictures import draw_pairs, draw_samples_sheet
 from training.evaluation.report import markdown
 from training.evaluation.samples import Samples, generated_sets, read_sets, sample_files
 from training.evaluation.soundness import boundary_ratios, soundness
-from training.rows.map import ParquetMeshes
+from training.rows.meshes import ParquetMeshes
 from training.run.ending import ends_in_words
 from training.sampling.settings import digest_of, sampling_settings
 

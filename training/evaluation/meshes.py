@@ -12,7 +12,8 @@ from iflame_hf.mesh_errors_iflame import MeshError
 from iflame_hf.mesh_files_iflame import load_mesh
 from iflame_hf.mesh_iflame import dequantise, has_equal_corners, normalise, quantise, weld
 from training.metrics import sample_points
-from training.rows.map import MESHES_AT_ONCE, ParquetMeshes
+from training.rows.map import MESHES_AT_ONCE
+from training.rows.meshes import ParquetMeshes
 
 FAR_COLUMN = "nn_iou_train"  # how much a held-out mesh overlaps with the most similar training mesh
 _SPLIT_FILES = ("data/{}-*.parquet", "data/{}.parquet", "{}-*.parquet", "{}.parquet")

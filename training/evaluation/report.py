@@ -128,6 +128,8 @@ def _likelihood(results: dict[str, Any]) -> list[str]:
     if found is None:
         return []
     rows = [("all", found["meshes"], found["all"])]
+    if "told" in found:
+        rows.append(("all, told category and number of faces", found["meshes"], found["told"]))
     if "far" in found:
         rows.append(("unlike any training mesh", found["far_meshes"], found["far"]))
     rows += [(name, figures["meshes"], figures) for name, figures in found["by_category"].items()]
