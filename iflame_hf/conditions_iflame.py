@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor
 
 from .layout_iflame import RowLayout
+from .mesh_errors_iflame import OptionError
 
 # B batch, T tokens of a row, M meshes of all rows, C channels
 
@@ -95,7 +97,7 @@ def conditions_of_rows(
     known = known_conditions(config)
     for name, values in given.items():
         if name not in known:
-            raise ValueError(_not_known(name, known))
+            raise _not_known(name, known)
         if not isinstance(values, torch.Tensor) or values.is_floating_point() or values.shape != (rows,):
             raise ValueError(
                 f"{name} must be a tensor of {rows} whole numbers, one a row ({UNKNOWN}: unknown); names and plain "
@@ -131,7 +133,7 @@ def asked_conditions(config: Any, rows: int | None, category: Any = None, num_fa
         if values is None:
             continue
         if name not in known:
-            raise ValueError(_not_known(name, known))
+            raise _not_known(name, known)
         lists[name] = list(values) if isinstance(values, (list, tuple, range, np.ndarray)) else values
     lengths = {name: len(values) for name, values in lists.items() if isinstance(values, list)}
     if rows is None:
@@ -164,15 +166,29 @@ def _faces_number(config: Any, number: Any) -> int:
     fewest, most = config.num_faces_range
     is_whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
     if not is_whole or not fewest <= number <= most:
-        raise ValueError(f"num_faces must be a whole number from {fewest} to {most}, as of training; got {number!r}")
+        got = repr(number).replace("%", "%%")
+        raise OptionError(f"%s must be a whole number from {fewest} to {most}, as of training; got {got}", "num_faces")
     return int(number)
 
 
-def _not_known(name: str, known: tuple[str, ...]) -> str:
-    knows = (
-        f"the conditions that it was trained with are {', '.join(known)}" if known else "it was trained without any"
-    )
-    return f"this model takes no {name}: {knows}"
+def _not_known(name: str, known: tuple[str, ...]) -> OptionError:
+    if not known:
+        return OptionError("this model takes no %s: it was trained without any", name)
+    names = ", ".join("%s" for _ in known)
+    return OptionError(f"this model takes no %s: the conditions that it was trained with are {names}", name, *known)
+
+
+def check_guidance(scale: Any, is_asked: bool) -> None:
+    """Raises OptionError for a `guidance_scale` that cannot be, or with which nothing is asked for."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale < math.inf:
+        got = repr(scale).replace("%", "%%")
+        raise OptionError(f"%s must be a number from 0 on, got {got}; 1 is without guidance", "guidance_scale")
+    if scale != 1 and not is_asked:
+        raise OptionError(
+            "%s is of a condition: give %s or %s too, or leave it out", "guidance_scale", "category", "num_faces"
+        )
 
 
 def guided_pairs(generation_config: Any, inputs: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from .conditions_iflame import (
     GuidanceLogitsProcessor,
     PairsStreamer,
     asked_conditions,
+    check_guidance,
     guided_pairs,
     in_pairs,
 )
@@ -69,9 +70,8 @@ class IFlameGenerationMixin(GenerationMixin):
     def _with_conditions(self, inputs: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of generate() with tensors in the place of what meshes are asked to be."""
         asked = {name: kwargs.pop(name) for name in CONDITIONS if kwargs.get(name) is not None}
+        check_guidance(kwargs.get("guidance_scale"), bool(asked))
         if not asked:
-            if kwargs.get("guidance_scale") not in (None, 1):
-                raise ValueError("guidance_scale is of a condition: give category or num_faces too, or leave it out")
             return kwargs
         for name in ("inputs", "input_ids"):
             inputs = kwargs.get(name) if inputs is None else inputs

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import Pipeline
 
+from .conditions_iflame import UNKNOWN, asked_conditions, check_guidance
 from .export_iflame import export_mesh
 from .faces_iflame import stream_faces
 from .format_iflame import UP_AXES
@@ -29,6 +30,7 @@ class MeshGenerationPipeline(Pipeline):
     meshes = generator(num_meshes=4, max_faces=200, seed=0)  # list of trimesh.Trimesh
     generator.export(meshes[0], "chair.glb")
     completed = generator("part.obj", num_meshes=2, room_above=1.0)
+    chairs = generator(category="chair", num_faces=200, num_meshes=4)  # of a model that was trained with them
     for face in generator.stream(max_faces=200):  # (3, 3) each
         ...
     ```
@@ -51,7 +53,14 @@ class MeshGenerationPipeline(Pipeline):
                 its lowest vertex upwards.
             batch_size: how many meshes are in work at once, by default 64 on a CUDA device and 8 elsewhere.
             num_meshes: how many, or how many for each prompt, 1 by default.
-            max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes.
+            max_faces: most faces of a mesh, those of the prompt included; by default as many as `generate()` makes, or
+                twice `num_faces` where that is more.
+            category: what meshes are asked to be, one of the model's `config.categories`: one for all, or a list of
+                one for each mesh of all prompts, in which None leaves it open. Open by default.
+            num_faces: how many faces meshes are asked to have, about, those of the prompt included, within the model's
+                `config.num_faces_range`; one for all or a list, as `category`.
+            guidance_scale: above 1, meshes follow `category` and `num_faces` more closely, at twice the work. By
+                default that of the model's generation_config.json, or none.
             seed: a whole number, the seed of the first mesh; the others, of all prompts, have those that follow it. Or
                 a list of one for each mesh. A seed gives the same mesh again for the same prompt and parameters,
                 alone or in a batch; torch's own random numbers stay as they are. By default one is drawn of them.
@@ -75,7 +84,8 @@ class MeshGenerationPipeline(Pipeline):
         Returns:
             A list of `num_meshes` meshes, in the prompt's units; for a list of prompts a list of such lists. Their
             `metadata["ended"]` says whether the mesh came to its end before `max_faces`, `metadata["seed"]` is the
-            seed that makes it again (None for greedy search and beams). One may be without a face.
+            seed that makes it again (None for greedy search and beams), and `metadata["asked_for"]`, if anything was,
+            has its category, num_faces and guidance_scale. One may be without a face.
 
         Raises ValueError for parameters and prompts that cannot be, ImportError where trimesh is missing.
         """
@@ -107,38 +117,47 @@ class MeshGenerationPipeline(Pipeline):
         batch_size = _whole("batch_size", batch_size or self._batch_size or default_rows(self.model))
         prompts = prompt if isinstance(prompt, list) else [prompt]
         rows = [self.preprocess(each, **preprocess) for each in prompts]
-        for each, row in zip(prompts, rows, strict=True):
-            with errors_name(each):
-                self._check_room(row, forward.get("max_faces"))
         num_meshes, best_of = forward.pop("num_meshes", 1), forward.pop("best_of", 1)
+        each_row = [row for row in rows for _ in range(num_meshes)]
+        each_asked = self._asked(len(each_row), forward)
+        for number, (row, asked) in enumerate(zip(each_row, each_asked, strict=True)):
+            with errors_name(prompts[number // num_meshes]):
+                self._check_room(row, forward["max_faces"], asked.get("num_faces"))
         one_by_one = self._samples_one_by_one(**forward)
+        if self._num_beams(**forward) > 1 and forward.get("guidance_scale", 1) != 1:
+            raise OptionError(
+                "%s is for sampling and greedy search: leave out %s or %s",
+                *("guidance_scale", "num_beams", "guidance_scale"),
+            )
         if best_of > 1 and not one_by_one:
             raise ValueError(
                 f"best_of={best_of} draws meshes at random and keeps the best: leave out do_sample=False and "
                 "num_beams, or best_of"
             )
-        seeds = self._seeds(len(rows) * num_meshes, **forward)
+        seeds = self._seeds(len(each_row), **forward)
         forward.pop("seed", None)
-        each_row = [row for row in rows for _ in range(num_meshes)]
-        jobs = [{**row, "seed": seed} for row, seed in zip(each_row, seeds, strict=True)]
+        jobs = [
+            {**row, "seed": seed, "asked": asked, "asked_for": self._asked_for(asked, **forward)}
+            for row, seed, asked in zip(each_row, seeds, each_asked, strict=True)
+        ]
         if one_by_one:
             return self._sampled(jobs, batch_size, best_of, **forward)
         return self._in_batches(jobs, batch_size, **forward)
 
-    def _sampled(
-        self, jobs: list[dict], rows: int, best_of: int, max_faces: int | None = None, **options: Any
-    ) -> Iterator:
-        most = max_faces or self.default_max_faces
+    def _sampled(self, jobs: list[dict], rows: int, best_of: int, max_faces: int, **options: Any) -> Iterator:
         made = generate_best(
             self.model,
             [job["seed"] for job in jobs],
             best_of,
             rows=rows,
-            max_faces=most,
+            max_faces=max_faces,
             prompt=[job["input_ids"] for job in jobs],
+            **_conditions(jobs),
             **self._sampling_options(**options),
         )
-        return ((mesh.number, self._decoded(mesh.ids, jobs[mesh.number] | {"seed": mesh.seed}, most)) for mesh in made)
+        return (
+            (mesh.number, self._decoded(mesh.ids, jobs[mesh.number] | {"seed": mesh.seed}, max_faces)) for mesh in made
+        )
 
     def _in_batches(self, jobs: list[dict], batch_size: int, **options: Any) -> Iterator[tuple[int, Any]]:
         """Meshes that are not sampled with a seed each: the likeliest, or beams."""
@@ -167,10 +186,11 @@ class MeshGenerationPipeline(Pipeline):
                 "mesh that best_of has chosen"
             )
         row = self.preprocess(prompt, **preprocess)
+        (asked,) = self._asked(1, forward)
         with errors_name(prompt):
-            self._check_room(row, forward.get("max_faces"))
+            self._check_room(row, forward["max_faces"], asked.get("num_faces"))
         (forward["seed"],) = self._seeds(1, **forward)
-        options = self._generate_options([row], **forward)
+        options = self._generate_options([row], **forward) | asked
         faces = stream_faces(
             self.model, self.tokenizer, row["input_ids"], skip_prompt=skip_prompt, timeout=timeout, **options
         )
@@ -265,15 +285,59 @@ class MeshGenerationPipeline(Pipeline):
         """Most faces of a mesh where a call does not give `max_faces`."""
         return max(self.tokenizer.format.most_faces(self.model.generation_config.max_length), 1)
 
+    def most_faces(self, max_faces: int | None = None, num_faces: int | None = None) -> int:
+        """Most faces of a mesh, of which so many are asked for at most: `max_faces`, or by default
+        `default_max_faces`, or twice `num_faces` where that is more and the model's longest sequence holds them.
+
+        Raises OptionError where it is less than `num_faces`.
+        """
+        if num_faces is None:
+            return max_faces or self.default_max_faces
+        longest = self.tokenizer.format.most_faces(self.model.config.max_position_embeddings)
+        most = max_faces or max(self.default_max_faces, min(2 * num_faces, longest))
+        if num_faces <= most:
+            return most
+        if max_faces is None:
+            raise OptionError(
+                f"%s={num_faces} is more than the {most} faces that this model's longest sequence holds", "num_faces"
+            )
+        raise OptionError(
+            f"%s={num_faces} is more than %s={max_faces}: raise %s, or leave it out",
+            *("num_faces", "max_faces", "max_faces"),
+        )
+
+    def _asked(self, meshes: int, forward: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each mesh is asked to be, None where that is open; takes it out of the parameters, and gives them
+        their `max_faces`."""
+        numbers = asked_conditions(
+            self.model.config, meshes, forward.pop("category", None), forward.pop("num_faces", None)
+        )
+        check_guidance(forward.get("guidance_scale"), bool(numbers))
+        values = {name: [None if each == UNKNOWN else each for each in row.tolist()] for name, row in numbers.items()}
+        if "category" in values:
+            names = self.model.config.categories
+            values["category"] = [None if each is None else names[each] for each in values["category"]]
+        most = max((each for each in values.get("num_faces", []) if each is not None), default=None)
+        forward["max_faces"] = self.most_faces(forward.get("max_faces"), most)
+        return [{name: row[place] for name, row in values.items()} for place in range(meshes)]
+
+    def _asked_for(self, asked: dict[str, Any], guidance_scale: float | None = None, **options: Any) -> dict[str, Any]:
+        """What is told of a mesh: what it was asked to be, and how closely it had to follow."""
+        asked = {name: value for name, value in asked.items() if value is not None}
+        config = options.get("generation_config") or self.model.generation_config
+        scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        return asked | {"guidance_scale": scale} if asked and scale not in (None, 1) else asked
+
     def _num_faces(self, row: dict) -> int:
         return self.tokenizer.format.prompt_faces(len(row["input_ids"]))
 
-    def _check_room(self, row: dict, max_faces: int | None) -> None:
+    def _check_room(self, row: dict, max_faces: int, num_faces: int | None) -> None:
         """Raises MeshError for a prompt that leaves no room for another face."""
-        faces, most = self._num_faces(row), max_faces or self.default_max_faces
-        if faces >= most:
-            message = f"the prompt has {faces} faces already: %s must be more, not {most}"
-            raise MeshError(message, "too_many_faces", options=("max_faces",))
+        faces = self._num_faces(row)
+        for name, most in (("max_faces", max_faces), ("num_faces", num_faces)):
+            if most is not None and faces >= most:
+                message = f"the prompt has {faces} faces already: %s must be more, not {most}"
+                raise MeshError(message, "too_many_faces", options=(name,))
 
     def _generate_options(self, rows: list[dict], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         most = max_faces or self.default_max_faces
@@ -296,9 +360,11 @@ class MeshGenerationPipeline(Pipeline):
         return row_seeds(int(torch.randint(2**31, ())), number)
 
     def _samples_one_by_one(self, **options: Any) -> bool:
+        return self._num_beams(**options) == 1 and self._sampling_options(**options)["do_sample"]
+
+    def _num_beams(self, **options: Any) -> int:
         config = options.get("generation_config") or self.model.generation_config
-        beams = options.get("num_beams", config.num_beams) or 1
-        return beams == 1 and self._sampling_options(**options)["do_sample"]
+        return options.get("num_beams", config.num_beams) or 1
 
     def _forward(self, inputs: dict[str, Any], max_faces: int | None = None, **options: Any) -> dict[str, Any]:
         rows = inputs["rows"]
@@ -307,7 +373,8 @@ class MeshGenerationPipeline(Pipeline):
             {"input_ids": [row["input_ids"] for row in rows]}, padding_side="left", return_tensors="pt"
         ).to(self.device)
         seeds = [row.get("seed") for row in rows]
-        sequences = self.model.generate(**batch, seed=None if None in seeds else seeds, **options)
+        seed = None if None in seeds else seeds
+        sequences = self.model.generate(**batch, seed=seed, **_conditions(rows), **options)
         most = options["max_faces"]
         longest = self.tokenizer.format.num_tokens(most, start=True, end=True)
         padding = [batch["input_ids"].shape[1] - len(row["input_ids"]) for row in rows]
@@ -328,7 +395,14 @@ class MeshGenerationPipeline(Pipeline):
         if row["bounds"] is not None and len(mesh.faces):
             mesh.vertices = denormalise(np.asarray(mesh.vertices), row["bounds"])
         mesh.metadata |= {"seed": row.get("seed"), "ended": layout.has_ended(ids, most)}
+        if row.get("asked_for"):
+            mesh.metadata["asked_for"] = row["asked_for"]
         return mesh
+
+
+def _conditions(rows: list[dict]) -> dict[str, list]:
+    """What the meshes of rows are asked to be, as `generate()` takes it."""
+    return {name: [row["asked"][name] for row in rows] for name in (rows[0]["asked"] if rows else ())}
 
 
 def _placed(faces: Iterator[np.ndarray], bounds: Any) -> Iterator[np.ndarray]:

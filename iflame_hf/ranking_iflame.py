@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 
+from .conditions_iflame import asked_conditions
 from .format_iflame import MeshFormat
 from .layout_iflame import RowLayout
 from .many_iflame import GeneratedMesh, generate_meshes
@@ -22,7 +23,14 @@ MAX_TOKENS = 2**15
 
 
 def generate_best(
-    model: Any, seeds: Sequence[int], best_of: int = 1, *, prompt: Sequence[Any] | None = None, **options: Any
+    model: Any,
+    seeds: Sequence[int],
+    best_of: int = 1,
+    *,
+    prompt: Sequence[Any] | None = None,
+    category: Any = None,
+    num_faces: Any = None,
+    **options: Any,
 ) -> Iterator[GeneratedMesh]:
     """As `generate_meshes`, but the best of so many meshes for each seed, by `best`, when the last of them is made.
 
@@ -31,29 +39,33 @@ def generate_best(
 
     Args:
         prompt: ids that the meshes begin with, one sequence for each seed; by default the start face alone.
-        options: of `generate_meshes`.
+        category, num_faces, options: of `generate_meshes`.
 
     Raises as `generate_meshes` does.
     """
     seeds = row_seeds(seeds, len(seeds))
     if best_of == 1:
-        return generate_meshes(model, seeds, prompt=prompt, **options)
+        return generate_meshes(model, seeds, prompt=prompt, category=category, num_faces=num_faces, **options)
+    asked = asked_conditions(model.config, len(seeds), category, num_faces)
     candidates = [seed * best_of + place for seed in seeds for place in range(best_of)]
     given = [model.config.tokens_per_face] * len(seeds)
     if prompt is not None:
         given = [len(each) for each in prompt]
         prompt = [each for each in prompt for _ in range(best_of)]
-    return _best_of_each(model, generate_meshes(model, candidates, prompt=prompt, **options), best_of, given)
+    of_candidates = {name: values.repeat_interleave(best_of) for name, values in asked.items()}
+    made = generate_meshes(model, candidates, prompt=prompt, **of_candidates, **options)
+    return _best_of_each(model, made, best_of, given, asked)
 
 
 def _best_of_each(
-    model: Any, made: Iterator[GeneratedMesh], best_of: int, given: list[int]
+    model: Any, made: Iterator[GeneratedMesh], best_of: int, given: list[int], asked: Mapping[str, torch.Tensor]
 ) -> Iterator[GeneratedMesh]:
     waiting: dict[int, list[GeneratedMesh]] = defaultdict(list)
 
     def chosen(number: int) -> GeneratedMesh:
         candidates = sorted(waiting.pop(number))
-        return best(model, candidates, given[number])._replace(number=number)
+        of_mesh = {name: int(values[number]) for name, values in asked.items()}
+        return best(model, candidates, given[number], of_mesh)._replace(number=number)
 
     with closing(made):
         for mesh in made:
@@ -65,9 +77,12 @@ def _best_of_each(
         yield chosen(number)
 
 
-def best(model: Any, meshes: Sequence[GeneratedMesh], given: int) -> GeneratedMesh:
+def best(
+    model: Any, meshes: Sequence[GeneratedMesh], given: int, asked: Mapping[str, int] | None = None
+) -> GeneratedMesh:
     """
-    The best of meshes that begin with the same `given` tokens.
+    The best of meshes that begin with the same `given` tokens, and were asked to be the same: `asked` has the numbers
+    of the conditions.
 
     One without a face is chosen last, and before it one that was cut off. Those that are left are ranked twice: by the
     mean log-probability of a token, and by the share of boundary edges. The smallest sum of both ranks wins, and of
@@ -80,14 +95,19 @@ def best(model: Any, meshes: Sequence[GeneratedMesh], given: int) -> GeneratedMe
     left = [place for place, each in enumerate(standing) if each == max(standing)]
     if len(left) == 1:
         return meshes[left[0]]
-    nats = log_probabilities(model, [meshes[place].ids for place in left], given=given)
+    conditions = {name: torch.full((len(left),), value) for name, value in (asked or {}).items()}
+    nats = log_probabilities(model, [meshes[place].ids for place in left], given=given, conditions=conditions)
     sums = _ranks(-nats) + _ranks(np.array([boundary_share(faces[place]) for place in left]))
     return meshes[left[np.lexsort((-nats, sums))[0]]]
 
 
 @torch.no_grad()
 def log_probabilities(
-    model: Any, sequences: Sequence[torch.Tensor], max_tokens: int = MAX_TOKENS, given: int | None = None
+    model: Any,
+    sequences: Sequence[torch.Tensor],
+    max_tokens: int = MAX_TOKENS,
+    given: int | None = None,
+    conditions: Mapping[str, torch.Tensor] | None = None,
 ) -> np.ndarray:
     """
     The mean log-probability of a token of each sequence under the model, (N,) float64 in nats: at temperature 1, of
@@ -99,6 +119,7 @@ def log_probabilities(
     Args:
         sequences: ids (T,) from the start face on, as of `generate_meshes`.
         given: tokens that were given and not chosen, by default the start face.
+        conditions: (N,) numbers of each, as of `asked_conditions`, under which a sequence is likely or not.
 
     Raises ValueError for a sequence of which nothing is to be counted.
     """
@@ -111,7 +132,9 @@ def log_probabilities(
         raise ValueError(f"a sequence of {shortest} tokens has none after the {given} that were given")
     means: list[float] = []
     for row in _rows(sequences, max_tokens):
-        ids, layout_of_row, starts = _laid_end_to_end(row, layout)
+        of_row = slice(len(means), len(means) + len(row))
+        attributes = {name: values[of_row] for name, values in (conditions or {}).items()}
+        ids, layout_of_row, starts = _laid_end_to_end(row, layout, attributes)
         logits = model(input_ids=ids.to(model.device), layout=layout_of_row, use_cache=False).logits[0, :-1]
         chosen = ids[0, 1:, None].to(logits.device)
         # Of a cut in float32, so that the whole row never is.
@@ -144,7 +167,9 @@ def _rows(sequences: list[torch.Tensor], max_tokens: int) -> Iterator[list[torch
         yield row
 
 
-def _laid_end_to_end(sequences: list[torch.Tensor], layout: MeshFormat) -> tuple[torch.Tensor, RowLayout, list[int]]:
+def _laid_end_to_end(
+    sequences: list[torch.Tensor], layout: MeshFormat, attributes: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, RowLayout, list[int]]:
     """Ids (1, T) of sequences that are filled up to whole faces, what the model is told of them, and where each
     begins."""
     face = layout.tokens_per_face
@@ -154,7 +179,8 @@ def _laid_end_to_end(sequences: list[torch.Tensor], layout: MeshFormat) -> tuple
     for start, sequence in zip(starts, sequences, strict=False):
         ids[0, start : start + len(sequence)] = sequence
         begins[0, start // face] = True
-    return ids, RowLayout.of_begins(begins, starts[-1], layout.level_strides), starts[:-1]
+    of_row = RowLayout.of_begins(begins, starts[-1], layout.level_strides, attributes=attributes)
+    return ids, of_row, starts[:-1]
 
 
 def _faces(ids: np.ndarray, layout: MeshFormat) -> np.ndarray:

@@ -97,7 +97,7 @@ def test_ended_meshes_come_first_then_both_ranks_decide(monkeypatch, model):
         by_length = {len(ids): nats for ids, _, nats in candidates}
         monkeypatch.setattr(
             "iflame_hf.ranking_iflame.log_probabilities",
-            lambda model, ids, given: np.array([by_length[len(each)] for each in ids]),
+            lambda model, ids, given, conditions: np.array([by_length[len(each)] for each in ids]),
         )
         meshes = [
             GeneratedMesh(place, place, torch.tensor(ids), ended) for place, (ids, ended, _) in enumerate(candidates)
