@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.command in ("generate", "complete"):
+    if options.command == "generate" and options.categories:
+        from iflame_cli.conditions import run
+    elif options.command in ("generate", "complete"):
         from iflame_cli.generating import run
     elif options.command == "tokenize":
         from iflame_cli.tokenizing import run
@@ -137,9 +139,14 @@ def _add_generate(commands) -> None:
 iflame generate user/name --num 8 --out chairs
 iflame generate outputs/demo --num 4 --format obj --seed 7 --top-p 0.8 --max-faces 120
 iflame generate outputs/demo --num 4 --height 0.9 --pivot ground --thumbnails
+iflame generate user/name --categories
+iflame generate user/name --category chair --num-faces 200 --guidance-scale 2 --num 4
 """,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--categories", action="store_true", help="show what the model can be asked for, and generate nothing"
+    )
     _add_generation_options(parser, "meshes", "how many meshes")
 
 
@@ -208,6 +215,16 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
     parser.add_argument("--top-k", type=_whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")
     parser.add_argument(
         "--max-faces", type=_whole(1), metavar="N", help="most faces of a mesh (by default the model's)"
+    )
+    parser.add_argument("--category", metavar="NAME", help="what a mesh is to be, one of the model's categories")
+    parser.add_argument(
+        "--num-faces", type=_whole(1), metavar="N", help="how many faces a mesh is to have, about, a part's included"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=_number(0),
+        metavar="S",
+        help="above 1: follow --category and --num-faces more closely, at twice the work",
     )
     parser.add_argument(
         "--batch-size", type=_whole(1), metavar="N", help="meshes in work at once; by default 64 on CUDA, else 8"

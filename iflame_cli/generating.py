@@ -27,6 +27,9 @@ RECORDED_OPTIONS = (
     "top_p",
     "top_k",
     "max_faces",
+    "category",
+    "num_faces",
+    "guidance_scale",
     "height",
     "pivot",
 )
@@ -42,6 +45,7 @@ class Job(NamedTuple):
 def run(options: argparse.Namespace) -> None:
     """Makes and writes the meshes, each as soon as it is finished; prints a line for each. Raises CommandError where
     none came of it."""
+    _check_asked(options)
     part_paths = mesh_files(options.parts) if options.command == "complete" else []
     out_paths = _out_paths(options, part_paths)
     pictures = [_thumbnail(path) for path in out_paths] if options.thumbnails else []
@@ -55,11 +59,11 @@ def run(options: argparse.Namespace) -> None:
         for path, part in zip(out_paths, [part for part in parts or [None] for _ in range(options.num)], strict=True)
     ]
 
-    from iflame_cli.making import check_parts, load_generator, make_meshes
+    from iflame_cli.making import check_request, load_generator, make_meshes
     from iflame_hf.many_iflame import default_rows
 
     generator = load_generator(options.model, options.revision, options.device, options.dtype)
-    check_parts(generator, parts, options)
+    check_request(generator, parts, options)
     options.batch_size = options.batch_size or default_rows(generator.model)
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -83,6 +87,16 @@ def run(options: argparse.Namespace) -> None:
         print(f"iflame: {len(jobs) - written} of {len(jobs)} have no face and no file", file=sys.stderr)
     if written == 0:
         raise CommandError("nothing was written: try another --seed, or a model that has been trained for longer")
+
+
+def _check_asked(options: argparse.Namespace) -> None:
+    if options.guidance_scale not in (None, 1) and options.category is None and options.num_faces is None:
+        raise CommandError("--guidance-scale is of a condition: give --category or --num-faces too, or leave it out")
+    if options.num_faces is not None and options.max_faces is not None and options.num_faces > options.max_faces:
+        raise CommandError(
+            f"--num-faces {options.num_faces} is more than --max-faces {options.max_faces}: raise --max-faces, or "
+            "leave it out"
+        )
 
 
 def _out_paths(options: argparse.Namespace, parts: list[Path]) -> list[Path]:
@@ -128,7 +142,7 @@ def _write(generator: Any, job: Job, mesh: Any, options: argparse.Namespace, rec
         pivot=options.pivot,
         normals=options.normals,
         license=options.license,
-        extras={"model": record["model"], "seed": entry["seed"]},
+        extras={"model": record["model"], "seed": entry["seed"], **entry.get("asked_for", {})},
     )
     entry |= {"file": job.path.name, "closed": bool(mesh.is_watertight)}
     if options.thumbnails:

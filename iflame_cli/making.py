@@ -15,10 +15,14 @@ from iflame_cli.errors import CommandError
 from iflame_cli.models import check_model_type
 from iflame_cli.reading import MeshFile
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer, MeshGenerationPipeline
+from iflame_hf.conditions_iflame import asked_conditions
 from iflame_hf.format_iflame import MeshFormat
 from iflame_hf.mesh_errors_iflame import errors_name
 
-SAMPLING = ("best_of", "temperature", "top_p", "top_k", "max_faces")
+SAMPLING = (
+    *("best_of", "temperature", "top_p", "top_k", "max_faces"),
+    *("category", "num_faces", "guidance_scale"),
+)
 
 
 def check_device(name: str | None) -> None:
@@ -73,9 +77,11 @@ def load_generator(
     return pipeline("mesh-generation", model=weights.eval(), tokenizer=tokenizer, device=device)
 
 
-def check_parts(generator: MeshGenerationPipeline, parts: list[MeshFile], options: argparse.Namespace) -> None:
-    """Raises ValueError or CommandError, naming the file, for a part that the model cannot complete."""
-    most = options.max_faces or generator.default_max_faces
+def check_request(generator: MeshGenerationPipeline, parts: list[MeshFile], options: argparse.Namespace) -> None:
+    """Raises ValueError for what the model cannot be asked for, and ValueError or CommandError, naming the file, for a
+    part that it cannot complete."""
+    asked_conditions(generator.model.config, 1, options.category, options.num_faces)
+    most = generator.most_faces(options.max_faces, options.num_faces)
     for part in parts:
         with errors_name(part.path):
             row = generator.preprocess((part.vertices, part.faces), prompt_up_axis=part.up_axis, **_placing(options))
@@ -84,6 +90,11 @@ def check_parts(generator: MeshGenerationPipeline, parts: list[MeshFile], option
             raise CommandError(
                 f"{part.path}: it has {faces} faces, and the completed mesh may have {most}: keep its lowest faces "
                 f"only (--keep 0.5), simplify it (--decimate {max(most // 2, 4)}), or raise --max-faces"
+            )
+        if options.num_faces is not None and faces >= options.num_faces:
+            raise CommandError(
+                f"{part.path}: it has {faces} faces, and the completed mesh is to have {options.num_faces}: keep its "
+                "lowest faces only (--keep 0.5), or raise --num-faces"
             )
 
 

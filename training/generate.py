@@ -31,7 +31,7 @@ from training.run.resume import lock, raise_on_all
 from training.sampling.folder import MeshFolder, RecordReader
 from training.sampling.options import parse_options
 from training.sampling.pace import AfterEachFace, Pace
-from training.sampling.settings import SAMPLING_SETTINGS, digest_of, sampling_settings
+from training.sampling.settings import ASKED_SETTINGS, SAMPLING_SETTINGS, asked_settings, digest_of, sampling_settings
 from training.sampling.write import MeshWriter
 
 # One process may come to its end so long before another.
@@ -68,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settings_of(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
-    """What decides over the meshes, with the model's own values where nothing is given."""
+    """What decides over the meshes, with the model's own values where nothing is given.
+
+    Raises ValueError for what the model cannot be asked for.
+    """
     return {
         "model": options.model,
         "revision": options.revision,
@@ -76,6 +79,7 @@ def settings_of(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
         "seed": options.seed,
         "best_of": options.best_of,
         **sampling_settings(options, generator),
+        **asked_settings(options, generator),
         "format": options.format,
     }
 
@@ -107,7 +111,7 @@ def sample(
         options.best_of,
         rows=options.rows,
         stopping_criteria=[AfterEachFace(interruption, pace)],
-        **{name: settings[name] for name in SAMPLING_SETTINGS},
+        **{name: settings[name] for name in SAMPLING_SETTINGS + ASKED_SETTINGS},
     )
     try:
         with MeshWriter(folder.path, options.format, generator.tokenizer, accelerator.process_index) as writer:

@@ -23,6 +23,11 @@ INDEX = "meshes.jsonl"
 RECORDS = ".records"
 # What may differ between a run and the one that goes on from it.
 FREE_SETTINGS = ("model", "revision")
+# What the settings of earlier versions do not name, with what it was then.
+ADDED_SETTINGS = {
+    **{"kv_cache_dtype": None, "best_of": 1},
+    **{"category": None, "num_faces": None, "guidance_scale": None},
+}
 _MESH = re.compile(r"mesh-\d{6,}\.(glb|obj|ply|stl)")
 _LEFT_OVER = re.compile(r"\.mesh-\d{6,}\.\w+\.\d+\.partial")
 
@@ -69,8 +74,7 @@ class MeshFolder:
     def _check(self, settings: dict[str, Any]) -> None:
         path = self.path / SETTINGS
         try:
-            # Folders of earlier versions do not name them.
-            before = {"kv_cache_dtype": None, "best_of": 1, **json.loads(path.read_text(encoding="utf-8"))}
+            before = {**ADDED_SETTINGS, **json.loads(path.read_text(encoding="utf-8"))}
             changed = [name for name in settings if name not in FREE_SETTINGS and before[name] != settings[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -35,10 +35,17 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     add("--seed", type=whole(0), default=0, metavar="N", help="of mesh 0, mesh i has N + i (default 0)")
     add("--best_of", type=whole(1), default=1, metavar="N", help="draw N meshes for each, keep the best (default 1)")
     add("--format", choices=FORMATS, default="glb", help="of the files (default glb)")
+    add("--category", metavar="NAME", help="what meshes are to be, one of the model's categories (default: any)")
+    add("--num_faces", type=whole(1), metavar="N", help="how many faces meshes are to have, about (default: any)")
+    add("--guidance_scale", type=_scale, metavar="S", help="above 1: follow these more closely, at twice the work")
     add_sampling_options(parser)
     add("--overwrite", action="store_true", help="discard what an earlier run wrote to DIR, and begin anew")
     options = parser.parse_args(arguments)
     check_sampling_options(parser, options)
+    if options.guidance_scale not in (None, 1) and options.category is None and options.num_faces is None:
+        parser.error("--guidance_scale is of a condition: give --category or --num_faces too, or leave it out")
+    if options.num_faces is not None and options.max_faces is not None and options.num_faces > options.max_faces:
+        parser.error(f"--num_faces {options.num_faces} is more than --max_faces {options.max_faces}")
     return options
 
 
@@ -70,6 +77,12 @@ def whole(least: int) -> Callable[[str], int]:
         return value
 
     return whole_number
+
+
+def _scale(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
 
 
 def number(most: float) -> Callable[[str], float]:

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 
+from iflame_hf.conditions_iflame import asked_conditions
+
 SAMPLING_SETTINGS = ("min_faces", "max_faces", "temperature", "top_k", "top_p", "kv_cache_dtype")
+
+ASKED_SETTINGS = ("category", "num_faces", "guidance_scale")
 
 
 def sampling_settings(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
@@ -20,6 +24,22 @@ def sampling_settings(options: argparse.Namespace, generator: Any) -> dict[str, 
         "top_k": top_k,
         "top_p": options.top_p or own.top_p or 1.0,
         "kv_cache_dtype": options.kv_cache_dtype or getattr(own, "kv_cache_dtype", None),
+    }
+
+
+def asked_settings(options: argparse.Namespace, generator: Any) -> dict[str, Any]:
+    """The ASKED_SETTINGS, what meshes are to be, and the `max_faces` that leaves them room.
+
+    Raises ValueError for what the model cannot be asked for.
+    """
+    asked = asked_conditions(generator.model.config, 1, options.category, options.num_faces)
+    own = generator.model.generation_config.guidance_scale
+    scale = own if options.guidance_scale is None else options.guidance_scale
+    return {
+        "max_faces": generator.most_faces(options.max_faces, options.num_faces),
+        "category": options.category,
+        "num_faces": options.num_faces,
+        "guidance_scale": scale if asked else None,
     }
 
 
