@@ -20,7 +20,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from sampling import Growing, Prompt, grow, load, read_part, write, write_all
+from sampling import Growing, Prompt, asked_for, grow, known, load, read_part, write, write_all
 from transformers import Pipeline
 from waiting_line import Line, Place
 
@@ -81,11 +81,17 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def settings_of(
-    number: int, faces: int, temperature: float, top_p: float, seed: int, prompt: Prompt | None = None
+    number: int,
+    faces: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    prompt: Prompt | None = None,
+    asked: dict[str, Any] | None = None,
 ) -> Settings:
     """What `grow` takes, of what the page calls by other names, and has as floats."""
     sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    return {"number": int(number), "max_faces": int(faces), **sampling, "prompt": prompt}
+    return {"number": int(number), "max_faces": int(faces), **sampling, "prompt": prompt, "asked": asked}
 
 
 def _given(settings: Settings) -> int:
@@ -146,6 +152,7 @@ class Page:
             0.1, 1.5, value=TEMPERATURE, step=0.05, label="Temperature", info="Lower is more regular."
         )
         self.top_p = gr.Slider(0.05, 1.0, value=TOP_P, step=0.05, label="Top-p", info="Lower is safer.")
+        self._build_asking()
         with gr.Row():
             self.seed = gr.Number(value=0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", min_width=110)
             self.new_seed = gr.Checkbox(value=True, label="A new one each time", container=False, min_width=110)
@@ -159,6 +166,30 @@ class Page:
             self.share = gr.Slider(5, 100, value=100, step=5, label="Faces to keep, from the bottom (%)")
             self.room = gr.Slider(0, 3, value=0, step=0.1, label="Room above it, in its heights")
             self.complete_part = gr.Button("Complete", variant="primary", interactive=False, elem_id="complete")
+
+    def _build_asking(self) -> None:
+        """Only of a model that can be asked for something."""
+        can = known(self.generator)
+        choices = [("any", ""), *((name, name) for name in can.categories)]
+        self.category = gr.Dropdown(choices, value="", label="Category", visible=bool(can.categories))
+        self.num_faces = gr.Number(
+            value=0,
+            precision=0,
+            minimum=0,
+            label="Faces, about",
+            info="0: any. From {:,} to {:,}.".format(*can.faces or (0, 0)),
+            visible=can.faces is not None,
+        )
+        own = self.generator.model.generation_config.guidance_scale
+        self.guidance = gr.Slider(
+            1,
+            max(5, own or 1),
+            value=own or 1,
+            step=0.25,
+            label="Guidance",
+            info="Above 1: closer to what is asked for, in twice the time.",
+            visible=bool(can.categories or can.faces),
+        )
 
     def _build_results(self) -> None:
         self.viewer = gr.HTML(
@@ -182,6 +213,7 @@ class Page:
 
     def _connect(self) -> None:
         settings = [self.number, self.faces, self.temperature, self.top_p, self.seed, self.new_seed]
+        settings += [self.category, self.num_faces, self.guidance]
         part = [self.part, self.share, self.room]
         options = {"show_progress": "hidden", "concurrency_limit": None}  # the line sees to one at a time
         self.start.click(self.generate, settings, [*self.results, self.seed], **options)
@@ -203,6 +235,9 @@ class Page:
         seed: int | None,
         new_seed: bool,
         request: gr.Request,
+        category: str = "",
+        num_faces: int | None = 0,
+        guidance: float = 1.0,
         part: str | None = None,
         share: float | None = None,
         room: float = 0.0,
@@ -213,7 +248,11 @@ class Page:
         without a usable one it says so and makes nothing."""
         prompt = None if share is None else await self._read_part_to_complete(part, share, room, faces)
         seed = random.randint(0, LARGEST_SEED) if new_seed or seed is None else int(seed) % (LARGEST_SEED + 1)
-        settings = settings_of(number, faces, temperature, top_p, seed, prompt)
+        try:
+            asked = asked_for(self.generator, category, num_faces, guidance, int(faces), prompt.faces if prompt else 0)
+        except ValueError as error:
+            raise gr.Error(str(error), duration=None, title="This cannot be made") from error
+        settings = settings_of(number, faces, temperature, top_p, seed, prompt, asked)
         yield {self.seed: seed}
         async with aclosing(self._in_turn(request, partial(self._make, settings))) as updates:
             async for update in updates:

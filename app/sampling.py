@@ -91,6 +91,39 @@ def read_part(generator: Pipeline, path: str | Path, share: float = 1.0, room_ab
     return Prompt(row["input_ids"][: layout.num_tokens(kept, start=True)], kept, row["bounds"])
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a model can be asked for: its categories, and its fewest and most faces, or None; both empty for a model
+    that was trained without."""
+
+    categories: tuple[str, ...] = ()
+    faces: tuple[int, int] | None = None
+
+
+def known(generator: Pipeline) -> Known:
+    config = generator.model.config
+    faces = getattr(config, "num_faces_range", None)  # a model that was published earlier has none
+    return Known(tuple(getattr(config, "categories", None) or ()), tuple(faces) if faces else None)
+
+
+def asked_for(
+    generator: Pipeline, category: str, num_faces: int | None, guidance_scale: float, max_faces: int, given: int = 0
+) -> dict[str, Any]:
+    """What `grow` is asked for, of what the page has, where an empty category and 0 faces are any; `given` faces are
+    those of a part. Raises ValueError, in the page's words, for a number of faces that cannot be."""
+    asked: dict[str, Any] = {"category": category} if category else {}
+    if num_faces:
+        fewest, most = known(generator).faces or (1, max_faces)
+        if not fewest <= num_faces <= most:
+            raise ValueError(f"this model makes meshes of {fewest:,} to {most:,} faces, not of {num_faces:,.0f}")
+        if num_faces > max_faces:
+            raise ValueError(f"{num_faces:,.0f} faces are asked for, and a mesh may have {max_faces:,}: allow more")
+        if num_faces <= given:
+            raise ValueError(f"{num_faces:,.0f} faces are asked for, and the part has {given:,}: keep fewer of it")
+        asked["num_faces"] = int(num_faces)
+    return asked | {"guidance_scale": guidance_scale} if asked else {}
+
+
 class _Steps(BaseStreamer):
     """Keeps what generate() hands over after the prompt: a row of ids, one a mesh, for each step."""
 
@@ -129,6 +162,7 @@ def grow(
     top_p: float = 1.0,
     seed: int = 0,
     prompt: Prompt | None = None,
+    asked: dict[str, Any] | None = None,
     stop: threading.Event | None = None,
     interval: float = 0.1,
 ) -> Iterator[list[Growing]]:
@@ -140,6 +174,7 @@ def grow(
         temperature, top_p: of the sampling.
         seed: of the first mesh; the others have those that follow it. Alone, each comes again from its own.
         prompt: what every mesh begins with; by default the start face.
+        asked: what meshes are to be, as of `asked_for`; by default anything.
         stop: set by another thread, ends the generation at the next token.
         interval: seconds between two yields, at least; more where looking would take above a tenth of the time.
 
@@ -171,6 +206,7 @@ def grow(
                 top_k=0,
                 top_p=top_p,
                 seed=seeds,
+                **(asked or {}),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_StopWhen(stop, nobody_looks)]),
             )

@@ -17,14 +17,17 @@ sys.path.insert(0, str(APP))  # as it is where app.py runs as a script
 import sampling  # noqa: E402, F401
 
 
-def save_endless_model(folder: Path) -> Path:
-    """A model whose meshes have random faces and no end."""
-    model = small_model()
+def save_endless_model(folder: Path, **options) -> Path:
+    """A model whose meshes have random faces and no end; `options` are of its config."""
+    model = small_model(**options)
     with torch.no_grad():
         model.lm_head.bias[129:] = -1e4
     model.save_pretrained(folder)
     IFlameTokenizer().save_pretrained(folder)
     return folder
+
+
+CONDITIONED = {"categories": ["chair", "lamp", "table"], "num_faces_range": [4, 64]}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 import trimesh
 import yaml
-from app_fixtures import APP, box, sampling, save_endless_model
+from app_fixtures import APP, CONDITIONED, box, sampling, save_endless_model
 from packaging.requirements import Requirement
 
 from hub_upload import lay_out_cache, run_in_clean_process
@@ -49,6 +49,49 @@ def test_a_mesh_comes_again_alone_from_its_own_seed(generator):
     *_, meshes = sampling.grow(generator, number=3, max_faces=6, seed=5)
     *_, (again,) = sampling.grow(generator, max_faces=6, seed=meshes[2].seed)
     assert again.ids.tolist() == meshes[2].ids.tolist() != meshes[1].ids.tolist()
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory):
+    return sampling.load(str(save_endless_model(tmp_path_factory.mktemp("model") / "asked", **CONDITIONED)))
+
+
+def test_the_meshes_that_grow_are_what_was_asked_for(conditioned, tmp_path):
+    prompt = sampling.read_part(conditioned, box(tmp_path, ".obj"), share=0.25)
+    for given, part in ((None, None), (prompt, prompt.ids)):
+        asked = sampling.asked_for(conditioned, "table", 6, 2.0, max_faces=6, given=prompt.faces)
+        *_, grown = sampling.grow(conditioned, number=2, max_faces=6, seed=5, prompt=given, asked=asked)
+        start = torch.tensor([part or conditioned.tokenizer.format.start_face])
+        expected = conditioned.model.generate(
+            start.repeat(2, 1),
+            **{"category": "table", "num_faces": 6, "guidance_scale": 2.0},
+            **{"do_sample": True, "top_k": 0, "max_faces": 6, "seed": 5},
+        )
+        assert [mesh.ids.tolist() for mesh in grown] == expected.tolist()
+        *_, anything = sampling.grow(conditioned, number=2, max_faces=6, seed=5, prompt=given)
+        assert [mesh.ids.tolist() for mesh in anything] != expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_faces", "words"),
+    [
+        (3, "this model makes meshes of 4 to 64 faces, not of 3"),
+        (65, "4 to 64 faces, not of 65"),
+        (40, "40 faces are asked for, and a mesh may have 30: allow more"),
+        (10, "10 faces are asked for, and the part has 12: keep fewer of it"),
+    ],
+)
+def test_a_number_of_faces_that_cannot_be_is_refused(conditioned, num_faces, words):
+    with pytest.raises(ValueError, match=words):
+        sampling.asked_for(conditioned, "", num_faces, 1.0, max_faces=30, given=12)
+
+
+def test_of_a_model_without_conditions_nothing_is_asked_for(generator, conditioned):
+    assert sampling.known(generator) == sampling.Known()
+    assert sampling.known(conditioned) == sampling.Known(("chair", "lamp", "table"), (4, 64))
+    for each in (generator, conditioned):
+        assert sampling.asked_for(each, "", 0, 3.0, max_faces=9) == {}
+        assert sampling.asked_for(each, "", None, 3.0, max_faces=9) == {}
 
 
 def test_faces_that_were_shown_stay_and_new_ones_come_after_them(generator):

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import trimesh
-from app_fixtures import box, closes_meshes, sampling, save_endless_model
+from app_fixtures import CONDITIONED, box, closes_meshes, sampling, save_endless_model
 from browser_fixtures import coloured, picture
 
 
@@ -267,6 +267,33 @@ def test_a_mesh_that_was_clicked_is_made_again_alone(page):
     page.locator("#again", has_text="Make 2 again").click()
     wait_for_status(page, "Done · 1 mesh")
     assert page.locator("#viewer .cell").inner_text().split(" · ")[1:] == label
+
+
+def test_a_category_and_a_number_of_faces_are_chosen_and_asked_for(visit, page, tmp_path):
+    assert page.get_by_label("Category").count() == page.get_by_label("Guidance").count() == 0
+    from app import Page
+
+    generator = sampling.load(str(save_endless_model(tmp_path / "asked", **CONDITIONED)))
+    start = Page(generator, "someone/chairs", examples=False)
+    _, address, _ = start.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
+    try:
+        page = visit(address)
+        set_slider(page, "Meshes", 1)
+        set_slider(page, "Most faces", 20)
+        page.get_by_label("A new one each time").uncheck()
+        page.get_by_label("Category").click()
+        page.get_by_role("option", name="lamp").click()
+        page.get_by_label("Faces, about").fill("12")
+        set_slider(page, "Guidance", 2)
+        page.locator("#generate").click()
+        wait_for_status(page, "Done")
+        asked = {"category": "lamp", "num_faces": 12, "guidance_scale": 2.0}
+        *_, (expected,) = sampling.grow(generator, max_faces=20, top_p=0.8, seed=0, asked=asked)
+        shown = trimesh.load(download(page, "#glb", tmp_path), force="mesh")
+        assert len(shown.faces) == len(expected.faces)
+        np.testing.assert_allclose(shown.bounds, [expected.vertices.min(axis=0), expected.vertices.max(axis=0)])
+    finally:
+        start.blocks.close()
 
 
 def test_the_page_begins_with_finished_meshes(visit, folder):

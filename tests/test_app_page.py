@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from app_fixtures import APP, box, closes_meshes, sampling, save_endless_model
+from app_fixtures import APP, CONDITIONED, box, closes_meshes, sampling, save_endless_model
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install '.[app-test]'")
 
@@ -189,6 +189,42 @@ def test_what_fails_on_the_way_is_told_and_what_was_made_is_kept(page, generator
         handle.remove()
     assert "Failed" in screen.status and "out of memory" in screen.status
     assert screen.offers == [True, True, True] and all(mesh["ended"] for mesh in screen.meshes)
+
+
+# Asking for something
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory):
+    folder = save_endless_model(tmp_path_factory.mktemp("model") / "asked", **CONDITIONED)
+    return Page(sampling.load(str(folder)), "someone/chairs", examples=False)
+
+
+def test_what_a_model_can_be_asked_for_is_shown_and_nothing_else(page, asking):
+    assert [each.visible for each in (page.category, page.num_faces, page.guidance)] == [False] * 3
+    assert [each.visible for each in (asking.category, asking.num_faces, asking.guidance)] == [True] * 3
+    assert [label for label, _ in asking.category.choices] == ["any", "chair", "lamp", "table"]
+    assert "From 4 to 64" in asking.num_faces.info
+
+
+def test_meshes_are_as_asked_for_and_so_is_the_one_that_is_made_again(asking):
+    settings = {**SETTINGS, "category": "lamp", "num_faces": 8, "guidance": 2.0}
+    screen = Screen(asking)
+    asyncio.run(screen.follow(asking.generate(**settings, request=ANN)))
+    made = screen.now[asking.made]
+    wanted = {"category": "lamp", "num_faces": 8, "guidance_scale": 2.0}
+    *_, expected = sampling.grow(asking.generator, number=2, max_faces=10, top_p=0.8, seed=7, asked=wanted)
+    assert [mesh.ids.tolist() for mesh in made[0]] == [mesh.ids.tolist() for mesh in expected]
+    asyncio.run(screen.follow(asking.make_again(made, 1, request=ANN)))
+    (again,) = screen.now[asking.made][0]
+    assert again.ids.tolist() == expected[1].ids.tolist()
+
+
+def test_what_cannot_be_asked_for_is_told_before_the_line(asking):
+    screen = Screen(asking)
+    with pytest.raises(gr.Error, match="20 faces are asked for, and a mesh may have 10: allow more"):
+        asyncio.run(screen.follow(asking.generate(**SETTINGS, num_faces=20, request=ANN)))
+    assert screen.history == []
 
 
 # Completing a part
