@@ -78,6 +78,12 @@ To complete a part of a mesh: `generator("part.obj", room_above=1.0)`, where the
 part. A part of a generated mesh keeps its place without `room_above`. A mesh is generated from its lowest vertex
 upwards, so that what is added lies above.
 
+{% if asking -%}
+## Asking for something
+
+{{ asking }}
+
+{% endif -%}
 {% if evaluation -%}
 ## Evaluation
 
@@ -252,6 +258,7 @@ def model_card(
         number_of_sample_meshes=sum(sample.endswith(".glb") for sample in samples),
         usage=usage_snippet(model, run, repo_id, revision),
         pipeline=pipeline_snippet(model, run, repo_id, revision),
+        asking=_asking(model, run),
         metrics=METRICS,
         evaluation={"all": figures, **run.evaluation.get("eval_by_category", {})} if figures else {},
         judged_on=judged_on,
@@ -265,6 +272,7 @@ def usage_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision
     """Python code that generates meshes with the published model, as the samples of the run were generated."""
     at = f'revision="{revision}", ' if revision else ""
     faces, sampling = _most_faces(model, run), {"do_sample": True, **_sampling(run)}
+    asked = _in_python(**_example(model, run), num_return_sequences=4)
     return f"""\
 from transformers import AutoModel, AutoTokenizer
 
@@ -274,7 +282,8 @@ model = AutoModel.from_pretrained(name, {at}trust_remote_code=True)
 
 sampling = {sampling}
 # at most {faces} faces, and the end of the mesh
-ids = model.generate(num_return_sequences=4, max_new_tokens={known_format().tokens_per_face} * {faces + 1}, **sampling)
+most = {known_format().tokens_per_face} * {faces + 1}
+ids = model.generate({asked}, max_new_tokens=most, **sampling)
 for number, mesh in enumerate(tokenizer.batch_decode_mesh(ids)):
     mesh.export(f"mesh_{{number}}.glb")"""
 
@@ -282,8 +291,8 @@ for number, mesh in enumerate(tokenizer.batch_decode_mesh(ids)):
 def pipeline_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
     """The same with `pipeline("mesh-generation")`."""
     at = f'revision="{revision}", ' if revision else ""
-    options = {"num_meshes": 4, "max_faces": _most_faces(model, run), "seed": 0, **_sampling(run)}
-    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    options = {"num_meshes": 4, **_example(model, run), "max_faces": _most_faces(model, run), "seed": 0}
+    given = _in_python(**options, **_sampling(run))
     return f"""\
 from transformers import pipeline
 
@@ -291,6 +300,40 @@ generator = pipeline("mesh-generation", model="{repo_id}", {at}trust_remote_code
 for number, mesh in enumerate(generator({given})):
     if len(mesh.faces):
         generator.export(mesh, f"mesh_{{number}}.obj")  # or glb, ply, stl"""
+
+
+def _in_python(**arguments: Any) -> str:
+    """The arguments of a call."""
+    return ", ".join(
+        f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()
+    )
+
+
+def _example(model: PreTrainedModel, run: RunRecord, both: bool = False) -> dict[str, Any]:
+    """Something that the model can be asked for: a category, or where it knows none a number of faces."""
+    asked: dict[str, Any] = {}
+    if model.config.categories:
+        asked["category"] = model.config.categories[0]
+    if model.config.num_faces_range is not None and (both or not asked):
+        fewest, most = model.config.num_faces_range
+        asked["num_faces"] = max(fewest, min(round((fewest * most) ** 0.5), _most_faces(model, run)))
+    return asked
+
+
+def _asking(model: PreTrainedModel, run: RunRecord) -> str:
+    """The paragraph about what meshes can be asked to be; empty for a model that was trained without conditions."""
+    knows, config = [], model.config
+    if config.categories:
+        knows.append(f"a category ({', '.join(config.categories)})")
+    if config.num_faces_range is not None:
+        knows.append("a number of faces from {:,} to {:,}, which meshes have about".format(*config.num_faces_range))
+    if not knows:
+        return ""
+    given = _in_python(**_example(model, run, both=True))
+    return (
+        f"The model can be asked for {'; and for '.join(knows)}: `generator({given})`. Without, it makes any. "
+        "`guidance_scale=2.0` has it follow more closely, at twice the work."
+    )
 
 
 def _most_faces(model: PreTrainedModel, run: RunRecord) -> int:
