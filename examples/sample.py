@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/sampled"), help="folder to write to")
     parser.add_argument("--num", type=int, default=8, help="how many meshes")
     parser.add_argument("--max-faces", type=int, default=120, help="most faces of a mesh")
+    parser.add_argument("--category", help="what meshes are to be, one of the model's categories")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1: more of the likely")
     parser.add_argument("--top-p", type=float, default=0.9, help="from the likeliest share only")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same meshes")
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     meshes = generator(
         num_meshes=options.num,
         max_faces=options.max_faces,
+        category=options.category,  # None: any
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,

@@ -46,6 +46,8 @@ SHORTER = [
     (r"(max_new_tokens=9 \* )\d+", r"\g<1>6"),
     (r"(max_faces=)\d+", r"\g<1>12"),
     (r"(--max-faces )\d+", r"\g<1>6"),
+    (r"(num_faces=)\d+", r"\g<1>9"),
+    (r"(--num-faces )\d+", r"\g<1>5"),
 ]
 HUB_NAMES = r"\b(you/iflame-furniture|user/name)\b"
 # Options in the text that are those of `accelerate launch`.
@@ -107,9 +109,9 @@ def test_a_block_is_python_or_commands_or_shows_files(block):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A model that never ends a mesh early, so that there are faces to show."""
+    """A model that never ends a mesh early, so that there are faces to show, and that can be asked for some."""
     folder = tmp_path_factory.mktemp("docs") / "demo"
-    model = small_model()
+    model = small_model(categories=["chair", "lamp", "table"], num_faces_range=[4, 800])
     with torch.no_grad():
         model.lm_head.bias[[PAD, BOS, EOS]] -= 30
     model.save_pretrained(folder)

@@ -102,6 +102,18 @@ def test_sample_writes_as_many_meshes_as_asked_for_and_the_same_ones_for_a_seed(
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+def test_sample_asks_for_a_category(model, tmp_path):
+    with pytest.raises(ValueError, match="this model takes no category: it was trained without any"):
+        run("sample", "--model", model, "--category", "chair", "--out", tmp_path / "none")
+    small_model(categories=["chair", "lamp"]).save_pretrained(tmp_path / "model")
+    IFlameTokenizer().save_pretrained(tmp_path / "model")
+    options = ("--model", tmp_path / "model", "--num", 3, "--max-faces", 8, "--seed", 4)
+    for category in ("chair", "lamp"):
+        run("sample", *options, "--category", category, "--out", tmp_path / category)
+    files = {name: [path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("chair", "lamp")}
+    assert files["chair"] and files["chair"] != files["lamp"]
+
+
 def test_complete_goes_on_from_the_lowest_faces_and_keeps_them(model, tmp_path, capsys):
     whole = tmp_path / "torus.obj"
     solids()["torus"].export(whole)
