@@ -74,6 +74,10 @@ def provoke(message, folder, part, monkeypatch):
         monkeypatch.setattr(implementations_iflame, "why_no_kernels", lambda: "a GPU on which triton does not run")
         call = implementations_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
         implementations_iflame.choose_linear_attention("triton", call)
+    elif message.startswith("this model takes no category"):
+        model().generate(category="chair")
+    elif message.startswith("this model does not know the category"):
+        small_model(categories=["lamp"]).generate(category="chair")
     elif message.startswith("lightning_attn computes heads"):
         call = implementations_iflame.LinearAttentionCall(device_type="cuda", head_dim=16, length=9)
         implementations_iflame.choose_linear_attention("lightning_attn", call)
