@@ -187,7 +187,7 @@ class Page:
             value=own or 1,
             step=0.25,
             label="Guidance",
-            info="Above 1: closer to what is asked for, in twice the time.",
+            info="Above 1: more weight on what is asked for, in twice the time.",
             visible=bool(can.categories or can.faces),
         )
 

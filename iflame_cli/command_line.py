@@ -214,7 +214,10 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
     parser.add_argument("--top-p", type=_number(0, 1, above=True), metavar="P", help="from the likeliest share P only")
     parser.add_argument("--top-k", type=_whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")
     parser.add_argument(
-        "--max-faces", type=_whole(1), metavar="N", help="most faces of a mesh (by default the model's)"
+        "--max-faces",
+        type=_whole(1),
+        metavar="N",
+        help="most faces of a mesh (by default the model's, or twice --num-faces where that is more)",
     )
     parser.add_argument("--category", metavar="NAME", help="what a mesh is to be, one of the model's categories")
     parser.add_argument(
@@ -224,7 +227,7 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
         "--guidance-scale",
         type=_number(0),
         metavar="S",
-        help="above 1: follow --category and --num-faces more closely, at twice the work",
+        help="above 1: more weight on --category and --num-faces, at twice the work",
     )
     parser.add_argument(
         "--batch-size", type=_whole(1), metavar="N", help="meshes in work at once; by default 64 on CUDA, else 8"

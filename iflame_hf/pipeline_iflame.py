@@ -59,8 +59,8 @@ class MeshGenerationPipeline(Pipeline):
                 one for each mesh of all prompts, in which None leaves it open. Open by default.
             num_faces: how many faces meshes are asked to have, about, those of the prompt included, within the model's
                 `config.num_faces_range`; one for all or a list, as `category`.
-            guidance_scale: above 1, meshes follow `category` and `num_faces` more closely, at twice the work. By
-                default that of the model's generation_config.json, or none.
+            guidance_scale: above 1 it gives `category` and `num_faces` more weight, at twice the work. By default that
+                of the model's generation_config.json, or none.
             seed: a whole number, the seed of the first mesh; the others, of all prompts, have those that follow it. Or
                 a list of one for each mesh. A seed gives the same mesh again for the same prompt and parameters,
                 alone or in a batch; torch's own random numbers stay as they are. By default one is drawn of them.

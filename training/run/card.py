@@ -332,7 +332,7 @@ def _asking(model: PreTrainedModel, run: RunRecord) -> str:
     given = _in_python(**_example(model, run, both=True))
     return (
         f"The model can be asked for {'; and for '.join(knows)}: `generator({given})`. Without, it makes any. "
-        "`guidance_scale=2.0` has it follow more closely, at twice the work."
+        "`guidance_scale=2.0` gives what is asked for more weight, at twice the work."
     )
 
 
