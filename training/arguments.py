@@ -114,6 +114,11 @@ class DataArguments:
     mirror_augmentation: bool = option(
         False, "Mirror every mesh at the plane x = 0 in half of the cases; its faces look outwards as before."
     )
+    vertex_noise: float = option(
+        0.0,
+        "Share of the vertices, such as 0.01, that training rows show wrongly: moved, or another one of the mesh. "
+        "What follows is to be predicted as ever, so that a model can go on after a mistake of its own.",
+    )
     balance: list[str] | None = option(
         None,
         "Columns, such as category or pack, or num_faces, whose groups are up to 50, 100, 200, 400, ... faces: draw "
@@ -251,6 +256,8 @@ class Arguments:
                 f"scale_augmentation must be at least 0 and finite, got {data.scale_augmentation}: 0.25 stretches by "
                 "0.8 to 1.25"
             )
+        if not 0 <= data.vertex_noise < 1:
+            raise ValueError(f"vertex_noise must be at least 0 and less than 1, got {data.vertex_noise}")
         self._check_balance()
         self._check_conditions()
         if data.validation_file and not data.train_file:

@@ -33,6 +33,7 @@ from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.arguments import Arguments, parse_arguments
 from training.rows.load import Batch, Place
 from training.rows.map import Data, load_data
+from training.rows.noise import VertexNoise
 from training.rows.pack import IGNORED
 from training.run.agree import Agreement
 from training.run.assess import Assessment
@@ -94,6 +95,7 @@ class Run:
         self.options = options = arguments.train
         self.accelerator = accelerator
         self.data = data
+        self.noise = VertexNoise(arguments.data.vertex_noise, options.seed, tokenizer.coordinate_resolution + 1)
         self.interruption = interruption
         self.output_dir = Path(options.output_dir)
         self.log = RunLog(self.output_dir, accelerator)
@@ -162,6 +164,7 @@ class Run:
             self.arguments.data.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
+        batches = self.noise.of(batches)
         is_silent = options.disable_tqdm or not self.accelerator.is_main_process
         bar = tqdm(total=steps.last, initial=progress.step, unit="step", disable=is_silent)
         pace, window = Window(), Window()
