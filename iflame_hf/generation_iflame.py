@@ -51,7 +51,7 @@ class IFlameGenerationMixin(GenerationMixin):
 
     `generate(category="chair", num_faces=200)` asks a model that was trained with such conditions for a mesh of a
     category, of about so many faces, or both; a list has one for each row, and without a prompt makes as many. With
-    `guidance_scale` above 1 (classifier-free guidance) meshes follow it more closely, at twice the work.
+    `guidance_scale` above 1 (classifier-free guidance) it weighs more, at twice the work.
     """
 
     _supported_generation_modes = [
