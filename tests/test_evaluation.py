@@ -19,7 +19,7 @@ from iflame_hf.mesh_errors_iflame import MeshError
 from training import evaluate
 from training.evaluation.distribution import Protocol, compare_sets, draw_clouds
 from training.evaluation.likelihood import likelihood
-from training.evaluation.meshes import GridMesh, on_grid, split_files
+from training.evaluation.meshes import GridMesh, clouds, on_grid, split_files
 from training.evaluation.novelty import nearest_training, symmetries
 from training.evaluation.samples import read_sets
 from training.evaluation.soundness import bin_names, boundary_ratios, soundness
@@ -30,6 +30,7 @@ from training.metrics import (
     minimum_matching_distance,
     normalised,
     one_nearest_neighbour_accuracy,
+    sample_points,
 )
 from training.rows.encode import augment
 from training.rows.meshes import ParquetMeshes
@@ -158,9 +159,21 @@ def test_the_oracle_row_is_what_the_functions_give_directly(training, references
 
 
 def test_references_as_samples_are_all_covered_and_not_told_apart(references):
-    protocol = Protocol(size=len(references), points=256, repeats=1, emd_meshes=4, emd_points=64)
+    protocol = Protocol(size=len(references), points=256, repeats=1, emd_meshes=len(references), emd_points=64)
     found = compare_sets({"samples": references}, references, protocol)["samples"]
     assert found["coverage"] == [1] and found["one_nna"] == [0] and found["emd_one_nna"] == [0]
+
+
+def test_points_are_spread_as_trimesh_spreads_them_the_first_of_them_too(training):
+    cloud = clouds(training[:2], 40_000, 7)
+    assert not np.array_equal(cloud, clouds(training[:2], 40_000, 8))
+    for mesh, own in zip(training, cloud, strict=False):
+        wanted = sample_points(mesh.vertices, mesh.faces, 40_000, 0)
+        for part in (own, own[:10_000]):
+            np.testing.assert_allclose(part.mean(axis=0), wanted.mean(axis=0), atol=0.02)
+            np.testing.assert_allclose(np.cov(part.T), np.cov(wanted.T), atol=0.005)
+        _, distances, _ = trimesh.proximity.closest_point_naive(trimesh.Trimesh(mesh.vertices, mesh.faces), own[:500])
+        assert distances.max() < 1e-6, "they lie on the surface"
 
 
 def test_sets_too_small_to_compare_are_refused(training):

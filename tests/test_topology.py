@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mesh_fixtures import random_mesh, reference_meshes, solids
 
 from iflame_hf.mesh_errors_iflame import MeshError
-from training.metrics import Topology, mean_topology, topology
+from training.metrics import Topology, mean_topology, topologies, topology
 
 CUBE = trimesh.creation.box()
 STRIP = [[0, 1, 2], [1, 3, 2]]  # two triangles that share the edge of vertices 1 and 2
@@ -163,6 +163,14 @@ def test_a_set_has_the_means_of_its_meshes():
     each = [topology(*mesh)._asdict() for mesh in meshes]
     assert list(means) == list(Topology._fields) and means["closed"] == pytest.approx(1 / 3)
     assert means == {name: pytest.approx(sum(found[name] for found in each) / 3) for name in means}
+
+
+def test_meshes_looked_at_together_are_what_each_is_alone():
+    strange = [(SQUARE, [*STRIP, [2, 0, 1], [0, 0, 1]]), (SQUARE, [[0, 0, 1], [2, 3, 3]])]
+    meshes = [(mesh.vertices, mesh.faces) for mesh in solids().values()] + strange
+    meshes += [random_mesh(seed, 30, 40) for seed in range(5)]
+    assert topologies(meshes) == [topology(*mesh) for mesh in meshes] and topologies([]) == []
+    assert len({each.pieces for each in topologies(meshes)}) > 3
 
 
 def test_what_is_no_mesh_has_no_topology():

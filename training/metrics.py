@@ -227,21 +227,17 @@ def jensen_shannon_divergence(points_a: Any, points_b: Any, resolution: int = 28
         points_b: as `points_a`, of any number of points.
 
     Raises ValueError for other shapes, empty sets, NaN, points outside of the cube and a resolution below 2.
+    Memory grows with the third power of the resolution.
     """
     if resolution < 2:
         raise ValueError(f"resolution must be at least 2 cells a side, got {resolution}")
     cells = []
     for points, name in ((points_a, "points_a"), (points_b, "points_b")):
         points = _checked(points, name, num_dims=1).double().cpu().numpy().reshape(-1, 3)
-        if np.abs(points).max() > 0.5 + 1e-6:
-            raise ValueError(
-                f"{name} must lie in [-0.5, 0.5], got one at {np.abs(points).max():.6g}: normalise by 'longest side'"
-            )
+        if (farthest := max(points.max(), -points.min())) > 0.5 + 1e-6:
+            raise ValueError(f"{name} must lie in [-0.5, 0.5], got one at {farthest:.6g}: normalise by 'longest side'")
         cells.append(quantise(points, resolution - 1) @ np.array([resolution**2, resolution, 1]))
-    occupied, place = np.unique(np.concatenate(cells), return_inverse=True)
-    shares = [
-        np.bincount(each, minlength=len(occupied)) / len(each) for each in np.split(place.ravel(), [len(cells[0])])
-    ]
+    shares = [np.bincount(each, minlength=resolution**3) / len(each) for each in cells]
     middle = (shares[0] + shares[1]) / 2
     divergences = [(each[each > 0] * np.log2(each[each > 0] / middle[each > 0])).sum() for each in shares]
     return float(min(max(sum(divergences) / 2, 0.0), 1.0))
@@ -257,31 +253,79 @@ def topology(vertices: Any, faces: Any) -> Topology:
 
     Raises MeshError, a ValueError, for arrays that are no mesh, one without faces too, and for vertices in one point.
     """
-    vertices, faces = checked_arrays(vertices, faces)
-    degenerate, smallest = _shapes(normalise(vertices)[faces])
-    sound = faces[(faces != np.roll(faces, 1, axis=1)).all(axis=1)]
+    return topologies([(vertices, faces)])[0]
+
+
+def topologies(meshes: Iterable[tuple[Any, Any]]) -> list[Topology]:
+    """
+    `topology` of each of several meshes, (vertices, faces), all at once: for small ones in a third of the time.
+
+    Raises MeshError as `topology` does, with the mesh's place among them where there are several.
+    """
+    meshes = list(meshes)
+    corners, parts, first = [], [], 0
+    for index, mesh in enumerate(meshes):
+        try:
+            vertices, faces = checked_arrays(*mesh)
+            corners.append(normalise(vertices)[faces])
+        except MeshError as error:
+            raise (error.after(f"mesh {index}: ") if len(meshes) > 1 else error) from error
+        parts.append(faces + first)  # vertices are numbered on, so that no two meshes share one
+        first += len(vertices)
+    if not meshes:
+        return []
+    faces = np.concatenate(parts)
+    mesh_of = np.repeat(np.arange(len(meshes)), [len(each) for each in parts])
+    degenerate, smallest = _shapes(np.concatenate(corners))
+    small = smallest < np.radians(SMALL_ANGLE_DEGREES)
+
+    def count(mesh_of: np.ndarray, which: np.ndarray) -> list[int]:
+        return np.bincount(mesh_of[which], minlength=len(meshes)).tolist()
+
+    is_sound = (faces != np.roll(faces, 1, axis=1)).all(axis=1)
+    sound, mesh_of_sound = faces[is_sound], mesh_of[is_sound]
     edges, face_of = trimesh.geometry.faces_to_edges(sound, return_index=True)
     # (3 F',): which edge each side of a face is, and whether the face runs from its lower to its higher vertex
-    distinct, edge_of = np.unique(edges.min(axis=1) * len(vertices) + edges.max(axis=1), return_inverse=True)
+    distinct, edge_of = np.unique(edges.min(axis=1) * first + edges.max(axis=1), return_inverse=True)
     edge_of, is_upward = edge_of.ravel(), edges[:, 0] < edges[:, 1]
     num_faces = np.bincount(edge_of, minlength=len(distinct))
     num_upward = np.bincount(edge_of[is_upward], minlength=len(distinct))
+    mesh_of_edge = np.empty(len(distinct), dtype=np.int64)
+    mesh_of_edge[edge_of] = mesh_of_sound[face_of]
     order = edge_of.argsort(kind="stable")
     follows = edge_of[order][1:] == edge_of[order][:-1]
     links = face_of[np.stack([order[:-1], order[1:]], axis=1)[follows]]
-    count = max(1, len(distinct))
-    return Topology(
-        faces=len(faces),
-        edges=len(distinct),
-        closed=len(distinct) > 0 and bool((num_faces == 2).all()),
-        manifold_edges=int((num_faces == 2).sum()) / count,
-        boundary_edges=int((num_faces == 1).sum()) / count,
-        flipped_edges=int(((num_faces == 2) & (num_upward != 1)).sum()),
-        repeated_faces=len(sound) - len(np.unique(np.sort(sound, axis=1), axis=0)),
-        degenerate_faces=int(degenerate.sum()),
-        pieces=len(trimesh.graph.connected_components(links, nodes=np.arange(len(sound)))),
-        small_angles=float((smallest < np.radians(SMALL_ANGLE_DEGREES)).mean()),
-    )
+    pieces = trimesh.graph.connected_components(links, nodes=np.arange(len(sound)))
+    ordered = np.sort(sound, axis=1)
+    by_corners = np.lexsort(ordered.T)
+    repeats = by_corners[1:][(ordered[by_corners[1:]] == ordered[by_corners[:-1]]).all(axis=1)]
+    columns = {
+        "faces": [len(each) for each in parts],
+        "edges": count(mesh_of_edge, np.arange(len(distinct))),
+        "manifold": count(mesh_of_edge, num_faces == 2),
+        "boundary": count(mesh_of_edge, num_faces == 1),
+        "flipped": count(mesh_of_edge, (num_faces == 2) & (num_upward != 1)),
+        "repeated": count(mesh_of_sound, repeats),
+        "degenerate": count(mesh_of, degenerate),
+        "pieces": count(mesh_of_sound, np.array([each[0] for each in pieces], dtype=np.int64)),
+        "small": count(mesh_of, small),
+    }
+    found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    return [
+        Topology(
+            faces=each["faces"],
+            edges=each["edges"],
+            closed=each["edges"] > 0 and each["manifold"] == each["edges"],
+            manifold_edges=each["manifold"] / max(each["edges"], 1),
+            boundary_edges=each["boundary"] / max(each["edges"], 1),
+            flipped_edges=each["flipped"],
+            repeated_faces=each["repeated"],
+            degenerate_faces=each["degenerate"],
+            pieces=each["pieces"],
+            small_angles=each["small"] / each["faces"],
+        )
+        for each in found
+    ]
 
 
 def mean_topology(meshes: Iterable[tuple[Any, Any]]) -> dict[str, float]:

@@ -11,7 +11,6 @@ import pyarrow.parquet
 from iflame_hf.mesh_errors_iflame import MeshError
 from iflame_hf.mesh_files_iflame import load_mesh
 from iflame_hf.mesh_iflame import dequantise, has_equal_corners, normalise, quantise, weld
-from training.metrics import sample_points
 from training.rows.map import MESHES_AT_ONCE
 from training.rows.meshes import ParquetMeshes
 
@@ -92,9 +91,19 @@ def column_of(files: Sequence[str], name: str) -> np.ndarray | None:
 
 
 def clouds(meshes: Sequence[GridMesh], points: int, *seed: int) -> np.ndarray:
-    """Points (N, points, 3) float32 on the surfaces; other seeds, and other places in `meshes`, give others."""
+    """Points (N, points, 3) float32 spread evenly over the surfaces, as `training.metrics.sample_points` spreads them
+    over one; other seeds, and other places in `meshes`, give others. The first of them are such points too."""
+    rng = np.random.default_rng(seed)
     result = np.empty((len(meshes), points, 3), dtype=np.float32)
     for place, mesh in enumerate(meshes):
-        own = int(np.random.SeedSequence((*seed, place)).generate_state(1)[0])
-        result[place] = sample_points(mesh.vertices, mesh.faces, points, own)
+        first, second, third = mesh.vertices[mesh.faces.T]
+        second, third = second - first, third - first
+        normals = second[:, [1, 2, 0]] * third[:, [2, 0, 1]] - second[:, [2, 0, 1]] * third[:, [1, 2, 0]]
+        ends = np.sqrt((normals**2).sum(axis=1)).cumsum()
+        numbers = rng.random((3, points))
+        chosen = np.searchsorted(ends, numbers[0] * ends[-1], side="right").clip(max=len(ends) - 1)
+        a, b = numbers[1:]
+        is_outside = a + b > 1  # of the triangle: its other half of the parallelogram
+        a[is_outside], b[is_outside] = 1 - a[is_outside], 1 - b[is_outside]
+        result[place] = first[chosen] + a[:, None] * second[chosen] + b[:, None] * third[chosen]
     return result

@@ -74,33 +74,28 @@ def nearest_training(
             least = torch.minimum(least, distances)
         say(f"nearest of {len(training):,} training meshes: {number + 1} of {len(turned)} symmetries")
     best = least.topk(min(candidates, len(training)), largest=False).indices  # (N, K)
+    # A mesh comes to another, turned, as near as itself to the other, turned back: so one call compares all finalists.
+    back = torch.from_numpy(symmetries()).to(device).transpose(1, 2)  # (8, 3, 3), inverse as they are orthogonal
     index, symmetry, distance = [], [], []
     for number, meshes in enumerate(best):
-        few = meshes[_as_turned(turned[:, number], turns[number, meshes], of_training[meshes]).argsort()[:FINALISTS]]
-        every = chamfer_distances(turned[:, number].contiguous(), of_training[few])  # (8, FINALISTS)
-        place = int(every.argmin())
-        index.append(int(few[place % len(few)]))
+        query = of_queries[number : number + 1]
+        as_turned = of_training[meshes] @ back[turns[number, meshes].long()]
+        few = meshes[chamfer_distances(query, as_turned)[0].argsort()[:FINALISTS]]
+        every = chamfer_distances(query, (of_training[few] @ back[:, None]).flatten(0, 1))[0]  # (8 FINALISTS,)
+        place = every.argmin()
+        index.append(few[place % len(few)])
         symmetry.append(place // len(few))
-        distance.append(float(every.flatten()[place]))
-    index = np.array(index)
+        distance.append(every[place])
+    index, symmetry, distance = (torch.stack(each).cpu().numpy() for each in (index, symmetry, distance))
     distinct, which = np.unique(index, return_inverse=True)
     again = torch.from_numpy(clouds([training[i] for i in distinct], points, seed, SEEDS["again"])).to(device)
     noise = [chamfer_distances(of_training[i : i + 1], again[j : j + 1])[0, 0] for j, i in enumerate(distinct)]
     return Nearest(
         index,
-        np.array(symmetry),
-        np.array(distance),
+        symmetry,
+        distance,
         torch.stack(noise).cpu().numpy()[which.ravel()],
     )
-
-
-def _as_turned(turned: torch.Tensor, turns: torch.Tensor, meshes: torch.Tensor) -> torch.Tensor:
-    """Distances (K,) of meshes (K, P, 3), each to that of clouds (8, P, 3) which its number in `turns` (K,) says."""
-    result = meshes.new_empty(len(meshes))
-    for turn in turns.unique().tolist():
-        own = turns == turn
-        result[own] = chamfer_distances(turned[turn : turn + 1].contiguous(), meshes[own])[0]
-    return result
 
 
 def novelty(samples: Nearest, held_out: Nearest) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from training.evaluation.meshes import GridMesh
-from training.metrics import topology
+from training.metrics import Topology, topologies
 
 BIN_EDGES = (100, 200, 400, 800)  # the most faces in each bin but the last
 LARGE = 200
+MESHES_AT_ONCE = 256
 ALL_BINS = "all"
 LARGE_BINS = f"above {LARGE}"
 
@@ -28,7 +29,10 @@ def soundness(meshes: Sequence[GridMesh]) -> dict[str, dict[str, Any]]:
     """
     if not meshes:
         return {}
-    values = [_of_mesh(mesh) for mesh in meshes]
+    found: list[Topology] = []
+    for first in range(0, len(meshes), MESHES_AT_ONCE):
+        found += topologies((mesh.vertices, mesh.faces) for mesh in meshes[first : first + MESHES_AT_ONCE])
+    values = [_of_mesh(mesh, each) for mesh, each in zip(meshes, found, strict=True)]
     sizes = np.array([len(mesh.faces) for mesh in meshes])
     place = np.searchsorted(BIN_EDGES, sizes)
     groups = {ALL_BINS: sizes > 0, LARGE_BINS: sizes > LARGE}
@@ -45,8 +49,7 @@ def boundary_ratios(samples: dict[str, Any], data: dict[str, Any]) -> dict[str, 
     }
 
 
-def _of_mesh(mesh: GridMesh) -> dict[str, Any]:
-    found = topology(mesh.vertices, mesh.faces)
+def _of_mesh(mesh: GridMesh, found: Topology) -> dict[str, Any]:
     given = found.faces + mesh.repeated + mesh.degenerate
     return {
         "ended": mesh.ended,
