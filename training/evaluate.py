@@ -23,19 +23,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, this module must find its siblings
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from iflame_cli.making import load_generator
-from iflame_cli.models import check_model
+from iflame_cli.models import check_model, model_settings
 from iflame_hf.files_iflame import write_whole
 from iflame_hf.format_iflame import known_format
 from iflame_hf.names import model_folder
+from training.evaluation.control import Asked, Controlled, asked_of, check_control, control, generate_asked
 from training.evaluation.distribution import LEAST_MESHES, Protocol, compare_sets, summarised
 from training.evaluation.likelihood import likelihood
-from training.evaluation.meshes import GridMesh, read_split, split_files
+from training.evaluation.meshes import GridMesh, held_out_files, places_of, read_split, split_files
 from training.evaluation.novelty import nearest_training, novelty
 from training.evaluation.options import SPLITS, parse_options
 from training.evaluation.pictures import draw_pairs, draw_samples_sheet
@@ -70,21 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
 def find_files(options: argparse.Namespace) -> dict[str, list[str]]:
     """The parquet files of `training` and `references`, whose split goes into the options. Raises ValueError or
     OSError where the data, the model or the samples are not there."""
-    if not options.data.is_dir():
-        raise ValueError(f"--data {options.data} is no folder")
+    splits = [options.references] if options.references else SPLITS
+    options.references, references = held_out_files(options.data, splits)
     if options.model is not None:
         check_model(options.model)
+    if options.control:
+        check_control(model_settings(options.model, options.revision))
     if options.samples is not None:
         sample_files(options.samples)
-    splits = [options.references] if options.references else list(SPLITS)
-    found = {split: split_files(options.data, split) for split in splits}
-    options.references = next((split for split in splits if found[split]), None)
-    if options.references is None:
-        raise ValueError(f"--data {options.data} has no parquet files of a split {' or '.join(splits)}")
     training = split_files(options.data, "train")
     if not training:
         raise ValueError(f"--data {options.data} has no parquet files of a split train")
-    return {"training": training, "references": found[options.references]}
+    return {"training": training, "references": references}
 
 
 def output_folder(options: argparse.Namespace) -> Path:
@@ -101,44 +98,46 @@ def output_folder(options: argparse.Namespace) -> Path:
 
 def evaluate(options: argparse.Namespace, files: dict[str, list[str]]) -> dict[str, Any]:
     """All figures, as JSON values; draws the pictures."""
-    began = time.monotonic()
+    clock = Clock()
     is_half = (options.dtype or "bfloat16") != "float32" and not options.use_cpu and torch.cuda.is_available()
     precision = {"bfloat16": "bf16", "float16": "fp16"}[options.dtype or "bfloat16"] if is_half else "no"
     accelerator = Accelerator(cpu=options.use_cpu, mixed_precision=precision)
     device = accelerator.device
     data = {name: ParquetMeshes(found) for name, found in files.items()}
+    held_out = places_of(data["references"], options.half)
     figures, resolution = None, options.resolution
     settings: dict[str, Any] = {}
-    sets = []
     if options.model is not None:
         # As train.py evaluates: weights in float32, the precision is that of autocast.
         generator = _load(options, device, "float32")
         resolution = resolution or generator.tokenizer.coordinate_resolution
         settings["weights"] = digest_of(generator.model)
-        say(f"likelihood of {len(data['references'].num_faces):,} meshes")
-        figures = likelihood(generator, data["references"], files["references"], accelerator, options.eval_batch_size)
+        say(f"likelihood of {len(held_out):,} meshes")
+        figures = likelihood(
+            generator, data["references"], files["references"], accelerator, options.eval_batch_size, held_out
+        )
         del generator
+        clock.lap("likelihood")
     resolution = resolution or known_format().coordinate_resolution
-    if options.samples is None:
-        sets = sample(options, device, settings)
-    else:
-        sets = read_sets(options.samples, options.num_samples, options.num_sets, options.seed, resolution)
-    named = dict(zip(["samples", *(f"samples, set {n}" for n in range(2, len(sets) + 1))], sets, strict=True))
-    for name, each in named.items():
-        say(f"{name}: {len(each.meshes):,} of {each.count:,} are a mesh")
-    say(f"putting {len(data['references'].num_faces):,} references and the training set on the grid")
+    say(f"putting {len(held_out):,} references and the training set on the grid")
+    num_references = options.num_references or options.num_samples
     references, bad_references = read_split(
-        data["references"],
-        resolution,
-        _some(data["references"], options.num_references or options.num_samples, options),
+        data["references"], resolution, places_of(data["references"], options.half, num_references, options.seed)
     )
     training, bad_training = read_split(
-        data["training"], resolution, _some(data["training"], options.num_training, options)
+        data["training"], resolution, places_of(data["training"], None, options.num_training, options.seed)
     )
     if not references or not training:
         raise ValueError(f"--data {options.data} has no usable meshes in the split train or {options.references}")
-    first = sets[0].meshes
-    results = {
+    clock.lap("reading data")
+    sets, asked, controlled = sample(options, device, settings, references, resolution)
+    named = dict(zip(["samples", *(f"samples, set {n}" for n in range(2, len(sets) + 1))], sets, strict=True))
+    first = sets[0]
+    named |= {name: each.samples() for name, each in controlled.items()}
+    for name, each in named.items():
+        say(f"{name}: {len(each.meshes):,} of {each.count:,} are a mesh")
+    clock.lap("samples")
+    results: dict[str, Any] = {
         "settings": {**_plain(vars(options)), **settings, "resolution": resolution},
         "samples": {
             n: {"count": s.count, "usable": len(s.meshes), "unusable": dict(s.unusable)} for n, s in named.items()
@@ -147,31 +146,74 @@ def evaluate(options: argparse.Namespace, files: dict[str, list[str]]) -> dict[s
             "references": {"usable": len(references), "unusable": dict(bad_references)},
             "training": {"usable": len(training), "unusable": dict(bad_training)},
         },
-        "distribution": distribution(options, named, references, training, device),
-        "soundness": soundness_of(first, references, training),
-        "novelty": novelty_of(options, first, references, training, device),
         "likelihood": figures,
     }
-    if first:
-        draw_samples_sheet(first, options.output / "samples.png")
-    return {**results, **_conditions(device), "seconds": time.monotonic() - began}
+    results["distribution"] = distribution(options, named, references, training, device)
+    clock.lap("distribution")
+    results["soundness"] = soundness_of(first.meshes, references, training)
+    clock.lap("soundness")
+    results["novelty"] = novelty_of(options, first.meshes, references, training, device)
+    clock.lap("novelty")
+    if asked is not None:
+        say("what was asked for, and what came")
+        classifier = {
+            "points": options.classifier_points, "epochs": options.classifier_epochs, "seed": options.seed
+        }  # fmt: skip
+        results["control"] = control(asked, controlled, first, training, device, classifier)
+        clock.lap("control")
+    if first.meshes:
+        draw_samples_sheet(first.meshes, options.output / "samples.png")
+        clock.lap("pictures")
+    return {**results, **_conditions(device), "seconds": sum(clock.laps.values()), "seconds_of": clock.laps}
+
+
+class Clock:
+    """Seconds of each part of the work, those between its lap and the one before it."""
+
+    def __init__(self) -> None:
+        self.last, self.laps = time.monotonic(), {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.last, self.laps[name] = now, now - self.last
 
 
 def _load(options: argparse.Namespace, device: torch.device, dtype: str) -> Any:
     return load_generator(options.model, options.revision, str(device), dtype, options.trust_remote_code)
 
 
-def sample(options: argparse.Namespace, device: torch.device, settings: dict[str, Any]) -> list[Samples]:
-    """The sets of the model's samples; what they are sampled with goes into `settings`."""
+def sample(
+    options: argparse.Namespace,
+    device: torch.device,
+    settings: dict[str, Any],
+    references: list[GridMesh],
+    resolution: int,
+) -> tuple[list[Samples], Asked | None, dict[str, Controlled]]:
+    """The sets of samples; with --control also what is asked for, and the sets of what comes. What the model's are
+    sampled with goes into `settings`."""
+    sets, asked, controlled = [], None, {}
+    if options.samples is not None:
+        sets = read_sets(options.samples, options.num_samples, options.num_sets, options.seed, resolution)
+        if not options.control:
+            return sets, asked, controlled
     generator = _load(options, device, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     chosen = sampling_settings(options, generator)
     chosen |= {
         name: getattr(options, name) for name in ("min_p", "mesh_grammar") if getattr(options, name) is not None
     }
     settings.update(chosen, dtype=str(generator.model.dtype).removeprefix("torch."))
-    say(f"{options.num_samples * options.num_sets:,} samples to make with {device.type}")
-    folder = options.output / "samples" if options.save_samples else None
-    return generated_sets(generator, options.num_samples, options.num_sets, options.seed, options.rows, chosen, folder)
+    if options.samples is None:
+        say(f"{options.num_samples * options.num_sets:,} samples to make with {device.type}")
+        folder = options.output / "samples" if options.save_samples else None
+        sets = generated_sets(
+            generator, options.num_samples, options.num_sets, options.seed, options.rows, chosen, folder
+        )
+    if options.control:
+        asked = asked_of(generator.model.config, references, options.num_samples, options.seed, options.max_faces)
+        scales = options.guidance_scales
+        say(f"{len(asked.meshes) * len(scales):,} samples to make of what is asked for")
+        controlled = generate_asked(generator, asked, scales, options.seed, options.rows, chosen, options.max_faces)
+    return sets, asked, controlled
 
 
 def distribution(
@@ -232,14 +274,6 @@ def novelty_of(
         for mesh, index, distance, is_copy in zip(samples, own.index, own.distance, own.copies, strict=True)
     ]
     return {**novelty(own, held_out), "nearest": nearest}
-
-
-def _some(meshes: ParquetMeshes, most: int | None, options: argparse.Namespace) -> list[int] | None:
-    """The places of so many meshes drawn at random, or None for all."""
-    count = len(meshes.num_faces)
-    if most is None or most >= count:
-        return None
-    return np.sort(np.random.default_rng(options.seed).permutation(count)[:most]).tolist()
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

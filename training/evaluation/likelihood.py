@@ -17,19 +17,26 @@ FAR_BELOW = 0.5
 
 
 def likelihood(
-    generator: Any, meshes: ParquetMeshes, files: Sequence[str], accelerator: Accelerator, batch_size: int
+    generator: Any,
+    meshes: ParquetMeshes,
+    files: Sequence[str],
+    accelerator: Accelerator,
+    batch_size: int,
+    places: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """
     What `training.measure.metrics.evaluate` gives, without the prefix: of all meshes (`all`), by their categories
     (`by_category`) and, where the files have the column FAR_COLUMN, of those below FAR_BELOW there (`far`, and their
     number `far_meshes`); of a model with conditions also of all when it is told these (`told`). `meshes` are counted;
-    `too_long` are those that the model has no room for.
+    `too_long` are those that the model has no room for. With `places` (N,) of those meshes alone.
     """
     model, tokenizer = generator.model, generator.tokenizer
     most = model.config.max_position_embeddings // TOKENS_PER_FACE
     capacity = min(int(meshes.num_faces.max()) + EXTRA_FACES, most)
     row_length = capacity * TOKENS_PER_FACE
     sizes, used = mesh_sizes(meshes, row_length, "drop")
+    places = np.arange(len(sizes)) if places is None else places
+    used = np.intersect1d(used, places)
     conditions = Conditions.of(model.config)
     rows = MeshRows(meshes, tokenizer, row_length, grouped=True)
     require_usable(rows, used, "--data", files)
@@ -47,7 +54,7 @@ def likelihood(
             by_category[name] = {"meshes": count, **by_category[name]}
     found = {
         "meshes": len(used),
-        "too_long": len(sizes) - len(used),
+        "too_long": len(places) - len(used),
         "all": result,
         "by_category": by_category,
     }

@@ -1,5 +1,6 @@
 """The meshes that an evaluation compares: all on the grid of the tokens, so that none is finer than another."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from iflame_hf.mesh_iflame import dequantise, has_equal_corners, normalise, quan
 from training.rows.map import MESHES_AT_ONCE
 from training.rows.meshes import ParquetMeshes
 
+HALVES = ("first", "second")
 FAR_COLUMN = "nn_iou_train"  # how much a held-out mesh overlaps with the most similar training mesh
 _SPLIT_FILES = ("data/{}-*.parquet", "data/{}.parquet", "{}-*.parquet", "{}.parquet")
 
@@ -27,6 +29,7 @@ class GridMesh(NamedTuple):
     repeated: int = 0  # faces left out, on the vertices of an earlier one
     degenerate: int = 0  # faces left out, with two corners in one place
     ended: bool | None = None  # of a sample, whether it came to its end; None where that is not known
+    category: str | None = None  # of a mesh of a data set, where it is known
 
 
 def on_grid(name: str, vertices: np.ndarray, faces: np.ndarray, resolution: int) -> GridMesh:
@@ -59,6 +62,16 @@ def split_files(folder: Path, split: str) -> list[str]:
     return [str(path) for pattern in _SPLIT_FILES for path in sorted(folder.glob(pattern.format(split)))]
 
 
+def held_out_files(folder: Path, splits: Sequence[str]) -> tuple[str, list[str]]:
+    """The first of the splits that has files, and these. Raises ValueError where there is no such folder or split."""
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder} is no folder")
+    for split in splits:
+        if found := split_files(folder, split):
+            return split, found
+    raise ValueError(f"--data {folder} has no parquet files of a split {' or '.join(splits)}")
+
+
 def read_split(
     meshes: ParquetMeshes, resolution: int, indices: Sequence[int] | None = None
 ) -> tuple[list[GridMesh], Counter]:
@@ -70,10 +83,30 @@ def read_split(
         table = meshes.read(part)
         for number, place in enumerate(part):
             try:
-                found.append(on_grid(meshes.describe(place), *load_mesh(table[number]), resolution))
+                mesh = on_grid(meshes.describe(place), *load_mesh(table[number]), resolution)
             except MeshError as error:
                 unusable[error.kind] += 1
+                continue
+            known = meshes.category_names[meshes.categories[place]] if meshes.has_category[place] else None
+            found.append(mesh._replace(category=known))
     return found, unusable
+
+
+def places_of(meshes: ParquetMeshes, half: str | None = None, most: int | None = None, seed: int = 0) -> np.ndarray:
+    """
+    Places of meshes, sorted: so many at most, drawn at random, of all or of one half.
+
+    Args:
+        half: "first" or "second" of HALVES. A mesh is in one by a hash of its name, so that it stays there in
+            whatever order, and whichever others there are; without names by its place. None: all.
+    """
+    places = np.arange(len(meshes.num_faces))
+    if half is not None:
+        names = meshes.names() or map(str, places)
+        places = places[[hashlib.blake2b(name.encode()).digest()[0] % 2 == HALVES.index(half) for name in names]]
+    if most is not None and most < len(places):
+        places = np.sort(np.random.default_rng(seed).permutation(places)[:most])
+    return places
 
 
 def column_of(files: Sequence[str], name: str) -> np.ndarray | None:

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.sampling.options import Parser, add_sampling_options, check_sampling_options, number, whole
+from training.evaluation.meshes import HALVES
+from training.sampling.options import Parser, add_sampling_options, check_sampling_options, number, scale, whole
 
 NORMALISATIONS = ("unit_sphere", "longest_side")
 SPLITS = ("test", "validation")
@@ -30,6 +31,15 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     add("--mesh_grammar", action=argparse.BooleanOptionalAction, default=None, help="sample only what is a mesh")
     add_sampling_options(parser)
     add("--references", choices=SPLITS, help="split to compare with (default: test, or validation if there is none)")
+    add("--half", choices=HALVES, help="of the references, by a hash of their names: settings that were chosen on the "
+        "first half, as choose_sampling.py does, are reported on the second (default: all)")  # fmt: skip
+    add("--control", action="store_true", help="also ask a model with conditions for held-out meshes' categories and "
+        "numbers of faces, and measure whether it makes them")  # fmt: skip
+    add("--guidance_scales", type=scale, nargs="+", default=[1.0, 2.0], metavar="S", help="of guidance with "
+        "--control; 1 is without (default 1 2)")  # fmt: skip
+    add("--classifier_points", type=whole(1), metavar="N", help="of a mesh, for the classifier of --control (default: "
+        "1024 on a GPU, else 128)")  # fmt: skip
+    add("--classifier_epochs", type=whole(1), metavar="N", help="for it (default: 60 on a GPU, else 10)")
     add("--num_references", type=whole(1), metavar="N", help="references (default: as many as --num_samples)")
     add("--num_training", type=whole(1), metavar="N", help="training meshes to look at, at random (default: all)")
     add("--points", type=whole(1), default=2048, metavar="N", help="points of a mesh (default 2048)")
@@ -47,6 +57,8 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     check_sampling_options(parser, options)
     if options.model is None and options.samples is None:
         parser.error("give --model, or --samples with meshes of another generator, or both")
+    if options.control and options.model is None:
+        parser.error("--control asks a model for meshes: give --model")
     if options.save_samples and options.samples is not None:
         parser.error("--samples are files already: leave out --save_samples")
     if options.emd and options.emd_points > options.points:

@@ -1,9 +1,9 @@
 """The results of an evaluation as tables, ready for the page of a model."""
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from training.evaluation.soundness import ALL_BINS, LARGE_BINS, bin_names
+from training.evaluation.tables import cell, table
 
 _DISTRIBUTION = (
     ("coverage", "COV % ↑", 100, 1),
@@ -33,7 +33,6 @@ _LIKELIHOOD = (
     ("vertex_accuracy", "vertices right %", 100, 1),
     ("face_accuracy", "faces right %", 100, 1),
 )
-_NONE = "–"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -41,10 +40,12 @@ def markdown(results: dict[str, Any]) -> str:
     settings = results["settings"]
     named = settings["samples"] or settings["model"]
     lines = [f"# Evaluation of {named}", "", _counts(results), ""]
-    lines += _distribution(results) + _soundness(results) + _novelty(results) + _likelihood(results)
+    lines += _distribution(results) + _soundness(results) + _novelty(results) + _control(results)
+    lines += _likelihood(results)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["seconds_of"].items())
     lines += [
-        f"Computed on {results['device']} in {results['seconds']:.0f} s; {versions}.",
+        f"Computed on {results['device']} in {results['seconds']:.0f} s ({parts}); {versions}.",
         "All settings and figures are in `evaluation.json`.",
         "",
     ]
@@ -59,7 +60,10 @@ def _counts(results: dict[str, Any]) -> str:
             f"{name}: {found['count']:,}, of which {found['usable']:,} are a mesh{bad if found['unusable'] else ''}"
         )
     data = results["data"]
-    parts.append(f"references: {data['references']['usable']:,} of the split {results['settings']['references']}")
+    half = f"{results['settings']['half']} half of the " if results["settings"]["half"] else ""
+    parts.append(
+        f"references: {data['references']['usable']:,} of the {half}split {results['settings']['references']}"
+    )
     parts.append(f"training set: {data['training']['usable']:,}")
     return "; ".join(parts) + ". What is no mesh takes part in no distance."
 
@@ -79,7 +83,7 @@ def _distribution(results: dict[str, Any]) -> list[str]:
     body = [
         [name, *(_spread(row[key], scale, digits) for key, _, scale, digits in columns)] for name, row in rows.items()
     ]
-    return ["## Distribution", "", text, "", *_table(["set", *(title for _, title, *_ in columns)], body), ""]
+    return ["## Distribution", "", text, "", *table(["set", *(title for _, title, *_ in columns)], body), ""]
 
 
 def _soundness(results: dict[str, Any]) -> list[str]:
@@ -89,14 +93,14 @@ def _soundness(results: dict[str, Any]) -> list[str]:
         for whose in ("samples", "references", "training"):
             if name in found[whose]:
                 row = found[whose][name]
-                body.append([name, whose, f"{row['meshes']:,}", *(_cell(row[k], s, d) for k, _, s, d in _SOUNDNESS)])
+                body.append([name, whose, f"{row['meshes']:,}", *(cell(row[k], s, d) for k, _, s, d in _SOUNDNESS)])
     head = ["faces", "of", "meshes", *(title for _, title, *_ in _SOUNDNESS)]
     ratios = [
-        f"{name}: {_cell(found['boundary_ratio'][whose].get(name), 1, 2)} × that of the {whose}"
+        f"{name}: {cell(found['boundary_ratio'][whose].get(name), 1, 2)} × that of the {whose}"
         for whose in ("references", "training")
         for name in (ALL_BINS, LARGE_BINS)
     ]
-    return ["## Soundness", "", *_table(head, body), "", f"Boundary edges of samples: {'; '.join(ratios)}.", ""]
+    return ["## Soundness", "", *table(head, body), "", f"Boundary edges of samples: {'; '.join(ratios)}.", ""]
 
 
 def _novelty(results: dict[str, Any]) -> list[str]:
@@ -106,9 +110,9 @@ def _novelty(results: dict[str, Any]) -> list[str]:
     body = []
     for name, prefix in (("samples", ""), ("references", "held_out_")):
         distances = found[f"{prefix}distance"].values()
-        body.append([name, *(_cell(value, 1000, 3) for value in distances), _cell(found[f"{prefix}copies"], 100, 1)])
+        body.append([name, *(cell(value, 1000, 3) for value in distances), cell(found[f"{prefix}copies"], 100, 1)])
     head = ["set", *(f"{share} × 1000" for share in found["distance"]), "copies %"]
-    share = _cell(found["nearer_than_held_out"], 100, 1)
+    share = cell(found["nearer_than_held_out"], 100, 1)
     text = (
         "Chamfer distance to the nearest training mesh, turned and mirrored, in squared longest sides: quantiles of "
         f"the set. {share} % of samples are nearer than the median reference is."
@@ -118,9 +122,49 @@ def _novelty(results: dict[str, Any]) -> list[str]:
         "",
         text,
         "",
-        *_table(head, body),
+        *table(head, body),
         "",
     ]
+
+
+def _control(results: dict[str, Any]) -> list[str]:
+    found = results.get("control")
+    if found is None:
+        return []
+    lines = ["## Control", "", f"{found['asked']:,} samples a set, each asked to be what a held-out mesh is.", ""]
+    if "faces" in found:
+        body = []
+        for name in (ALL_BINS, *bin_names()):
+            for whose, rows in found["faces"].items():
+                if name in rows:
+                    row = rows[name]
+                    figures = (cell(row[key], 100, 1) for key in ("median_error", "error_90", "near"))
+                    body.append([name, whose, f"{row['meshes']:,}", *figures])
+        head = ["faces asked for", "set", "meshes", "median error %", "90 % quantile %", "within 10 % %"]
+        lines += [*table(head, body), ""]
+    category = found.get("category", {})
+    if "skipped" in category:
+        lines += [f"Categories are not measured: {category['skipped']}.", ""]
+    elif category:
+        lines += [
+            f"How often a classifier of {category['categories']} categories, trained on {category['points']:,} points "
+            "of each training mesh, finds the category that was asked for.",
+            "",
+            *table(
+                ["set", "meshes", "top 1 %", "top 3 %", "mean of categories, top 1 %"],
+                [
+                    [name, f"{row['meshes']:,}", *(cell(row[key], 100, 1) for key in ("top_1", "top_3", "macro"))]
+                    for name, row in category["sets"].items()
+                ],
+            ),
+            "",
+        ]
+    body = []
+    for name, rows in found["soundness"].items():
+        bins = [rows.get(each, {}) for each in (ALL_BINS, LARGE_BINS)]
+        ended, *edges = bins[0].get("ended"), *(each.get("boundary_edges") for each in bins)
+        body.append([name, cell(ended, 100, 1), *(cell(each, 100, 2) for each in edges)])
+    return [*lines, *table(["set", "ended %", "boundary edges %", "above 200 faces %"], body), ""]
 
 
 def _likelihood(results: dict[str, Any]) -> list[str]:
@@ -133,24 +177,12 @@ def _likelihood(results: dict[str, Any]) -> list[str]:
     if "far" in found:
         rows.append(("unlike any training mesh", found["far_meshes"], found["far"]))
     rows += [(name, figures["meshes"], figures) for name, figures in found["by_category"].items()]
-    body = [[name, f"{count:,}", *(_cell(row[k], s, d) for k, _, s, d in _LIKELIHOOD)] for name, count, row in rows]
+    body = [[name, f"{count:,}", *(cell(row[k], s, d) for k, _, s, d in _LIKELIHOOD)] for name, count, row in rows]
     head = ["references", "meshes", *(title for _, title, *_ in _LIKELIHOOD)]
     left_out = f"{found['too_long']:,} longer than the model takes are left out." if found["too_long"] else ""
-    return ["## Likelihood", "", *([left_out, ""] if left_out else []), *_table(head, body), ""]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        f"|---|{'---:|' * (len(head) - 1)}",
-        *(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows),
-    ]
-
-
-def _cell(value: float | None, scale: float, digits: int) -> str:
-    return _NONE if value is None else f"{value * scale:.{digits}f}"
+    return ["## Likelihood", "", *([left_out, ""] if left_out else []), *table(head, body), ""]
 
 
 def _spread(found: dict[str, Any], scale: float, digits: int) -> str:
-    mean = _cell(found["mean"], scale, digits)
-    return mean if found["deviation"] is None else f"{mean} ± {_cell(found['deviation'], scale, digits)}"
+    mean = cell(found["mean"], scale, digits)
+    return mean if found["deviation"] is None else f"{mean} ± {cell(found['deviation'], scale, digits)}"

@@ -1,17 +1,19 @@
 """The samples that are evaluated: those of a model, or the files of any generator."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from iflame_hf.many_iflame import GeneratedMesh, generate_meshes
+from iflame_hf.many_iflame import GeneratedMesh
 from iflame_hf.mesh_errors_iflame import MeshError
 from iflame_hf.mesh_files_iflame import MESH_SUFFIXES, load_mesh, up_axis_of
 from iflame_hf.mesh_iflame import to_y_up
+from iflame_hf.ranking_iflame import generate_best
 from training.evaluation.meshes import GridMesh, checked, on_grid
 from training.sampling.folder import INDEX, MeshFolder
 from training.sampling.pace import Pace
@@ -21,43 +23,85 @@ from training.sampling.write import MeshWriter
 class Samples(NamedTuple):
     """A set of samples; those that are no mesh are counted, and take part in nothing else."""
 
-    meshes: list[GridMesh]
-    count: int
-    unusable: Counter  # by the kind of error
+    found: Sequence[GridMesh | MeshError]
+
+    @property
+    def meshes(self) -> list[GridMesh]:
+        return [each for each in self.found if isinstance(each, GridMesh)]
+
+    @property
+    def count(self) -> int:
+        return len(self.found)
+
+    @property
+    def unusable(self) -> Counter:
+        """By the kind of error."""
+        return Counter(each.kind for each in self.found if isinstance(each, MeshError))
+
+
+class Generated(NamedTuple):
+    """What a model has made of each of N seeds."""
+
+    found: list[GridMesh | MeshError]
+    ids: list[torch.Tensor]  # (T,) of each, from the start face on
+
+    def samples(self, part: slice = slice(None)) -> Samples:
+        return Samples(self.found[part])
+
+
+def generate(
+    generator: Any,
+    seeds: Sequence[int],
+    rows: int | None,
+    settings: dict[str, Any],
+    best_of: int = 1,
+    put: Callable[[int, GeneratedMesh], None] = lambda *_: None,
+) -> Generated:
+    """
+    A mesh for each seed, with the pace on stderr.
+
+    Args:
+        generator: the pipeline of the model.
+        rows: meshes in work at a time, as of `generate_meshes`.
+        settings: options of `generate_meshes`.
+        best_of: as of `generate_best`.
+        put: gets the place of each mesh, and the mesh, when it is made.
+    """
+    made = generate_best(generator.model, seeds, best_of, rows=rows, **settings)
+    found: list[Any] = [None] * len(seeds)
+    ids: list[Any] = [None] * len(seeds)
+    arrived = _Arrived()
+    pace = Pace(arrived, 0, len(seeds))
+    with ExitStack() as stack:
+        stack.callback(pace.end)
+        for mesh in made:
+            found[mesh.number], ids[mesh.number] = decoded(mesh, generator.tokenizer), mesh.ids
+            arrived.add(found[mesh.number])
+            put(mesh.number, mesh)
+            pace.show_if_due()
+        pace.show()
+    return Generated(found, ids)
 
 
 def generated_sets(
     generator: Any, num: int, sets: int, seed: int, rows: int | None, settings: dict[str, Any], folder: Path | None
 ) -> list[Samples]:
     """
-    Sets of `num` samples of a model, the mesh i of the set j with the seed `seed + j * num + i`.
+    Sets of `num` samples of a model, the mesh i of the set j with the seed `seed + j * num + i`, by `generate`.
 
     Args:
-        generator: the pipeline of the model.
-        settings: options of `generate_meshes`.
         folder: where they are written as training/generate.py writes them; None: nowhere.
     """
-    made = generate_meshes(generator.model, range(seed, seed + num * sets), rows=rows, **settings)
-    found: list[GridMesh | MeshError | None] = [None] * (num * sets)
-    arrived = _Arrived()
-    pace = Pace(arrived, 0, num * sets)
-    with ExitStack() as stack:
-        stack.callback(pace.end)
-        writer = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            MeshFolder(folder).begin({"seed": seed, **settings}, overwrite=True)
-            writer = stack.enter_context(MeshWriter(folder, "glb", generator.tokenizer, 0))
-        for mesh in made:
-            found[mesh.number] = decoded(mesh, generator.tokenizer)
-            arrived.add(found[mesh.number])
-            if writer is not None:
-                writer.put(mesh.number, mesh)
-            pace.show_if_due()
-        pace.show()
-    if folder is not None:
+    seeds = range(seed, seed + num * sets)
+    if folder is None:
+        made = generate(generator, seeds, rows, settings)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        MeshFolder(folder).begin({"seed": seed, **settings}, overwrite=True)
+        with MeshWriter(folder, "glb", generator.tokenizer, 0) as writer:
+            made = generate(generator, seeds, rows, settings, put=writer.put)
         MeshFolder(folder).finish(MeshFolder(folder).records().values())
-    return [_set_of(found[first : first + num]) for first in range(0, len(found), num)]
+    return [made.samples(slice(first, first + num)) for first in range(0, len(seeds), num)]
 
 
 def decoded(mesh: GeneratedMesh, tokenizer: Any) -> GridMesh | MeshError:
@@ -94,7 +138,7 @@ def read_sets(folder: Path, num: int, sets: int, seed: int, resolution: int) -> 
     order = np.random.default_rng(seed).permutation(len(items))[: num * sets]
     parts = [order[first : first + num] for first in range(0, len(order), num)]
     whole = [part for part in parts if len(part) == num] or parts[:1]
-    return [_set_of([_read(items[place], endings, resolution) for place in part]) for part in whole]
+    return [Samples([_read(items[place], endings, resolution) for place in part]) for part in whole]
 
 
 def _read(path: Path | None, endings: dict[str, bool], resolution: int) -> GridMesh | MeshError:
@@ -108,19 +152,13 @@ def _read(path: Path | None, endings: dict[str, bool], resolution: int) -> GridM
     return mesh._replace(ended=endings.get(path.name))
 
 
-def _set_of(found: Sequence[GridMesh | MeshError | None]) -> Samples:
-    meshes = [each for each in found if isinstance(each, GridMesh)]
-    unusable = Counter(each.kind for each in found if isinstance(each, MeshError))
-    return Samples(meshes, len(found), unusable)
-
-
 class _Arrived:
     """What has come since it was last read."""
 
     def __init__(self) -> None:
         self.waiting: deque[Any] = deque()
 
-    def add(self, mesh: GridMesh | MeshError | None) -> None:
+    def add(self, mesh: GridMesh | MeshError) -> None:
         self.waiting.append(_Faces(len(mesh.faces) if isinstance(mesh, GridMesh) else 0))
 
     def read(self) -> list[Any]:

@@ -124,6 +124,10 @@ class ParquetMeshes:
             raise ValueError(f"no mesh has a value in the column {column}, so --balance {column} has nothing to go by")
         return _number([str(value) for value in values])[1]
 
+    def names(self) -> list[str] | None:
+        """Of all meshes; None where the files have none."""
+        return None if self._names is None else [str(name) for name in self._names["name"][:]]
+
     def describe(self, index: int) -> str:
         return f"mesh {index}" if self._names is None else f"mesh {index} ({self._names[index]['name']})"
 

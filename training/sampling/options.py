@@ -37,7 +37,7 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     add("--format", choices=FORMATS, default="glb", help="of the files (default glb)")
     add("--category", metavar="NAME", help="what meshes are to be, one of the model's categories (default: any)")
     add("--num_faces", type=whole(1), metavar="N", help="how many faces meshes are to have, about (default: any)")
-    add("--guidance_scale", type=_scale, metavar="S", help="above 1: more weight on these, at twice the work")
+    add("--guidance_scale", type=scale, metavar="S", help="above 1: more weight on these, at twice the work")
     add_sampling_options(parser)
     add("--overwrite", action="store_true", help="discard what an earlier run wrote to DIR, and begin anew")
     options = parser.parse_args(arguments)
@@ -79,7 +79,7 @@ def whole(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def _scale(text: str) -> float:
+def scale(text: str) -> float:
     if not 0 <= (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return value
