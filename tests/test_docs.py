@@ -336,7 +336,10 @@ def known_options(monkeypatch):
 
 def _mains():
     benchmarks = [ROOT / "benchmarks" / f"bench_{name}.py" for name in ("generate", "many", "train", "loader")]
-    return [*benchmarks, *(ROOT / "training" / f"{name}.py" for name in ("convert_checkpoint", "gallery"))]
+    return [
+        *benchmarks,
+        *(ROOT / "training" / f"{name}.py" for name in ("choose_sampling", "convert_checkpoint", "gallery")),
+    ]
 
 
 def test_every_option_that_a_page_speaks_of_exists(monkeypatch, capsys):
