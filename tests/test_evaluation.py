@@ -20,7 +20,7 @@ from training import evaluate
 from training.evaluation.distribution import Protocol, compare_sets, draw_clouds
 from training.evaluation.likelihood import likelihood
 from training.evaluation.meshes import GridMesh, clouds, on_grid, split_files
-from training.evaluation.novelty import nearest_training, symmetries
+from training.evaluation.novelty import SEEDS, nearest_training, symmetries
 from training.evaluation.samples import read_sets
 from training.evaluation.soundness import bin_names, boundary_ratios, soundness
 from training.metrics import (
@@ -197,6 +197,11 @@ def test_the_search_finds_what_a_search_by_all_points_finds(training, references
     assert nearest.index.tolist() == every.index.tolist()
     np.testing.assert_allclose(nearest.distance, every.distance, rtol=1e-5)
     assert not nearest.copies.any()
+    a, b = clouds(references, 128, 0, SEEDS["queries"]), clouds(training, 128, 0, SEEDS["training"])
+    distances = np.stack([chamfer_distances(a @ matrix, b) for matrix in symmetries()])  # (8, N, M)
+    np.testing.assert_allclose(nearest.distance, distances.min(axis=(0, 2)), rtol=1e-4)
+    place = np.arange(len(a))
+    np.testing.assert_allclose(distances[nearest.symmetry, place, nearest.index], nearest.distance, rtol=1e-4)
 
 
 def closed_and_open(count):
