@@ -10,12 +10,13 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,6 +28,8 @@ from iflame_hf.ops_iflame import alibi_slopes
 
 # Modules of the original that its network consists of.
 MODULES = ("transformer", "multihead_flashdiff_2", "rms_norm")
+# Its training script, and what else that imports.
+SCRIPT_MODULES = ("iFlame", "datasetmy")
 # The stages of its network cannot be chosen.
 STAGE_LAYERS = [4, 4, 8, 4, 4]
 
@@ -70,7 +73,11 @@ def _unused(*arguments: Any, **named: Any) -> None:
 
 # Package: its modules, with what the original imports from each.
 _STAND_INS: dict[str, dict[str, dict[str, Callable]]] = {
-    "flash_attn": {"flash_attn": {"flash_attn_func": flash_attn_by_sdpa}},
+    "flash_attn": {
+        "flash_attn": {"flash_attn_func": flash_attn_by_sdpa},
+        "flash_attn.modules": {},
+        "flash_attn.modules.mha": {"MHA": _unused},
+    },
     "lightning_attn": {
         "lightning_attn": {},
         "lightning_attn.ops": {"lightning_attn_func": lightning_attn_by_chunks},
@@ -79,6 +86,7 @@ _STAND_INS: dict[str, dict[str, dict[str, Callable]]] = {
     "einops": {"einops": {"rearrange": join_heads, "repeat": _unused, "pack": _unused}},
     "tqdm": {"tqdm": {"tqdm": _unused}},
     "timm": {"timm": {}},
+    "wandb": {"wandb": {}},
 }
 _COMPUTED_BY = {
     "flash_attn": "flash-attn by torch SDPA",
@@ -130,21 +138,10 @@ def load_original(folder: str, config: IFlameConfig, device: torch.device) -> tu
         FileNotFoundError: the folder does not hold the original code.
         ValueError: the sizes are not ones that the original can be built with.
     """
-    root = Path(folder).resolve()
-    for name in MODULES:
-        if not (root / f"{name}.py").is_file():
-            raise FileNotFoundError(f"--reference {folder}: there is no {name}.py of the original code in it")
+    _require_modules(folder, MODULES)
     if config.stage_layers != STAGE_LAYERS:
         raise ValueError(f"the original code has the stages {STAGE_LAYERS}, got stage_layers {config.stage_layers}")
-    # Later calls would otherwise find the modules of another folder, or with other stand-ins.
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.path.insert(0, str(root))
-    try:
-        with stand_ins(device) as computed_by:
-            transformer = importlib.import_module("transformer")
-    finally:
-        sys.path.remove(str(root))
+    transformer, computed_by = _import_from(folder, MODULES, device)
 
     def build() -> nn.Module:
         return transformer.iFlame(
@@ -156,6 +153,43 @@ def load_original(folder: str, config: IFlameConfig, device: torch.device) -> tu
         ).eval()
 
     return build, f"The original runs {', '.join(computed_by) or 'on its own packages'}."
+
+
+def load_training_script(folder: str, device: torch.device) -> types.ModuleType:
+    """
+    Imports the original's training script, which trains only where it is run.
+
+    Returns:
+        The module, whose `args`, `optname` and `get_optimizer` say what it trains with.
+
+    Raises:
+        FileNotFoundError: the folder does not hold it.
+        ImportError: it needs a package that is missing and has no stand-in.
+    """
+    _require_modules(folder, SCRIPT_MODULES + MODULES)
+    # It sets these for the whole process when it is imported.
+    with torch._dynamo.config.patch(suppress_errors=True, optimize_ddp=False):
+        return _import_from(folder, SCRIPT_MODULES + MODULES, device)[0]
+
+
+def _require_modules(folder: str, names: Sequence[str]) -> None:
+    for name in names:
+        if not (Path(folder) / f"{name}.py").is_file():
+            raise FileNotFoundError(f"--reference {folder}: there is no {name}.py of the original code in it")
+
+
+def _import_from(folder: str, names: Sequence[str], device: torch.device) -> tuple[types.ModuleType, list[str]]:
+    """The first of the modules of the original, which imports the others, and what is computed by something else."""
+    # Later calls would otherwise find the modules of another folder, or with other stand-ins.
+    for name in names:
+        sys.modules.pop(name, None)
+    root = str(Path(folder).resolve())
+    sys.path.insert(0, root)
+    try:
+        with stand_ins(device) as computed_by:
+            return importlib.import_module(names[0]), computed_by
+    finally:
+        sys.path.remove(root)
 
 
 def original_logits(network: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
