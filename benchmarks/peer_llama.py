@@ -28,9 +28,10 @@ LEARNING_RATE = 1e-3
 HEAD_SIZE = 64
 # Channels for each layer, between which sizes are chosen: as of usual decoders.
 LEAST_ASPECT, MOST_ASPECT = 32, 64
-# torch's flash attention of lengths laid end to end: what serves without a package.
-TORCH_FLASH = "torch_flash"
-IMPLEMENTATIONS = ("sdpa", TORCH_FLASH, "flash_attention_2", "flash_attention_4")
+# torch's flash attention of lengths laid end to end, on a CPU its attention of one mesh after the other: what serves
+# without a package. A name with "flash" in it transformers takes for a kernel on the Hub.
+TORCH_VARLEN = "torch_varlen"
+IMPLEMENTATIONS = ("sdpa", TORCH_VARLEN, "flash_attention_2", "flash_attention_4")
 
 
 def attend_by_torch(
@@ -48,7 +49,7 @@ def attend_by_torch(
     return packed_attention(*heads_last, packing, scaling), None
 
 
-AttentionInterface.register(TORCH_FLASH, attend_by_torch)
+AttentionInterface.register(TORCH_VARLEN, attend_by_torch)
 
 
 def choose_sizes(parameters: int, vocab_size: int) -> tuple[int, int]:
@@ -94,9 +95,7 @@ def choose_attention(asked: str, network: LlamaForCausalLM, accelerator: Acceler
         return asked
     if flash_attention_4_serves(accelerator, network.config.head_dim, is_compiled):
         return "flash_attention_4"
-    if accelerator.device.type != "cuda":
-        return "sdpa"
-    return "flash_attention_2" if is_flash_attn_2_available() else TORCH_FLASH
+    return "flash_attention_2" if is_flash_attn_2_available() else TORCH_VARLEN
 
 
 class PackedLlama(nn.Module):
@@ -121,7 +120,7 @@ class PackedLlama(nn.Module):
     ) -> Output:
         """Ids and labels (B, T)."""
         ids, positions, bounds, told = input_ids, layout.positions(), layout.bounds(), {}
-        if self.attention == TORCH_FLASH:
+        if self.attention == TORCH_VARLEN:
             told["packing"] = Packing.of(bounds, ids.numel() // TOKENS_PER_FACE)
         elif self.attention.startswith("flash_attention"):
             ids, positions = ids.view(1, -1), positions.reshape(1, -1)
@@ -154,14 +153,16 @@ def sample(
     for first in range(0, options.num_samples, rows):
         prompt = start_faces(min(rows, options.num_samples - first), tokenizer, network.device)
         torch.manual_seed(options.seed + first)
-        tokens = network.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            # The last is the end of a mesh that has as many faces as it may.
-            max_new_tokens=options.sample_max_faces * TOKENS_PER_FACE + 1,
-            do_sample=True,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-        )
+        # Compiled layers would be compiled again for every length.
+        with torch.compiler.set_stance("force_eager"):
+            tokens = network.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                # The last is the end of a mesh that has as many faces as it may.
+                max_new_tokens=options.sample_max_faces * TOKENS_PER_FACE + 1,
+                do_sample=True,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+            )
         yield from cut_at_end(tokens, first, options.seed + first, tokenizer)

@@ -49,7 +49,7 @@ class Original(nn.Module):
     Its network behind the interface of this project's.
 
     Args:
-        is_compiled: with torch.compile, as its training script does.
+        is_compiled: steps run under torch.compile, as in its training script.
     """
 
     def __init__(self, network: nn.Module, is_compiled: bool):
@@ -66,7 +66,8 @@ class Original(nn.Module):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Output:
         """Ids and labels (B, T) of one mesh a row, which padding follows."""
-        return output_of(self.run(input_ids), labels, num_items_in_batch)
+        run = self.run if self.training else self.network
+        return output_of(run(input_ids), labels, num_items_in_batch)
 
 
 def build(

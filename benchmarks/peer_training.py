@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -48,9 +49,10 @@ def output_of(logits: torch.Tensor, labels: torch.Tensor | None, num_items: torc
 
 def labels_in_epoch(data: Data) -> int:
     """Tokens with a label of all training meshes that are used, each once: nine of each of its faces and of the end
-    face. Faces that quantisation merges are counted, a share of a percent."""
+    face. Faces that quantisation merges are counted too."""
     stream = data.rows.stream
-    return int((stream.sizes[stream.used] - 1).sum()) * TOKENS_PER_FACE
+    faces = data.rows.rows.meshes.num_faces[stream.used]
+    return int(np.minimum(faces + 1, stream.capacity - 1).sum()) * TOKENS_PER_FACE
 
 
 def learn(
@@ -78,7 +80,7 @@ def learn(
         torch.cuda.reset_peak_memory_stats(device)
     batches = data.rows.batches([], rows, num_workers=arguments.data.dataloader_num_workers, pin_memory=pinned)
     model.train()
-    pace, window = Window(), Window()
+    whole, pace, window = Window(), Window(), Window()
     before: tuple[torch.Tensor, int] | None = None  # of the step that the device may be at work on
 
     def read() -> float:
@@ -102,7 +104,8 @@ def learn(
         loss = read() if steps.due(options.logging_steps, at_end=True) else None  # waits for the device
         seconds = time.monotonic() - began
         progress.seconds += seconds
-        window.add(seconds, rows, labels)
+        for each in (whole, window):
+            each.add(seconds, rows, labels)
         if progress.step > FIRST_STEPS:
             pace.add(seconds, rows, labels)
         if loss is not None:
@@ -119,7 +122,7 @@ def learn(
         "labels": progress.labels,
         "epochs": data.rows.epochs(place),
         "train_seconds": progress.seconds,
-        **speed(pace if pace.steps else window, length),
+        **speed(pace if pace.steps else whole, length),
         "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     }
 

@@ -146,9 +146,24 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def require_alike(arguments: Arguments) -> None:
+    """Raises CommandError for options of train.py that only this project's model could follow."""
+    asked = {
+        "streaming": arguments.data.streaming,
+        "balance": arguments.data.balance,
+        "condition_on": arguments.model.condition_on,
+        "gradient_accumulation_steps": arguments.train.gradient_accumulation_steps > 1,
+        "ema_decay": arguments.train.ema_decay,
+        "model_name_or_path": arguments.model.model_name_or_path,
+    }
+    if refused := [f"--{name}" for name, value in asked.items() if value]:
+        raise CommandError(f"peers are to learn alike, and not all of them know {', '.join(refused)}: leave that out")
+
+
 def begin(words: list[str], reversed_winding: bool = False) -> tuple[Arguments, Accelerator, IFlameTokenizer, Data]:
     """What a run begins with, see `training.train`."""
     arguments = parse_arguments(words)
+    require_alike(arguments)
     accelerator = create_accelerator(arguments)
     set_seed(arguments.train.seed)
     tokenizer = IFlameTokenizer(up_axis=arguments.data.up_axis, reversed_winding=reversed_winding)
@@ -351,7 +366,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--layers", type=int, help="of a Llama, likewise")
     add("--heads", type=int, help=f"of a Llama (default: of {peer_llama.HEAD_SIZE} channels each)")
     add("--num_samples", type=int, default=256, help="0 for none (default 256)")
-    add("--sample_rows", type=int, default=64, help="sampled at a time (default 64)")
+    add("--sample_rows", type=int, default=256, help="sampled at a time (default 256)")
     add("--max_faces", type=int, default=800, help="of a sample (default 800)")
     add("--top_p", type=float, default=0.95)
     add("--top_k", type=int, default=0, help="0: among all tokens")
