@@ -336,6 +336,7 @@ def known_options(monkeypatch):
 
 def _mains():
     benchmarks = [ROOT / "benchmarks" / f"bench_{name}.py" for name in ("generate", "many", "train", "loader")]
+    benchmarks.append(ROOT / "benchmarks" / "peers.py")
     return [
         *benchmarks,
         *(ROOT / "training" / f"{name}.py" for name in ("choose_sampling", "convert_checkpoint", "gallery")),
