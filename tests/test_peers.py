@@ -58,6 +58,9 @@ def test_all_peers_are_judged_by_the_coordinates_and_end_faces_of_the_same_meshe
         arguments, accelerator, tokenizer, rows = peers.begin(peers.train_words(options, {}), reversed_winding)
         if reversed_winding:
             rows = peer_original.one_mesh_a_row(rows, 0, 2)
+            assert rows.rows.rows_in_epoch == 12
+            learnt = next(rows.rows.batches([], 12))[0]["input_ids"]
+            assert (learnt[:, :9] == 130).all() and ((learnt[:, ::9] == 130).sum(dim=1) == 1).all()
         found.append(judge(Undecided(), rows, tokenizer, accelerator))
         layouts.append([batch["input_ids"] for batch in rows.validation_loader])
         assert labels_in_epoch(rows) == 12 * 9 * 6
