@@ -21,6 +21,7 @@ from training.evaluation.distribution import Protocol, compare_sets, draw_clouds
 from training.evaluation.likelihood import likelihood
 from training.evaluation.meshes import GridMesh, clouds, on_grid, split_files
 from training.evaluation.novelty import SEEDS, nearest_training, symmetries
+from training.evaluation.report import read_for_card
 from training.evaluation.samples import read_sets
 from training.evaluation.soundness import bin_names, boundary_ratios, soundness
 from training.metrics import (
@@ -261,6 +262,30 @@ def test_a_models_samples_are_two_sets_beside_the_oracle(of_model):
         assert all(len(figure["values"]) == 2 and figure["deviation"] >= 0 for figure in row.values())
     assert results["settings"]["temperature"] == 0.9 and results["settings"]["max_faces"] == 12
     assert 0 < results["samples"]["samples"]["usable"] <= 4 == results["samples"]["samples, set 2"]["count"]
+
+
+def test_a_card_has_the_figures_that_matter_and_no_folder_of_this_machine(of_model, copied):
+    for folder in (of_model, copied):
+        results = results_of(folder)
+        text, figures = read_for_card(folder / "evaluation.json")
+        lines = [line for line in (folder / "evaluation.md").read_text().splitlines() if line.startswith("|")]
+        for beginning in ("| training set (oracle)", "| all | 8", "| unlike any", "| samples |"):
+            for line in lines:
+                assert not line.startswith(beginning) or line in text
+        assert "/" not in text.replace("training/evaluate.py", "") and "| a | 4 |" not in text
+        edges = [results["soundness"][each]["all"]["boundary_edges"] for each in ("samples", "references", "training")]
+        shown = " | ".join(f"{100 * share:.2f}" for share in edges)
+        assert f"| all | {results['soundness']['samples']['all']['meshes']} | {shown} |" in text
+        assert "### Likelihood" in text if figures else results["likelihood"] is None
+    assert "drawn with temperature 0.9" in read_for_card(of_model / "evaluation.json")[0]
+    assert "at most 12 faces" in read_for_card(of_model / "evaluation.json")[0]
+    assert read_for_card(of_model / "evaluation.json")[1]["loss"] == results_of(of_model)["likelihood"]["all"]["loss"]
+
+
+def test_another_file_is_no_evaluation_for_a_card(tmp_path):
+    (tmp_path / "other.json").write_text('{"settings": {}, "samples": {}}')
+    with pytest.raises(ValueError, match=r"other\.json is no evaluation\.json of training/evaluate\.py"):
+        read_for_card(tmp_path / "other.json")
 
 
 def test_saved_samples_are_evaluated_as_the_model_s_own_are(of_model, data, tmp_path):

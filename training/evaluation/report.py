@@ -1,7 +1,10 @@
 """The results of an evaluation as tables, ready for the page of a model."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+from training.evaluation.likelihood import FAR_BELOW
 from training.evaluation.soundness import ALL_BINS, LARGE_BINS, bin_names
 from training.evaluation.tables import cell, table
 
@@ -33,6 +36,10 @@ _LIKELIHOOD = (
     ("vertex_accuracy", "vertices right %", 100, 1),
     ("face_accuracy", "faces right %", 100, 1),
 )
+_ORACLE = (
+    "The oracle is training meshes in the place of samples. No generator of this data can be expected to do better."
+)
+_UNLIKE = f"Unlike any training mesh: with none of them it has an overlap of {FAR_BELOW:g} in voxels, turned or not."
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -50,6 +57,65 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def read_for_card(path: Path) -> tuple[str, dict[str, float]]:
+    """
+    The section of a card, and the metrics of the likelihood of all held-out meshes, of an evaluation.json.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no such file, naming it.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        section, likelihood = card_section(results), results["likelihood"]
+        measured = {name: likelihood["all"][name] for name, *_ in _LIKELIHOOD} if likelihood else {}
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path} is no evaluation.json of training/evaluate.py: {error!r}") from error
+    return section, measured
+
+
+def card_section(results: dict[str, Any]) -> str:
+    """What the card of a model tells of its evaluation: how it was measured, and the tables without categories."""
+    settings, generated = results["settings"], next(iter(results["samples"].values()))
+    drawn = ", ".join(
+        f"{name.replace('_', ' ')} {settings[name]:g}"
+        for name in ("temperature", "top_p", "top_k", "min_p")
+        if settings.get(name)
+    )
+    how = f"drawn with {drawn} in {settings['dtype']}" if settings["samples"] is None else "read from files"
+    most = (
+        f"at most {settings['max_faces']:,} faces, " if settings["samples"] is None and settings["max_faces"] else ""
+    )
+    data = results["data"]
+    lines = [
+        f"By `training/evaluate.py`: {generated['count']:,} meshes of the model, none chosen and none asked to be "
+        f"anything, {most}{how}; {generated['usable']:,} of them are a mesh. They are set beside "
+        f"{data['references']['usable']:,} held-out meshes and {data['training']['usable']:,} training meshes.",
+        "",
+        *_distribution(results),
+        *([_ORACLE, ""] if "sets" in results["distribution"] else []),
+        *_boundary(results["soundness"]),
+        *_novelty(results),
+        *_likelihood(results, categories=False),
+        *([_UNLIKE] if "far" in (results["likelihood"] or {}) else []),
+    ]
+    return "\n".join(f"#{line}" if line.startswith("## ") else line for line in lines).strip()
+
+
+def _boundary(found: dict[str, Any]) -> list[str]:
+    """Edges with one face only, holes that is, of samples beside those of the data."""
+    sets = ("samples", "references", "training")
+    body = []
+    for name in (ALL_BINS, *bin_names()):
+        rows = {whose: found[whose].get(name) for whose in sets}
+        if rows["samples"]:
+            shares = [cell(row and row["boundary_edges"], 100, 2) for row in rows.values()]
+            ended, closed = (cell(rows["samples"][key], 100, 1) for key in ("ended", "closed"))
+            body.append([name, f"{rows['samples']['meshes']:,}", *shares, ended, closed])
+    head = ["faces", "samples", "boundary edges %", "held-out %", "training %", "samples ended %", "samples closed %"]
+    text = "Edges of one face only are rims and holes; what did not end was cut off. By the faces of a mesh:"
+    return ["## Soundness", "", text, "", *table(head, body), ""]
 
 
 def _counts(results: dict[str, Any]) -> str:
@@ -167,7 +233,7 @@ def _control(results: dict[str, Any]) -> list[str]:
     return [*lines, *table(["set", "ended %", "boundary edges %", "above 200 faces %"], body), ""]
 
 
-def _likelihood(results: dict[str, Any]) -> list[str]:
+def _likelihood(results: dict[str, Any], categories: bool = True) -> list[str]:
     found = results["likelihood"]
     if found is None:
         return []
@@ -176,7 +242,8 @@ def _likelihood(results: dict[str, Any]) -> list[str]:
         rows.append(("all, told category and number of faces", found["meshes"], found["told"]))
     if "far" in found:
         rows.append(("unlike any training mesh", found["far_meshes"], found["far"]))
-    rows += [(name, figures["meshes"], figures) for name, figures in found["by_category"].items()]
+    if categories:
+        rows += [(name, figures["meshes"], figures) for name, figures in found["by_category"].items()]
     body = [[name, f"{count:,}", *(cell(row[k], s, d) for k, _, s, d in _LIKELIHOOD)] for name, count, row in rows]
     head = ["references", "meshes", *(title for _, title, *_ in _LIKELIHOOD)]
     left_out = f"{found['too_long']:,} longer than the model takes are left out." if found["too_long"] else ""

@@ -57,8 +57,6 @@ meshes = load_dataset("path/of/this/folder")["train"]
 ## How it was made
 
 - Sources: {{ sources }}; their vertical axis was {{ settings.up_axis }}, or what a dae file declared.
-- Scenes were flattened with their transforms, polygons cut into triangles, equal vertices merged; faces with repeated
-  corners, or on the same three vertices as an earlier face, were dropped.
 {% for line in how -%}
 - {{ line }}
 {% endfor %}
@@ -110,7 +108,7 @@ def data_card(name: str, settings: dict[str, Any], summary: dict[str, Any], coun
         faces=f"{summary['faces']:,}",
         meshes_of_splits=" and ".join(f"{summary['meshes'][split]:,} for {split}" for split in splits),
         sources=", ".join(_code(_shown(source)) for source in settings["sources"]),
-        how=_how(settings),
+        how=how_prepared(settings),
         tables=[
             *_table("Faces after quantisation", "faces", binned, ranked=False),
             *_table("Categories", "category", counts.get("category", Counter())),
@@ -132,8 +130,12 @@ def _hub_licenses(licenses: Iterable[str]) -> str | list[str] | None:
     return found[0] if len(found) == 1 else found or None
 
 
-def _how(settings: dict[str, Any]) -> list[str]:
-    lines = []
+def how_prepared(settings: dict[str, Any]) -> list[str]:
+    """What was done to the meshes of a prepared set, by its settings: sentences of markdown."""
+    lines = [
+        "Scenes were flattened with their transforms, polygons cut into triangles, equal vertices merged; faces with "
+        "repeated corners, or on the same three vertices as an earlier face, were dropped."
+    ]
     if settings["decimate"]:
         lines.append(
             f"Meshes of more than {settings['max_faces']} faces were decimated, first where they are plane, then by "
@@ -154,7 +156,7 @@ def _table(title: str, head: str, counts: Counter, ranked: bool = True) -> list[
         return []
     rows = counts.most_common(_MOST_TABLE_ROWS) if ranked else list(counts.items())
     lines = [f"## {title}", "", f"| {head} | meshes |", "|---|---|"]
-    lines += [f"| {_cell(key)} | {number:,} |" for key, number in rows]
+    lines += [f"| {table_cell(key)} | {number:,} |" for key, number in rows]
     if len(counts) > len(rows):
         lines.append(f"| {len(counts) - len(rows):,} others | {sum(counts.values()) - sum(n for _, n in rows):,} |")
     return [*lines, ""]
@@ -174,7 +176,8 @@ def _bin_name(index: int) -> str:
     return f"{low} to {FACE_BINS[index]}" if index < len(FACE_BINS) else f"{low} and more"
 
 
-def _cell(text: str) -> str:
+def table_cell(text: str) -> str:
+    """Text that fits into a cell of a table; "not known" for none."""
     return " ".join(text.replace("|", "/").split()) or "not known"
 
 
