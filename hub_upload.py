@@ -3,21 +3,20 @@ Publishes a trained model on the Hugging Face Hub.
 
     python hub_upload.py CHECKPOINT_DIR --repo-id USER/NAME --dry-run
     python hub_upload.py CHECKPOINT_DIR --repo-id USER/NAME
+    python hub_upload.py CHECKPOINT_DIR --folder models/NAME --data PREPARED --evaluation EVALUATION.json
 
-The folder to publish is built aside from the loaded model and tokenizer, so that nothing else of a training run can
-get into it; only generated samples are copied. It must load and compute the same in a process that knows nothing of
-this project before anything is sent, and goes up in one commit.
+The last sends nothing: it builds a folder to keep, which the others take later, card and all. What is published is
+built aside from the loaded model and tokenizer, so that nothing else of a training run can get into it; only generated
+samples are copied. It must load and compute the same in a process that knows nothing of this project before anything
+is sent, and goes up in one commit.
 """
 
 import argparse
 import errno
 import fnmatch
-import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,13 +25,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers.dynamic_module_utils import get_relative_imports
+from safetensors import SafetensorError, safe_open
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
-from training.run.card import model_card, read_run
-from training.run.ending import CommandError, ends_in_words
+from training.publish.verify import UploadError, verify_folder
+from training.run.card import keep_sections, model_card
+from training.run.ending import ends_in_words
+from training.run.record import read_run
 
 # Files of ours: what may go up, and of an earlier upload what goes away if it is not in the new one.
 PUBLISHED = (
@@ -50,10 +49,7 @@ PUBLISHED = (
 )
 SAMPLE_BEGINNINGS = {".glb": b"glTF", ".png": b"\x89PNG"}
 MOST_SAMPLES = 16
-# What a process that loads the model from the Hub may lack.
-HIDDEN_PACKAGES = ("iflame_hf", "training", "hub_upload", "triton", "flash_attn", "lightning_attn", "fla")
-# Of logits in float32, between the loaded checkpoint and the folder that is published.
-LARGEST_DIFFERENCE = 1e-4
+DTYPES = ("float32", "bfloat16", "float16")
 # Of httpx or httpx2, whichever the Hub's client uses.
 HTTPError = HfHubHTTPError.__bases__[0]
 SECRETS = {
@@ -81,10 +77,6 @@ SERVER_FAULT = (
     "the Hub has a problem of its own (status {status}); run the same command again later, files it already has are "
     "not sent twice"
 )
-
-
-class UploadError(CommandError):
-    """Why a model is not published, in words for its user."""
 
 
 def load_checkpoint(folder: Path) -> tuple[IFlameForCausalLM, IFlameTokenizer]:
@@ -142,6 +134,26 @@ def _read_settings(path: Path) -> dict:
     return settings
 
 
+def saved_dtype(folder: Path) -> torch.dtype | None:
+    """The precision of the weights in a folder's files, which may be lower than the one the model computes in; None
+    where they are of several."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+    return (
+        {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop())
+        if len(found) == 1
+        else None
+    )
+
+
+def round_weights(model: IFlameForCausalLM, dtype: torch.dtype) -> None:
+    """Gives the parameters values that `dtype` has, in the precision that they are in."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
 def build_folder(
     model: IFlameForCausalLM,
     tokenizer: IFlameTokenizer,
@@ -152,21 +164,71 @@ def build_folder(
     license: str | None = None,
     datasets: Sequence[str] = (),
     max_shard_size: str = "5GB",
+    dtype: torch.dtype | None = None,
+    sections: Mapping[str, str] | None = None,
+    results: Mapping[str, float] | None = None,
+    name: str | None = None,
 ) -> None:
-    """Writes into the empty `folder` all that goes up: weights, configurations, remote code, samples, model card."""
+    """
+    Writes into the empty `folder` all that goes up: weights, configurations, remote code, samples, model card.
+
+    Args:
+        dtype: of the weights in the files; by default that of the model, which is what it computes in either way.
+        sections: of the card, markdown by title.
+        results: metrics of the likelihood of held-out meshes, in the place of the run's own.
+        name: title of the card.
+    """
     # What loading adds to a tokenizer's settings tells of this machine, not of the tokenizer.
-    for name in ("is_local", "local_files_only", "name_or_path"):
-        tokenizer.init_kwargs.pop(name, None)
+    for setting in ("is_local", "local_files_only", "name_or_path"):
+        tokenizer.init_kwargs.pop(setting, None)
     # The code goes with the model, whatever repository the checkpoint's own came from.
     model.config.auto_map = type(model.config)().auto_map
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    weights = {key: value.to(dtype or value.dtype) for key, value in model.state_dict().items()}
+    model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=weights)
     tokenizer.save_pretrained(folder)
     samples = _copy_samples(checkpoint, folder)
     try:
         run = read_run(checkpoint)
     except ValueError as error:
         raise UploadError(str(error)) from error
-    model_card(model, run, repo_id, revision, license, datasets, samples).save(folder / "README.md")
+    kept = run.card if run.is_empty and run.card and run.card.text.strip() else None
+    if results:
+        run.evaluation = {f"eval_{metric}": value for metric, value in results.items()}
+    card = model_card(model, run, repo_id, revision, license, datasets, samples, sections, name)
+    if kept is not None:
+        anew = [*(sections or {}), *(["Licence"] if license else [])]
+        card = keep_sections(card, kept, anew, repo_id, revision)
+    card.save(folder / "README.md")
+
+
+def read_sections(
+    data: Path | None, evaluation: Path | None, limits: Path | None
+) -> tuple[dict[str, str], dict[str, float]]:
+    """
+    Sections of a card, and the metrics of the likelihood, from a prepared data set, an evaluation.json, and a file of
+    markdown.
+
+    Raises:
+        UploadError: one of them cannot be read or is something else, naming it.
+    """
+    sections, results = {}, {}
+    try:
+        if limits is not None:
+            sections["Limits"] = limits.read_text(encoding="utf-8").strip()
+            if not sections["Limits"]:
+                raise ValueError(f"{limits} is empty")
+        # These two need what training needs, not only what publishing does.
+        if evaluation is not None:
+            from training.evaluation.report import read_for_card
+
+            sections["Evaluation"], results = read_for_card(evaluation)
+        if data is not None:
+            from training.publish.data import data_sections
+
+            sections |= data_sections(data)
+    except (OSError, ValueError) as error:
+        raise UploadError(str(error)) from error
+    return sections, results
 
 
 def _copy_samples(checkpoint: Path, folder: Path) -> list[str]:
@@ -208,126 +270,6 @@ def published_files(folder: Path, token: str | None = None) -> dict[str, int]:
 
 def _is_ours(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUBLISHED)
-
-
-def verify_folder(folder: Path, repo_id: str, model: IFlameForCausalLM) -> None:
-    """
-    Loads the folder as a stranger would, through a cache like the Hub's own, in a process in which neither this
-    project nor an optional package can be imported; generates meshes, and compares logits with those of `model`.
-
-    `model` is left in float32.
-
-    Raises:
-        UploadError: it does not load, or computes something else, with the reason.
-    """
-    random = torch.Generator().manual_seed(0)
-    levels = torch.randint(
-        0, model.config.coordinate_resolution + 1, (1, 7 * model.config.tokens_per_face), generator=random
-    )
-    start = torch.full((1, model.config.tokens_per_face), model.config.bos_token_id)
-    input_ids = torch.cat([start, levels], dim=1)
-    with torch.no_grad():
-        expected = model.float()(input_ids).logits
-    if not expected.isfinite().all():
-        raise UploadError("the model computes values that are not finite: its training went wrong")
-    with tempfile.TemporaryDirectory(prefix="iflame-verify-", ignore_cleanup_errors=True) as scratch:
-        home = Path(scratch) / "home"
-        lay_out_cache(folder, home, repo_id)
-        given, found = Path(scratch) / "given.safetensors", Path(scratch) / "found.safetensors"
-        save_file({"input_ids": input_ids}, given)
-        source = f"{inspect.getsource(_load_as_a_stranger)}\n_load_as_a_stranger{(repo_id, str(given), str(found))}"
-        process = run_in_clean_process(source, home)
-        if process.returncode != 0:
-            reason = _missing_module(folder) or _last_error(process.stderr)
-            raise UploadError(f"the folder does not work where this project is not installed: {reason}")
-        difference = (load_file(found)["logits"] - expected).abs().max().item()
-    if not difference <= LARGEST_DIFFERENCE:
-        raise UploadError(
-            f"loaded from the folder, the model computes something else: logits differ by {difference:.2g}"
-        )
-
-
-def _load_as_a_stranger(repo_id: str, given: str, found: str) -> None:
-    """Runs in the clean process, from its source alone."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
-
-    tokenizer = AutoTokenizer.from_pretrained(repo_id, trust_remote_code=True)
-    AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)
-    model = AutoModel.from_pretrained(repo_id, trust_remote_code=True)
-    config = AutoConfig.from_pretrained(repo_id, trust_remote_code=True)
-    ids = model.generate(do_sample=True, num_return_sequences=2, max_new_tokens=27)
-    assert ids[:, :9].eq(config.bos_token_id).all(), "generate() does not begin with the start face"
-    assert len(tokenizer.batch_decode_mesh(ids)) == 2, "generated ids do not become meshes"
-    generator = pipeline("mesh-generation", model=repo_id, trust_remote_code=True)
-    assert len(generator(num_meshes=2, max_faces=3)) == 2, "the pipeline does not generate two meshes"
-    with torch.no_grad():
-        logits = model.float()(load_file(given)["input_ids"]).logits
-    save_file({"logits": logits}, found)
-
-
-def _missing_module(folder: Path) -> str | None:
-    """Which file of remote code the folder lacks: transformers' own message does not name it."""
-    for path in sorted(folder.glob("*.py")):
-        for module in sorted(get_relative_imports(path)):
-            if not (folder / f"{module}.py").is_file():
-                return f"{path.name} imports {module}.py, which is missing"
-    return None
-
-
-def _last_error(stderr: str) -> str:
-    """The message of the exception that ended a process, in one line."""
-    lines = stderr.strip().splitlines() or ["it ended without a message"]
-    begin = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
-    return " ".join(lines[begin[-1] if begin else -1 :])
-
-
-def lay_out_cache(folder: Path, home: Path, repo_id: str) -> None:
-    """Lays a folder out below `home` (a value for HF_HOME) as if its files had been downloaded from `repo_id`."""
-    repository = home / "hub" / f"models--{repo_id.replace('/', '--')}"
-    commit = "0" * 40
-    snapshot = repository / "snapshots" / commit
-    blobs = repository / "blobs"
-    for directory in (repository / "refs", snapshot, blobs):
-        directory.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    for number, source in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
-        link = snapshot / source.relative_to(folder)
-        link.parent.mkdir(exist_ok=True)
-        blob = blobs / f"{number:040x}"
-        try:
-            blob.symlink_to(source.resolve())
-            link.symlink_to(os.path.relpath(blob, link.parent))
-        except OSError:  # Windows, where links need a privilege
-            shutil.copyfile(source, link)
-
-
-def run_in_clean_process(
-    source: str, home: Path, settings: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """
-    Runs Python source in a process that sees of Hugging Face's files only `home`, no GPU, no network, no access token,
-    and none of this project's modules or the optional packages, installed or not.
-
-    Args:
-        settings: environment variables that differ.
-    """
-    foreign = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTHON")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    home.mkdir(parents=True, exist_ok=True)
-    # None in sys.modules: Python takes the package for one that is not installed.
-    hide = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN_PACKAGES}))"
-    return subprocess.run(
-        [sys.executable, "-I", "-c", f"{hide}\n{source}"],
-        cwd=home,
-        env=kept | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(settings or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
 
 
 def publish(
@@ -404,12 +346,21 @@ def in_plain_words(error: BaseException) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="hub_upload.py", description=__doc__.strip().splitlines()[0])
     parser.add_argument("checkpoint_dir", type=Path, help="folder of a finished model, or a checkpoint of a run")
-    parser.add_argument(
-        "--repo-id", required=True, help="USER/NAME or ORGANISATION/NAME on the Hub; made if not there"
-    )
+    parser.add_argument("--repo-id", help="USER/NAME or ORGANISATION/NAME on the Hub; made if not there")
     parser.add_argument("--dry-run", action="store_true", help="build and verify, show what would go up, and stop")
     parser.add_argument(
-        "--output-dir", type=Path, help="build the folder here and keep it; must be empty or not exist"
+        "--folder",
+        type=Path,
+        help="build the folder here and keep it; must be empty or not exist. Without --repo-id nothing is sent",
+    )
+    parser.add_argument("--name", help="title of the card (default: that of the repository or the folder)")
+    parser.add_argument(
+        "--data", type=Path, help="prepared data set it was trained on: for the card, with all credits"
+    )
+    parser.add_argument("--evaluation", type=Path, help="evaluation.json of training/evaluate.py, for the card")
+    parser.add_argument("--limits", type=Path, help="markdown file on what the model cannot do, for the card")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision of the weights in the files (default: that of the checkpoint's)"
     )
     parser.add_argument("--license", help="licence of the weights, an identifier of the Hub's list such as mit")
     parser.add_argument(
@@ -422,22 +373,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit-message", default="Upload iFlame")
     parser.add_argument("--token", help="access token; better: `hf auth login`, or the variable HF_TOKEN")
     options = parser.parse_args(argv)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo_id):
-        parser.error(f"--repo-id must be USER/NAME, got {options.repo_id}")
-    if options.create_pr and options.revision:
-        parser.error("--create-pr is for the main branch: leave out --revision")
+    _check(parser, options)
     token = options.token or get_token()
-    if token is None and not options.dry_run:
+    if token is None and options.repo_id is not None and not options.dry_run:
         raise UploadError(
             "there is no access token: run `hf auth login`, set HF_TOKEN, or give --token. One that may write is made "
             "at https://huggingface.co/settings/tokens"
         )
-    if options.output_dir is not None and options.output_dir.exists() and any(options.output_dir.iterdir()):
-        raise UploadError(f"{options.output_dir} is not empty")
+    if options.folder is not None and options.folder.exists() and any(options.folder.iterdir()):
+        raise UploadError(f"{options.folder} is not empty")
+    sections, results = read_sections(options.data, options.evaluation, options.limits)
     model, tokenizer = load_checkpoint(options.checkpoint_dir)
-    if options.output_dir is not None:
-        options.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    parent = None if options.output_dir is None else options.output_dir.parent
+    dtype = getattr(torch, options.dtype) if options.dtype else saved_dtype(options.checkpoint_dir)
+    if dtype is not None:
+        round_weights(model, dtype)
+    parent = None if options.folder is None else options.folder.absolute().parent
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".iflame-hub-", dir=parent, ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) / "folder"
         folder.mkdir()
@@ -446,23 +398,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer,
             options.checkpoint_dir,
             folder,
-            options.repo_id,
+            options.repo_id or _as_written(options.folder),
             options.revision,
             options.license,
             options.dataset,
             options.max_shard_size,
+            dtype,
+            sections,
+            results,
+            options.name,
         )
         sizes = published_files(folder, token)
         print("loading it in a process without this project ...", flush=True)
-        verify_folder(folder, options.repo_id, model)
+        verify_folder(folder, options.repo_id or f"nobody/{options.folder.absolute().name}", model)
         print("it loads, generates, and computes what the checkpoint does:")
         for name, size in sizes.items():
             print(f"{size:>14,}  {name}")
-        print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files")
-        if options.output_dir is not None:
-            if options.output_dir.exists():
-                options.output_dir.rmdir()
-            folder = folder.rename(options.output_dir)
+        print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files, {sum(sizes.values()) / 2**20:.1f} MiB")
+        if options.folder is not None:
+            if options.folder.exists():
+                options.folder.rmdir()
+            folder = folder.rename(options.folder)
+        if options.repo_id is None:
+            print(f"{options.folder} is built, nothing was sent; --repo-id USER/NAME would publish it")
+            return
         if options.dry_run:
             print(f"dry run: nothing was sent; without --dry-run it would go to {options.repo_id}")
             return
@@ -476,6 +435,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.commit_message,
         )
         print(f"published: {address}")
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.repo_id is None:
+        if options.folder is None:
+            parser.error("give --repo-id USER/NAME to publish, or --folder DIR to build a folder")
+        for name in ("private", "revision", "create_pr"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')} is about the Hub: give --repo-id USER/NAME too")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo_id):
+        parser.error(f"--repo-id must be USER/NAME, got {options.repo_id}")
+    if options.create_pr and options.revision:
+        parser.error("--create-pr is for the main branch: leave out --revision")
+
+
+def _as_written(folder: Path) -> str:
+    """How the card's code names a folder: as it was given, but without the folders of this machine."""
+    return folder.name if folder.is_absolute() or ".." in folder.parts else folder.as_posix()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import yaml
 from app_fixtures import APP, CONDITIONED, box, sampling, save_endless_model
 from packaging.requirements import Requirement
 
-from hub_upload import lay_out_cache, run_in_clean_process
+from training.publish.verify import lay_out_cache, run_in_clean_process
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from small_models import BOS, EOS, PAD, small_model
 from tqdm import tqdm
 
-from hub_upload import lay_out_cache
 from iflame_cli.command_line import main
 from iflame_cli.making import Progress
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.format_iflame import known_format
 from iflame_hf.mesh_files_iflame import read_gltf_tree
+from training.publish.verify import lay_out_cache
 
 
 def drop_a_weight(path):

@@ -25,12 +25,12 @@ from mesh_fixtures import solids
 from small_models import BOS, EOS, PAD, small_model
 
 import hub_upload
-from hub_upload import run_in_clean_process
 from iflame_cli import command_line
 from iflame_hf import IFlameTokenizer
 from training import evaluate, generate, prepare_data
 from training.arguments import parse_arguments
 from training.evaluation.options import parse_options as evaluation_options
+from training.publish.verify import run_in_clean_process
 from training.sampling.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -155,7 +155,7 @@ def test_other_programs_end_in_a_sentence_too(model, tmp_path, capsys, monkeypat
     publish = [str(model), "--repo-id", "a/b", "--dry-run"]
     for main, arguments, message in (
         (hub_upload.main, [*publish, "--max-shard-size", "much"], "hub_upload: .*much"),
-        (hub_upload.main, [*publish, "--output-dir", "file"], "hub_upload: file: Not a directory"),
+        (hub_upload.main, [*publish, "--folder", "file"], "hub_upload: file: Not a directory"),
         (convert_checkpoint.main, ["x.pth", "out", "--num_attention_heads=4"], "convert_checkpoint: x.pth"),
         (prepare_data.main, ["nowhere", "--out", "out"], "prepare_data: there is no folder or file nowhere"),
         (curves.main, ["nowhere", "--out", "a.svg"], "curves: nowhere has no log"),

@@ -18,14 +18,10 @@ from hub_server import Commit, Repository
 from huggingface_hub import HfApi, constants
 
 import hub_upload
-from hub_upload import (
-    UploadError,
-    lay_out_cache,
-    main,
-    publish,
-    run_in_clean_process,
-)
+from hub_upload import UploadError, main, publish
+from training.publish.verify import lay_out_cache, run_in_clean_process
 from training.run import card as model_card
+from training.run.record import RunRecord
 
 # The client sends files in a way that its own HTTP library calls outdated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -108,7 +104,7 @@ def test_an_upload_can_go_to_a_branch_or_become_a_pull_request(built, hub):
 
 
 def test_the_snippet_of_another_branch_loads_that_branch(loaded):
-    run, loads = model_card.RunRecord(), 'revision="v2", trust_remote_code=True'
+    run, loads = RunRecord(), 'revision="v2", trust_remote_code=True'
     assert model_card.usage_snippet(loaded[0], run, REPO_ID, "v2").count(loads) == 2
     assert model_card.pipeline_snippet(loaded[0], run, REPO_ID, "v2").count(loads) == 1
 

@@ -41,6 +41,7 @@ from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.run import card as model_card
 from training.run import checkpoint as checkpointing
 from training.run import log as reporting
+from training.run import record
 
 # The client sends files in a way that its own HTTP library calls outdated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -54,8 +55,9 @@ def test_a_dry_run_verifies_and_shows_all_that_would_go_up_without_a_network(che
     environment.pop("HF_TOKEN", None)
     out = tmp_path / "new" / "folder"
     command = [sys.executable, ROOT / "hub_upload.py", checkpoint, "--repo-id", REPO_ID, "--dry-run"]
+    command += ["--dtype", "bfloat16"]
     run = subprocess.run(
-        [*command, "--output-dir", out], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--folder", out], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     kept = files_of(out)
@@ -165,7 +167,7 @@ def test_a_log_that_cannot_be_read_is_named(checkpoint, loaded, tmp_path):
 
 def test_a_folder_with_files_in_it_is_not_built_into(checkpoint, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
-    command = [str(checkpoint), "--repo-id", REPO_ID, "--dry-run", "--output-dir", str(tmp_path)]
+    command = [str(checkpoint), "--repo-id", REPO_ID, "--dry-run", "--folder", str(tmp_path)]
     assert main(command) == 1
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
@@ -257,9 +259,9 @@ def test_the_card_tells_the_hub_what_the_run_recorded(built):
 
 
 def test_the_card_of_a_checkpoint_has_the_figures_of_its_own_step(checkpoint):
-    assert model_card.read_run(checkpoint / "checkpoint-20").evaluation["step"] == 20
+    assert record.read_run(checkpoint / "checkpoint-20").evaluation["step"] == 20
     (checkpoint / "checkpoint-10").mkdir(exist_ok=True)
-    assert model_card.read_run(checkpoint / "checkpoint-10").evaluation["eval_loss"] == 1.5
+    assert record.read_run(checkpoint / "checkpoint-10").evaluation["eval_loss"] == 1.5
 
 
 def test_the_best_checkpoint_is_described_where_it_is_what_the_run_left(checkpoint, tmp_path):
@@ -267,22 +269,22 @@ def test_the_best_checkpoint_is_described_where_it_is_what_the_run_left(checkpoi
     with (folder / "log.jsonl").open("a") as file:
         for step, loss in ((25, 0.01), (30, 9.0)):  # neither has a checkpoint
             file.write(json.dumps({"step": step, "eval_loss": loss}) + "\n")
-    assert model_card.read_run(folder).evaluation["step"] == 30
+    assert record.read_run(folder).evaluation["step"] == 30
     state = folder / "checkpoint-20" / "trainer_state.json"
     progress = json.loads(state.read_text())
     progress["arguments"]["load_best_model_at_end"], progress["eval_loss"] = True, 1.0
     state.write_text(json.dumps(progress))
-    assert model_card.read_run(folder).evaluation["step"] == 20
+    assert record.read_run(folder).evaluation["step"] == 20
 
 
 def test_a_model_of_unknown_origin_is_not_given_a_licence(loaded):
-    card = model_card.model_card(loaded[0], model_card.RunRecord(), REPO_ID)
+    card = model_card.model_card(loaded[0], record.RunRecord(), REPO_ID)
     assert card.data.license is None and "has not been stated" in card.text
     assert card.data.eval_results is None and "## Evaluation" not in card.text
 
 
 def test_licence_data_sets_and_base_model_reach_the_metadata(loaded, tmp_path):
-    run = model_card.RunRecord(progress={"arguments": {"train_file": ["x"], "model_name_or_path": "someone/base"}})
+    run = record.RunRecord(progress={"arguments": {"train_file": ["x"], "model_name_or_path": "someone/base"}})
     card = model_card.model_card(loaded[0], run, REPO_ID, license="cc-by-4.0", datasets=["a/b", "c/d"])
     assert (card.data.license, card.data.datasets, card.data.base_model) == (
         "cc-by-4.0",
@@ -290,12 +292,12 @@ def test_licence_data_sets_and_base_model_reach_the_metadata(loaded, tmp_path):
         "someone/base",
     )
     (tmp_path / "README.md").write_text("---\nlicense: cc0-1.0\ndatasets:\n- e/f\n---\n")
-    again = model_card.model_card(loaded[0], model_card.read_run(tmp_path), REPO_ID)
+    again = model_card.model_card(loaded[0], record.read_run(tmp_path), REPO_ID)
     assert (again.data.license, again.data.datasets) == ("cc0-1.0", ["e/f"])
 
 
 def test_the_card_reads_the_files_that_training_writes():
-    assert (model_card.STATE, model_card.LOG) == (checkpointing.STATE, reporting.LOG)
+    assert (record.STATE, record.LOG) == (checkpointing.STATE, reporting.LOG)
 
 
 def test_the_citation_names_the_papers_authors(built):

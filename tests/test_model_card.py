@@ -3,11 +3,14 @@ What the record of a run says of its end, and what a card says of conditions; th
 that is published.
 """
 
+import json
+
 import pytest
 from small_models import small_model
 
 from iflame_hf import IFlameTokenizer
-from training.run.card import RunRecord, model_card, pipeline_snippet, usage_snippet
+from training.run.card import model_card, pipeline_snippet, usage_snippet
+from training.run.record import RunRecord, read_run
 
 SHORT = {"step": 153, "max_steps": 153, "planned_steps": 2000}
 WHOLE = {"step": 2000, "max_steps": 0, "planned_steps": 2000}
@@ -50,7 +53,7 @@ def test_a_run_says_at_its_end_and_not_before_what_it_lacks(progress, required, 
             {"categories": ["arm chair", "lamp"], "num_faces_range": [4, 1600]},
             "asked for a category (arm chair, lamp); and for a number of faces from 4 to 1,600, which meshes have "
             'about: `generator(category="arm chair", num_faces=80)`',
-            'category="arm chair", ',
+            'category="arm chair", num_faces=80, ',
         ),
         ({"categories": ["lamp"]}, 'asked for a category (lamp): `generator(category="lamp")`', 'category="lamp", '),
         ({"num_faces_range": [4, 9]}, "asked for a number of faces from 4 to 9", "num_faces=6, "),
@@ -67,6 +70,23 @@ def test_a_card_tells_what_a_model_can_be_asked_for_and_shows_how(conditions, to
     assert f"generator(num_meshes=4, {asked}max_faces={most}, " in pipeline_snippet(model, run, "you/lamps")
 
 
+def test_a_card_tells_how_a_model_samples_and_what_a_run_of_which_there_is_only_a_log_has_done(tmp_path):
+    model = small_model()
+    model.generation_config.update(do_sample=True, temperature=1.0, top_p=0.8, top_k=0, max_length=9 * 52)
+    lines = [{"step": 20, "labels": 500, "minutes": 2.0}, {"step": 20, "ended": "not converged"}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = model_card(model, read_run(tmp_path), "you/lamps").text
+    assert "sample with `temperature=1`, `top_p=0.8`" in text and "at most 50 faces" in text
+    assert "20 steps, 500 tokens learnt from, 2.0 minutes.\n\nNot converged." in text
+    settings = {"optim": "muon", "learning_rate": 6e-3, "lr_scheduler_type": "linear", "row_length": 7218}
+    settings |= {"per_device_train_batch_size": 8, "bf16": True, "turn_augmentation": "quarter", "balance": ["pack"]}
+    run = RunRecord(progress={"arguments": {"train_file": ["x"], **settings}})
+    assert (
+        "Settings: muon, learning rate 0.006 (linear); 8 rows of 7,218 tokens a step and device; bf16; "
+        "turn augmentation quarter; balance pack." in model_card(model, run, "you/lamps").text
+    )
+
+
 def test_what_a_card_shows_runs(tmp_path, monkeypatch):
     model = small_model(categories=["chair", "lamp"], num_faces_range=[4, 64])
     run = RunRecord(progress={"arguments": {"sample_max_faces": 4}})
@@ -76,4 +96,4 @@ def test_what_a_card_shows_runs(tmp_path, monkeypatch):
     names = {}
     for snippet in (usage_snippet, pipeline_snippet):
         exec(snippet(model, run, "lamps"), names)
-    assert names["mesh"].metadata["asked_for"] == {"category": "chair"}
+    assert names["mesh"].metadata["asked_for"] == {"category": "chair", "num_faces": 4}

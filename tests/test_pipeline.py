@@ -16,7 +16,6 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import iflame_hf
-from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 from iflame_hf import (
     IFlameConfig,
     IFlameForCausalLM,
@@ -27,6 +26,7 @@ from iflame_hf import (
 )
 from iflame_hf.mesh_errors_iflame import MeshError, OptionError, errors_name
 from iflame_hf.mesh_iflame import denormalise, turn
+from training.publish.verify import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 
 IMPLEMENTATION = {"impl": "pipeline_iflame.MeshGenerationPipeline", "pt": ["AutoModelForCausalLM"]}
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from small_models import mesh_rows, small_model
 from transformers.dynamic_module_utils import get_relative_imports
 
-import hub_upload
-from hub_upload import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 from iflame_hf import IFlameTokenizer
+from training.publish import verify
+from training.publish.verify import HIDDEN_PACKAGES, lay_out_cache, run_in_clean_process
 
 TETRAHEDRON = ([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
 AUTO_MAP = {
@@ -142,7 +142,7 @@ def test_a_saved_folder_holds_the_files_of_model_and_tokenizer_and_all_they_impo
 def test_a_clean_process_lacks_hidden_packages_even_if_they_are_installed_and_the_settings_of_this_one(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(hub_upload, "HIDDEN_PACKAGES", ("yaml",))
+    monkeypatch.setattr(verify, "HIDDEN_PACKAGES", ("yaml",))
     monkeypatch.setenv("HF_TOKEN", "mine")
     (tmp_path / "only_here.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from training.procedural.make import make_dataset
-from training.run.card import read_run
 from training.run.checkpoint import find_defect
+from training.run.record import read_run
 
 FULL = {"ema_decay": 0.9, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "dataloader_num_workers": 1}
 

@@ -306,7 +306,7 @@ class _Tries:
         assert len(meshes) == 3 and all(type(mesh).__name__ == "Trimesh" for mesh in meshes)
 
     def remote_code(self) -> None:
-        from hub_upload import verify_folder
+        from training.publish.verify import verify_folder
 
         for folder in (self.shared, self.scratch / "saved"):
             verify_folder(folder, "some-user/some-model", self.model)

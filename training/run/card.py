@@ -3,19 +3,15 @@
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from iflame_hf.format_iflame import known_format
+from training.run.record import RunRecord
 
-# What train.py writes; its own modules need packages that publishing does not.
-STATE = "trainer_state.json"
-LOG = "log.jsonl"
 # The nearest of the Hub's tasks: none is for 3D from nothing, and a model without a task passes for a text generator.
 PIPELINE_TAG = "text-to-3d"
 METRICS = {
@@ -25,8 +21,13 @@ METRICS = {
     "vertex_accuracy": "vertices right",
     "face_accuracy": "faces right",
 }
-# Share of its steps that a shortened run must have done to pass for converged, where it says nothing of its loss.
-ENOUGH_STEPS = 0.5
+USE = "Use"  # title of the section in the template
+_KNOWN_METADATA = ("license", "datasets", "model-index")
+# Options of train.py that a card tells where they are set.
+_TOLD_SETTINGS = (
+    *("weight_decay", "ema_decay", "scale_augmentation", "shift_augmentation", "turn_augmentation"),
+    *("mirror_augmentation", "vertex_noise", "balance", "balance_power", "condition_on", "condition_dropout", "seed"),
+)
 PROCEDURAL = "procedural meshes of furniture and buildings"
 CITATION = """\
 @article{wang2025iflame,
@@ -84,6 +85,18 @@ upwards, so that what is added lies above.
 {{ asking }}
 
 {% endif -%}
+{% if sampling -%}
+## Sampling
+
+{{ sampling }}
+
+{% endif -%}
+{% for title, text in sections.items() -%}
+## {{ title }}
+
+{{ text }}
+
+{% endfor -%}
 {% if evaluation -%}
 ## Evaluation
 
@@ -115,91 +128,6 @@ The code, `*_iflame.py`: MIT.
 """  # Jinja2 takes the last newline away
 
 
-@dataclass
-class RunRecord:
-    """What the folder of a run tells of it; all empty for a model that comes from elsewhere."""
-
-    metadata: dict[str, Any] = field(default_factory=dict)  # of the README.md in it
-    progress: dict[str, Any] = field(default_factory=dict)  # of its latest checkpoint
-    evaluation: dict[str, Any] = field(default_factory=dict)  # of the weights in it
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return self.progress.get("arguments", {})
-
-    @property
-    def shortened(self) -> bool:
-        """Whether max_minutes ended the run before it had done its steps."""
-        step, planned = self.progress.get("step", 0), self.progress.get("planned_steps", 0)
-        return 0 < self.progress.get("max_steps", 0) <= step < planned
-
-    @property
-    def missed_loss(self) -> bool:
-        """Whether the run has come to its end, and not to required_eval_loss."""
-        required, loss = self.arguments.get("required_eval_loss"), self.evaluation.get("eval_loss", float("nan"))
-        ended = self.shortened or self.progress.get("step", 0) >= self.progress.get("planned_steps", 0)
-        return ended and required is not None and not loss <= required
-
-    def shortfall(self) -> str:
-        """What the run lacks at its end, in words; empty if that is nothing, or if the run goes on."""
-        parts, converged = [], not self.missed_loss
-        if self.shortened:
-            step, planned = self.progress["step"], self.progress["planned_steps"]
-            minutes = self.arguments.get("max_minutes")
-            parts.append(f"stopped after {step:,} of {planned:,} steps by max_minutes: {minutes:g}")
-            if self.arguments.get("required_eval_loss") is None:
-                converged = step >= ENOUGH_STEPS * planned
-        if not converged:
-            parts.append("not converged")
-        if self.missed_loss:
-            loss, required = self.evaluation.get("eval_loss", float("nan")), self.arguments["required_eval_loss"]
-            parts[-1] += f": the evaluation loss is {loss:.3f}, required_eval_loss {required:g}"
-        return "; ".join(parts)
-
-    @property
-    def procedural(self) -> bool:
-        """Whether the project's own meshes are all that the model has learnt from."""
-        return bool(self.arguments) and not (
-            self.arguments.get("train_file") or self.arguments.get("model_name_or_path")
-        )
-
-
-def read_run(folder: Path) -> RunRecord:
-    """
-    The record of a run from its output folder, or from one of its checkpoints.
-
-    Raises:
-        ValueError: a file of the run cannot be read, naming it.
-    """
-    run = RunRecord()
-    card, output_dir, step = folder / "README.md", folder, None
-    if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-        output_dir, step = folder.parent, int(match[1])
-    states = [path for path in output_dir.glob(f"checkpoint-*/{STATE}") if step is None or path.parent == folder]
-    path = card
-    try:
-        if card.is_file():
-            run.metadata = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-        evaluated: dict[float, int] = {}  # the steps of checkpoints by their loss
-        for path in states:
-            progress = json.loads(path.read_text(encoding="utf-8"))
-            if progress["step"] >= run.progress.get("step", 0):
-                run.progress = progress
-            if progress.get("eval_loss") is not None:
-                evaluated[progress["eval_loss"]] = progress["step"]
-        path = output_dir / LOG
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        evaluations = [line for line in map(json.loads, lines) if "eval_loss" in line]
-        if step is None and evaluated and run.arguments.get("load_best_model_at_end"):
-            step = evaluated[min(evaluated)]
-        if step is not None:
-            evaluations = [line for line in evaluations if line["step"] == step]
-        run.evaluation = evaluations[-1] if evaluations else {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
-    return run
-
-
 def model_card(
     model: PreTrainedModel,
     run: RunRecord,
@@ -208,6 +136,8 @@ def model_card(
     license: str | None = None,
     datasets: Sequence[str] = (),
     samples: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
+    name: str | None = None,
 ) -> ModelCard:
     """
     The README.md of an iFlame model.
@@ -218,8 +148,10 @@ def model_card(
             has learnt from the project's own meshes alone.
         datasets: names on the Hub of what it was trained on; by default what the metadata of the run say.
         samples: generated files that lie beside the card: samples.png, samples/*.glb.
+        sections: markdown by title, for what the run has no record of; one on the evaluation replaces the run's.
+        name: title of the card; by default the last part of `repo_id`.
     """
-    name = repo_id.split("/")[-1]
+    name, sections = name or repo_id.split("/")[-1], dict(sections or {})
     datasets = list(datasets) or run.metadata.get("datasets") or []
     license = license or run.metadata.get("license") or ("mit" if run.procedural else None)
     judged_on = PROCEDURAL if run.procedural else ", ".join(datasets) or "meshes of the run"
@@ -259,8 +191,10 @@ def model_card(
         usage=usage_snippet(model, run, repo_id, revision),
         pipeline=pipeline_snippet(model, run, repo_id, revision),
         asking=_asking(model, run),
+        sampling=_how_sampled(model),
+        sections=sections,
         metrics=METRICS,
-        evaluation={"all": figures, **run.evaluation.get("eval_by_category", {})} if figures else {},
+        evaluation=_by_category(run, figures) if "Evaluation" not in sections else {},
         judged_on=judged_on,
         training=_training(run, datasets),
         license=license,
@@ -268,9 +202,58 @@ def model_card(
     )
 
 
+def keep_sections(
+    new: ModelCard, kept: ModelCard, anew: Collection[str], repo_id: str, revision: str | None = None
+) -> ModelCard:
+    """
+    The card of a model of which no run tells any more: all that its card said, but for what is known better now.
+
+    Args:
+        new: a card of the same model, whose licence, data sets and results hold where it has any.
+        kept: the card that lies beside the weights.
+        anew: titles of sections that are to be as in `new`, if they are in it.
+        repo_id: name of the model in the code that the card shows; `revision` likewise.
+    """
+    sections, replacements = sections_of(kept.text), sections_of(new.text)
+    sections |= {title: replacements[title] for title in anew if title in replacements}
+    if USE in sections:
+        sections[USE] = _renamed(sections[USE], repo_id, revision)
+    text = "".join(f"## {title}\n{body}" if title else body for title, body in sections.items())
+    known = new.data.to_dict()
+    metadata = kept.data.to_dict() | {name: known[name] for name in _KNOWN_METADATA if name in known}
+    return ModelCard(f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True)}\n---\n{text}")
+
+
+def _renamed(snippets: str, repo_id: str, revision: str | None) -> str:
+    """The code of the two snippets below for another place of the model."""
+    if not (named := re.search(r'^name = ("[^"\n]*")$', snippets, re.MULTILINE)):
+        return snippets
+    loading = _at(revision) + "trust_remote_code=True"
+    return re.sub(
+        r'(revision="[^"\n]*", )?trust_remote_code=True', loading, snippets.replace(named[1], f'"{repo_id}"')
+    )
+
+
+def _at(revision: str | None) -> str:
+    return f'revision="{revision}", ' if revision else ""
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """Markdown taken apart at its headings of the second level: what follows each, up to the next; "" is the head."""
+    parts, title, in_code = {"": ""}, "", False
+    for line in text.splitlines(keepends=True):
+        in_code ^= line.startswith("```")
+        if line.startswith("## ") and not in_code:
+            title = line[3:].strip()
+            parts[title] = ""
+        else:
+            parts[title] += line
+    return parts
+
+
 def usage_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
     """Python code that generates meshes with the published model, as the samples of the run were generated."""
-    at = f'revision="{revision}", ' if revision else ""
+    at = _at(revision)
     faces, sampling = _most_faces(model, run), {"do_sample": True, **_sampling(run)}
     asked = _in_python(**_example(model, run), num_return_sequences=4)
     return f"""\
@@ -290,7 +273,7 @@ for number, mesh in enumerate(tokenizer.batch_decode_mesh(ids)):
 
 def pipeline_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
     """The same with `pipeline("mesh-generation")`."""
-    at = f'revision="{revision}", ' if revision else ""
+    at = _at(revision)
     options = {"num_meshes": 4, **_example(model, run), "max_faces": _most_faces(model, run), "seed": 0}
     given = _in_python(**options, **_sampling(run))
     return f"""\
@@ -302,6 +285,10 @@ for number, mesh in enumerate(generator({given})):
         generator.export(mesh, f"mesh_{{number}}.obj")  # or glb, ply, stl"""
 
 
+def _by_category(run: RunRecord, figures: dict[str, float]) -> dict[str, dict[str, float]]:
+    return {"all": figures, **run.evaluation.get("eval_by_category", {})} if figures else {}
+
+
 def _in_python(**arguments: Any) -> str:
     """The arguments of a call."""
     return ", ".join(
@@ -309,12 +296,12 @@ def _in_python(**arguments: Any) -> str:
     )
 
 
-def _example(model: PreTrainedModel, run: RunRecord, both: bool = False) -> dict[str, Any]:
-    """Something that the model can be asked for: a category, or where it knows none a number of faces."""
+def _example(model: PreTrainedModel, run: RunRecord) -> dict[str, Any]:
+    """What the model can be asked for, each with a value that it takes."""
     asked: dict[str, Any] = {}
     if model.config.categories:
         asked["category"] = model.config.categories[0]
-    if model.config.num_faces_range is not None and (both or not asked):
+    if model.config.num_faces_range is not None:
         fewest, most = model.config.num_faces_range
         asked["num_faces"] = max(fewest, min(round((fewest * most) ** 0.5), _most_faces(model, run)))
     return asked
@@ -329,7 +316,7 @@ def _asking(model: PreTrainedModel, run: RunRecord) -> str:
         knows.append("a number of faces from {:,} to {:,}, which meshes have about".format(*config.num_faces_range))
     if not knows:
         return ""
-    given = _in_python(**_example(model, run, both=True))
+    given = _in_python(**_example(model, run))
     return (
         f"The model can be asked for {'; and for '.join(knows)}: `generator({given})`. Without, it makes any. "
         "`guidance_scale=2.0` gives what is asked for more weight, at twice the work."
@@ -338,6 +325,21 @@ def _asking(model: PreTrainedModel, run: RunRecord) -> str:
 
 def _most_faces(model: PreTrainedModel, run: RunRecord) -> int:
     return run.arguments.get("sample_max_faces") or known_format().most_faces(model.generation_config.max_length)
+
+
+def _how_sampled(model: PreTrainedModel) -> str:
+    """The paragraph about the settings that the folder's generation_config.json gives generate() and the pipeline."""
+    config = model.generation_config
+    if not config.do_sample:
+        return ""
+    set_to = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k", "min_p")}
+    given = ", ".join(f"`{name}={value:g}`" for name, value in set_to.items() if value)
+    grammar = ", only tokens that can follow in a mesh (`mesh_grammar=True`)" if config.mesh_grammar else ""
+    return (
+        f"Unless told otherwise, `generate()` and the pipeline sample with {given or 'all tokens'}{grammar}, and "
+        f"make at most {_most_faces(model, RunRecord()):,} faces: `generation_config.json`. A smaller `top_p` and "
+        "fewer faces give more meshes that are whole."
+    )
 
 
 def _sampling(run: RunRecord) -> dict[str, float]:
@@ -358,9 +360,28 @@ def _training(run: RunRecord, datasets: Sequence[str]) -> list[str]:
     elif datasets:
         names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
         lines.append(f"Trained on {names}.")
+    if settings := _settings(run):
+        lines.append(settings)
     if labels := run.progress.get("labels"):
         minutes = run.progress["seconds"] / 60
         lines.append(f"{run.progress['step']:,} steps, {labels:,} tokens learnt from, {minutes:,.1f} minutes.")
     if shortfall := run.shortfall():
         lines.append(f"{shortfall[0].upper()}{shortfall[1:]}.")
     return lines
+
+
+def _settings(run: RunRecord) -> str:
+    """The settings of a run on meshes that were given to it, in a sentence; empty where they are not known."""
+    given = run.arguments
+    if "optim" not in given or run.procedural:
+        return ""
+    parts = [f"{given['optim']}, learning rate {given['learning_rate']:g} ({given['lr_scheduler_type']})"]
+    if rows := given.get("per_device_train_batch_size"):
+        rows *= given.get("gradient_accumulation_steps") or 1
+        parts.append(f"{rows:,} rows of {given['row_length']:,} tokens a step and device")
+    parts += [name for name in ("bf16", "fp16") if given.get(name)]
+    for name in _TOLD_SETTINGS:
+        if value := given.get(name):
+            shown = " ".join(value) if isinstance(value, list) else value
+            parts.append(name.replace("_", " ") + ("" if value is True else f" {shown}"))
+    return f"Settings: {'; '.join(parts)}."

@@ -1,7 +1,7 @@
 """What a run has come to at its end."""
 
-from training.run.card import RunRecord
 from training.run.log import RunLog
+from training.run.record import RunRecord
 
 
 def report_outcome(record: RunRecord, log: RunLog, can_resume: bool) -> bool:

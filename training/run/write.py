@@ -10,9 +10,10 @@ import torch
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
 from iflame_hf.files_iflame import write_whole
-from training.run.card import RunRecord, model_card
+from training.run.card import model_card
 from training.run.checkpoint import Checkpoints, Progress
 from training.run.log import RunLog
+from training.run.record import RunRecord
 from training.run.weights import Weights
 
 
