@@ -199,7 +199,7 @@ class IFlameModel(IFlamePreTrainedModel):
         embeds = self.embed_tokens(input_ids)
         if layout is not None and layout.shape != input_ids.shape:
             layout = None  # which is found to be wrong later on
-        conditions = conditions_of_rows(self.config, category, num_faces, layout, len(input_ids))
+        conditions = conditions_of_rows(self.config, category, num_faces, layout, input_ids.shape[0])
         if not conditions:
             return embeds
         starts = input_ids == self.config.bos_token_id
