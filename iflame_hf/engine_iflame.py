@@ -25,6 +25,7 @@ from .kernels_iflame import compiled_ahead, why_no_kernels
 from .packing_iflame import copy_weights, pack_weights
 from .sampling_iflame import NOT_FINITE
 from .steps_iflame import KernelSteps
+from .threads_iflame import spare_a_core
 
 # B rows, T tokens, V token ids
 
@@ -114,8 +115,9 @@ class DecodeEngine:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within it the engine may be asked for something: kernels run on the device that is the current one."""
-        with torch.inference_mode(), torch.cuda.device(self.device) if self.is_gpu else nullcontext():
+        """Within it the engine may be asked for something: kernels run on the device that is the current one, and a
+        CPU's threads leave a core to others."""
+        with torch.inference_mode(), torch.cuda.device(self.device) if self.is_gpu else spare_a_core(self.device):
             yield
 
     def prepare(self, choice: Choice) -> None:

@@ -10,7 +10,8 @@ from threadpoolctl import ThreadpoolController
 from transformers import pipeline
 from transformers.generation import StoppingCriteria
 
-from iflame_hf import IFlameTokenizer, stream_faces, threads_iflame
+from iflame_hf import IFlameTokenizer, generate_meshes, stream_faces, threads_iflame
+from iflame_hf.host_steps_iflame import HostSteps
 from iflame_hf.threads_iflame import spare_a_core
 
 
@@ -72,6 +73,19 @@ def test_one_core_is_left_free_while_generating_and_all_are_used_afterwards(mode
         way()
         assert watch.found == {3}
         assert torch.get_num_threads() == in_a_thread(torch.get_num_threads) == 4
+
+
+def test_meshes_that_come_one_by_one_leave_a_core_free_while_they_are_made(model, monkeypatch):
+    steps, found = HostSteps.step, set()
+
+    def step(self, place):
+        found.add(torch.get_num_threads())
+        return steps(self, place)
+
+    monkeypatch.setattr(HostSteps, "step", step)
+    for mesh in generate_meshes(model, range(3), rows=2, max_faces=2):
+        assert mesh.ids[0] == model.config.bos_token_id and torch.get_num_threads() == 4
+    assert found == {3}
 
 
 def test_the_number_is_as_before_after_an_error_and_after_a_stream_that_was_left(model):
