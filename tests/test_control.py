@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import trimesh
-from small_models import BOS, EOS, PAD, small_model
+from small_models import ending_model, small_model
 from transformers import GenerationConfig
 
 from iflame_hf import IFlameTokenizer
@@ -67,10 +67,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    model = small_model(categories=["ball", "box"], num_faces_range=[12, 80])
-    with torch.no_grad():
-        model.lm_head.bias[[PAD, BOS]] -= 20
-        model.lm_head.bias[EOS] += 4
+    model = ending_model(4, categories=["ball", "box"], num_faces_range=[12, 80]).float()
     model.save_pretrained(folder)
     IFlameTokenizer().save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ import trimesh
 from accelerate import Accelerator
 from mesh_fixtures import solids
 from PIL import Image
-from small_models import BOS, EOS, PAD, small_model
+from small_models import ending_model, small_model
 
 from iflame_hf import IFlameTokenizer
 from iflame_hf.mesh_errors_iflame import MeshError
@@ -82,10 +82,7 @@ def data(bodies, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    model = small_model()
-    with torch.no_grad():
-        model.lm_head.bias[[PAD, BOS]] -= 20
-        model.lm_head.bias[EOS] += 4
+    model = ending_model(4).float()
     model.save_pretrained(folder)
     IFlameTokenizer().save_pretrained(folder)
     return folder

@@ -79,12 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="training/choose_sampling.py",
-        description=__doc__.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("training/choose_sampling.py", __doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR|NAME", help="folder of a model, or its name on the Hub")
     add("--data", type=Path, required=True, metavar="DIR", help="folder of a data set, as prepare_data writes it")

@@ -12,12 +12,7 @@ SPLITS = ("test", "validation")
 
 
 def parse_options(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
-    parser = Parser(
-        prog="training/evaluate.py",
-        description=description.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("training/evaluate.py", description)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of a data set, as prepare_data writes it")
     add("--model", metavar="DIR|NAME", help="folder of a model, or its name on the Hub")

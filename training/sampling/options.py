@@ -13,6 +13,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description.strip(), formatter_class=formatter, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         """As argparse does, but of all processes of a launch one says it."""
         if not is_first_to_say(message):
@@ -21,12 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_options(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
-    parser = Parser(
-        prog="training/generate.py",
-        description=description.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("training/generate.py", description)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR|NAME", help="folder of a model, or its name on the Hub")
     # torchrun takes --num for a beginning of its own --numa-binding
