@@ -1,12 +1,8 @@
 """The step of all matrices of one shape together is that of torch's Muon, within the rounding of bfloat16."""
 
-import multiprocessing
-import os
-
 import pytest
 import torch
-import torch.distributed
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from sharing_processes import found_by
 
 from training.optim.muon import BatchedMuon, orthogonalise
 
@@ -110,15 +106,8 @@ def test_off_a_cpu_the_products_are_in_bfloat16_as_torchs_are():
     assert orthogonalise(torch.empty(3, 8, 4, device="meta"), COEFFICIENTS, 5, 1e-7).dtype == torch.bfloat16
 
 
-def shared_steps(rank, count, store, found):
-    """What a process of `count` does that share the matrices by rows; sends the whole matrices after some steps."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
-    mesh = init_device_mesh("cpu", (count,))
-
-    def share(tensor):
-        return distribute_tensor(tensor.detach(), mesh, [Shard(0)])
-
+def shared_steps(share):
+    """Whole matrices after some steps of those that processes share."""
     random = torch.Generator().manual_seed(1)
     parameters = [torch.nn.Parameter(share(matrix)) for matrix in matrices()]
     optimizer = BatchedMuon(parameters, lr=0.02)
@@ -126,25 +115,11 @@ def shared_steps(rank, count, store, found):
         for parameter in parameters:
             parameter.grad = share(torch.randn(parameter.shape, generator=random))
         optimizer.step()
-    whole = [parameter.detach().full_tensor().numpy() for parameter in parameters]
-    if rank == 0:
-        found.put(whole)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return [parameter.detach().full_tensor().numpy() for parameter in parameters]
 
 
 def test_matrices_shared_unevenly_by_three_processes_move_as_whole_ones(tmp_path):
-    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
-    found = context.Queue()
-    processes = [
-        context.Process(target=shared_steps, args=(rank, 3, tmp_path / "store", found), daemon=True)
-        for rank in range(3)
-    ]
-    for process in processes:
-        process.start()
-    moved = found.get(timeout=60)
-    for process in processes:
-        process.join(30)
+    moved = found_by(shared_steps, 3, tmp_path)
     for parameter, expected, start in zip(moved, steps(BatchedMuon)[1], matrices(), strict=True):
         difference = (torch.from_numpy(parameter) - expected).norm() / (expected - start).norm()
         assert difference < 1e-5

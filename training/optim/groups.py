@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from iflame_hf.blocks_iflame import IFlameRMSNorm, IFlameUpsample
+from training.optim.shards import own_part
 
 OPTIMIZERS = ("muon", "adamw_torch")
 # The group of a parameter by the class of its module, or one that is derived from, and its name there. Only the head's
@@ -54,7 +55,17 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which stays fused or not, as it was made, whatever a checkpoint says that it goes on from."""
+    """
+    torch's AdamW, which steps on what lies on this process of tensors that are sharded (DTensors; so are its states in
+    checkpoints), and stays fused or not, as it was made, whatever a checkpoint says that it goes on from.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> bool:
+        """Fills the lists with what a step is about: parameters, gradients, and the states of each kind."""
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(own_part, tensors)
+        return has_complex
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(_with_fused(state_dict, self.param_groups))
@@ -101,7 +112,7 @@ class MuonAdamW(torch.optim.Optimizer):
         from training.optim.muon import BatchedMuon
 
         self._muon = BatchedMuon(muon_groups, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._adamw = torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
+        self._adamw = AdamW(adamw_groups, lr=lr, betas=betas, eps=eps, fused=fused)
         super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
         self._share()
 

@@ -5,25 +5,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.optim import Muon
 
 from training.optim.muon_kernels import MULTIPLE, Table, Tables, has_muon_kernels, move_momenta, step_parameters
+from training.optim.shards import gather_rows, own_part, own_rows
 
 
 class BatchedMuon(Muon):
     """
     `torch.optim.Muon`, whose step takes all matrices of one shape in one product of batches, where torch takes one
     matrix after the other. On a CPU the products are in float32, where torch's are in bfloat16. Matrices that are
-    sharded (DTensors) are gathered together once a step, not one by one in each product. What stands before and after
+    sharded (DTensors) are gathered by shape once a step, not one by one in each product. What stands before and after
     the products on a GPU is in Triton where it can be; `_step_together` is its plain twin.
 
     A step holds all matrices of one shape some four times in the type of the products.
 
     Attributes:
         found_inf: as of torch's fused optimisers, a tensor () that is 1 where a step is to be left out whole, else 0,
-            so that nobody has to wait for what the device finds; None takes every step. Not for sharded matrices.
+            so that nobody has to wait for what the device finds; None takes every step.
     """
 
     found_inf: torch.Tensor | None = None
@@ -70,7 +70,7 @@ class BatchedMuon(Muon):
     def _step_together(group, parameters, gradients, buffers, found_inf) -> None:
         """The step of matrices of one shape; names and order are those of torch's `_single_tensor_muon`."""
         lr, momentum = group["lr"], group["momentum"]
-        own, gradients, buffers = ([_own_part(x) for x in each] for each in (parameters, gradients, buffers))
+        own, gradients, buffers = ([own_part(x) for x in each] for each in (parameters, gradients, buffers))
         taken = 1.0
         if found_inf is not None:
             taken = 1 - found_inf
@@ -78,10 +78,11 @@ class BatchedMuon(Muon):
             gradients = torch.where(taken > 0, torch.stack(gradients), torch.stack(buffers)).unbind()
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        whole = _gather(torch.stack(updates), parameters[0])
+        updates = torch.stack(updates)
+        whole = gather_rows(updates.to(_type_of_products(updates.device)), parameters[0])
         whole = orthogonalise(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
         # One copy in the order of the parameters: of others torch takes them one by one.
-        whole = _scatter(whole, parameters[0])
+        whole = own_rows(whole, parameters[0])
         updates = list(torch.empty(whole.shape, dtype=own[0].dtype, device=whole.device).copy_(whole).unbind())
         torch._foreach_mul_(own, 1 - lr * group["weight_decay"] * taken)
         scale = -lr * _ratio(group, parameters[0].shape) * taken
@@ -114,7 +115,7 @@ def orthogonalise(
         (N, R, C), float32 on a CPU, else bfloat16
     """
     on_cpu = matrices.device.type == "cpu"
-    x = matrices.to(torch.float32 if on_cpu else torch.bfloat16)
+    x = matrices.to(_type_of_products(matrices.device))
     tall = matrices.shape[1] > matrices.shape[2]
     if tall:
         x = x.mT
@@ -147,33 +148,10 @@ def _ratio(group: dict[str, Any], shape: torch.Size) -> float:
     return max(1, rows / columns) ** 0.5
 
 
+def _type_of_products(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def _is_read_at_once(tensor: torch.Tensor) -> bool:
     """Whether nobody has to wait for the value of a tensor."""
     return tensor.device.type == "cpu"
-
-
-def _own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What lies on this process of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _gather(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N, ...) own parts of N tensors that are sharded as another is -> the N tensors."""
-    if not isinstance(like, DTensor):
-        return parts
-    shape = torch.Size((len(parts), *like.shape))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        parts, like.device_mesh, _placements_of_many(like), run_check=False, shape=shape, stride=stride
-    ).full_tensor()
-
-
-def _scatter(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_gather`; every process has the N tensors."""
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, _placements_of_many(like), src_data_rank=None).to_local()
-
-
-def _placements_of_many(like: DTensor) -> list[Placement]:
-    return [Shard(each.dim + 1) if isinstance(each, Shard) else each for each in like.placements]

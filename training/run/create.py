@@ -224,9 +224,9 @@ def create_optimization(
 def device_leaves_out_steps(accelerator: Accelerator) -> bool:
     """
     Whether the optimiser is told on the device itself to leave out a step (`found_inf`), so that nobody waits to know.
-    Weights that are sharded, a gradient scaler and other kinds of devices have no such optimisers.
+    A gradient scaler does so itself, and other kinds of devices have no such optimisers.
     """
-    return accelerator.device.type in ("cpu", "cuda") and not are_sharded(accelerator) and accelerator.scaler is None
+    return accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
 
 
 def keep_less(model: IFlameForCausalLM, memory_budget: float) -> None:

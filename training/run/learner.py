@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch.distributed.tensor import DTensor
 
 from training.arguments import TrainArguments
+from training.optim.shards import clip_sharded
 from training.rows.load import Batch
 from training.run.captured import CapturedLearner, why_not_captured
 from training.run.create import device_leaves_out_steps
@@ -71,6 +71,8 @@ class AcceleratedLearner:
     ):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.max_grad_norm = max_grad_norm
+        self.parameters = list(model.parameters())
+        self.device_of_weights = self.parameters[0].device  # the CPU, where FSDP offloads them
 
     def backward(self, batch: list[Batch], labels: int) -> torch.Tensor:
         accelerator, device = self.accelerator, self.accelerator.device
@@ -89,13 +91,10 @@ class AcceleratedLearner:
 
     def update(self, loss: torch.Tensor) -> torch.Tensor:
         accelerator = self.accelerator
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        if isinstance(norm, DTensor):  # of weights that are sharded
-            norm = norm.full_tensor()
-        total = accelerator.reduce(loss, "sum")
-        found = torch.stack([norm.to(total.device), total])
+        found = self._clip(loss)
         if device_leaves_out_steps(accelerator):
-            self.optimizer.optimizer.found_inf = (~found.isfinite().all()).float()
+            is_left_out = (~found.isfinite().all()).float()
+            self.optimizer.optimizer.found_inf = is_left_out.to(self.device_of_weights)
             self.optimizer.step()
         elif accelerator.scaler is not None:  # which leaves the step out by itself, and lowers its scale
             self.optimizer.step()
@@ -105,3 +104,13 @@ class AcceleratedLearner:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return found
+
+    def _clip(self, loss: torch.Tensor) -> torch.Tensor:
+        """Returns (2,) the norm of the gradient before, and the loss of all processes."""
+        accelerator = self.accelerator
+        if accelerator.is_fsdp2:
+            accelerator.unscale_gradients()  # of a gradient scaler, if there is one
+            return clip_sharded(self.parameters, self.max_grad_norm, loss)
+        norm = accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        total = accelerator.reduce(loss, "sum")
+        return torch.stack([norm.to(total.device), total])
