@@ -12,7 +12,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from training_processes import ENVIRONMENT, SHARDED, command_line, log_of, losses_of
+from training_processes import ENVIRONMENT, SHARDED, SHARDED_BLOCKS, command_line, log_of, losses_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "training" / "configs" / "accelerate"
@@ -53,7 +53,15 @@ def test_the_commands_in_the_configurations_are_ones_that_accelerate_takes():
             assert words[:2] == ["--config_file", f"training/configs/accelerate/{path.name}"]
             launched(path.stem, *words[2:])
             found += 1
-    assert found == 5
+    assert found == 6
+
+
+def test_a_larger_model_can_have_each_of_its_blocks_sharded_by_itself():
+    command = re.search(
+        r"#   accelerate launch (.*TRANSFORMER_BASED_WRAP.*) training", (CONFIGS / "fsdp2.yaml").read_text()
+    )
+    _, environment = launched("fsdp2", *command[1].split()[2:])
+    assert {key: environment[key] for key in SHARDED_BLOCKS} == SHARDED_BLOCKS
 
 
 def torchrun(script, arguments, processes=1, machine=None, port=None):

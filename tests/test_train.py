@@ -15,7 +15,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from training_processes import SHARDED, Trainer, log_of, losses_of, wait_for_step
+from training_processes import SHARDED, SHARDED_BLOCKS, Trainer, log_of, losses_of, wait_for_step
 from transformers import GenerationConfig
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer
@@ -149,11 +149,12 @@ def test_two_processes_that_share_the_weights_learn_what_one_does_and_go_on_late
     }
 
 
-def test_shared_weights_compute_in_the_types_of_weights_that_are_not_shared(trainer, tmp_path):
+@pytest.mark.parametrize("shared", [SHARDED, SHARDED_BLOCKS], ids=["at once", "by blocks"])
+def test_shared_weights_compute_in_the_types_of_weights_that_are_not_shared(trainer, tmp_path, shared):
     options = {"max_steps": 2, "save_steps": 0, "bf16": True, "num_procedural_validation_meshes": 0}
     options |= {"scale_augmentation": 0}
     trainer.run(tmp_path / "one", per_device_train_batch_size=2, **options)
-    trainer.finish(*trainer.start_ranks(tmp_path / "two", 2, SHARDED, per_device_train_batch_size=1, **options))
+    trainer.finish(*trainer.start_ranks(tmp_path / "two", 2, shared, per_device_train_batch_size=1, **options))
     assert losses_of(tmp_path / "two")[1] == pytest.approx(losses_of(tmp_path / "one")[1], rel=1e-6)
     assert norms_of(tmp_path / "two")[0] == pytest.approx(norms_of(tmp_path / "one")[0], rel=1e-4)
 

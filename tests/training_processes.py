@@ -10,14 +10,20 @@ from pathlib import Path
 from program_processes import Processes, environments_of_ranks, speak_into
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-# What `accelerate launch --config_file training/configs/fsdp2.yaml` sets.
+# What `accelerate launch --config_file training/configs/accelerate/fsdp2.yaml` sets.
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "false",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+# What it sets with the options for larger models: one block is whole at a time.
+SHARDED_BLOCKS = {
+    **SHARDED,
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 SMALL_RUN = {
     "use_cpu": True,
