@@ -1,6 +1,6 @@
 """
-How a decode engine chooses tokens on the device: penalty, grammar, temperature, top-k, top-p, min-p, and a random
-number of the row's own. One kernel; host_choosing_iflame.py has the same in numpy.
+How a decode engine chooses tokens on the device: penalty, grammar, closing, temperature, top-k, top-p, min-p, and a
+random number of the row's own. One kernel; host_choosing_iflame.py has the same in numpy.
 
 They compute what transformers' processors and `MeshGrammarLogitsProcessor` compute, in transformers' order, from what
 they carry of each row instead of its ids.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .closing_kernels_iflame import _follow_face
 from .kernels_iflame import _jit, _wait, launch
 
 try:
@@ -22,10 +23,11 @@ except ImportError:  # optional
 
 # B rows, V token ids, L coordinates of the grid
 
-# What is carried of each row, by column of a table (B, 8) int32: ranks of the last face's vertices in order, of the
-# open face's first two vertices, the digits of its open vertex, whole faces, and whether the mesh has ended.
-LOWEST, MIDDLE, HIGHEST, FIRST, SECOND, DIGITS, FACES, ENDED = range(8)
-COLUMNS = 8
+# What is carried of each row, by column of a table (B, 11) int32: ranks of the last face's vertices in order, of the
+# open face's first two vertices, the digits of its open vertex, whole faces, whether the mesh has ended, and from
+# EXPECTED on three ranks of `closing_iflame.expected_vertices`.
+LOWEST, MIDDLE, HIGHEST, FIRST, SECOND, DIGITS, FACES, ENDED, EXPECTED = range(9)
+COLUMNS = 11
 
 
 class Choice(NamedTuple):
@@ -38,6 +40,7 @@ class Choice(NamedTuple):
     coordinates: int  # L
     end: int  # id of the end token; -1: nothing ends a row
     guided: bool = False  # each two rows are one mesh, with conditions and without
+    closing: bool = False  # with the grammar: tokens that leave an edge open score lower
 
 
 @_jit
@@ -55,9 +58,10 @@ def _log_softmax(scores):
 def choose(
     logits_ptr,  # (B, V) float32
     uniform_ptr,  # (B, numbers) float32 within [0, 1)
-    settings_ptr,  # (6,) float32
-    state_ptr,  # (B, 8) int32
+    settings_ptr,  # (7,) float32
+    state_ptr,  # (B, 11) int32
     limits_ptr,  # (B, 2) int32: fewest and most faces
+    edges_ptr,  # (B, edges) int64: keys of pending edges or -1, three for each face
     seen_ptr,  # (B, VB) int8: whether a token is among the ids so far
     count_ptr,  # (B,) int32: tokens chosen so far
     position_ptr,  # (B,) int64: place of the token that went in, which becomes that of the choice
@@ -69,6 +73,7 @@ def choose(
     token_ptr,  # (B,) int64: receives the choice
     face_ptr,  # (B, 10) int32: receives it at its place in the face; the last becomes 1 where logits are no numbers
     numbers,
+    edges,
     place,  # of the chosen token in its face
     face,  # columns of face_ptr
     D: tl.constexpr,  # size of a head
@@ -82,6 +87,7 @@ def choose(
     PENALISE: tl.constexpr,
     GRAMMAR: tl.constexpr,
     GUIDED: tl.constexpr,
+    CLOSING: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -103,7 +109,7 @@ def choose(
         tl.store(to + D // 2, tl.load(sin_ptr + item * (D // 2) + half))
     count = tl.load(count_ptr + row)
     uniform = tl.load(uniform_ptr + row.to(tl.int64) * numbers + tl.minimum(count, numbers - 1))
-    table = state_ptr + row * 8
+    table = state_ptr + row * 11
     ended = tl.load(table + 7)
     lowest, middle, highest = tl.load(table), tl.load(table + 1), tl.load(table + 2)
     first, second, digits = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
@@ -111,6 +117,9 @@ def choose(
     temperature, top_k = tl.load(settings_ptr), tl.load(settings_ptr + 1).to(tl.int32)
     top_p, min_p, penalty = tl.load(settings_ptr + 2), tl.load(settings_ptr + 3), tl.load(settings_ptr + 4)
     fewest, most = tl.load(limits_ptr + row * 2), tl.load(limits_ptr + row * 2 + 1)
+    if CLOSING:
+        expected, expected_first = tl.load(table + 8 + place // 3), tl.load(table + 8)
+        strength = tl.load(settings_ptr + 6)
     _wait(PDL)
     if GUIDED:
         pair = logits_ptr + row // 2 * 2 * V + lane
@@ -142,6 +151,10 @@ def choose(
         low = tl.where(place < 3, low_first, low)
         high = tl.where(place < 3, tl.minimum(high_first, last - 2), last)
         excluded = tl.where(place < 6, -1, second)
+        if CLOSING:
+            leads = (expected >= low) & (expected <= high) & (expected != excluded) & (expected >= 0)
+            leads = leads & ((place < 3) | (first == expected_first)) & (expected % step == digits)
+            scores = tl.where(leads & (lane != expected // step % L), scores - strength, scores)
         candidate = low + _remainder(digits + lane * step - low, step * L)
         candidate = tl.where(candidate == excluded, candidate + step * L, candidate)
         allowed = (lane < L) & (candidate <= high)
@@ -198,6 +211,10 @@ def choose(
             tl.store(table + 1, tl.where(whole, tl.minimum(second, digits), middle))
             tl.store(table + 2, tl.where(whole, tl.maximum(second, digits), highest))
             tl.store(table + 6, tl.where(whole, faces + 1, faces))
+            if CLOSING:
+                if whole:
+                    of_row = edges_ptr + row.to(tl.int64) * edges
+                    _follow_face(of_row, table + 8, faces, first, second, digits, L * L * L)
 
 
 class Settings(NamedTuple):
@@ -209,15 +226,17 @@ class Settings(NamedTuple):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     guidance_scale: float = 1.0
+    closing_strength: float = 0.0  # nats
 
 
 class RowsBegin(NamedTuple):
     """What rows begin with."""
 
-    state: np.ndarray  # (R, 8), as the columns above say
+    state: np.ndarray  # (R, 11), as the columns above say
     limits: np.ndarray  # (R, 2): fewest and most faces
     uniforms: np.ndarray  # (R, numbers) float64 within [0, 1): what chooses each token
     seen: np.ndarray  # (R, V) whether a token is among the ids so far
+    edges: np.ndarray  # (R, E) of `closing_iflame.follow_face`, E at most 3 places for each face so far
 
 
 class Places:
@@ -277,6 +296,7 @@ class KernelChooser:
         self.settings = table(len(Settings()), dtype=torch.float32)
         self.state = table(rows, COLUMNS)
         self.limits = table(rows, 2)
+        self.edges = table(rows, 3 * (numbers // face), dtype=torch.int64)
         self.lanes = 1 << (vocabulary - 1).bit_length()
         self.seen = table(rows, self.lanes, dtype=torch.int8)
         self.counts = table(rows)
@@ -291,6 +311,7 @@ class KernelChooser:
             settings.min_p,
             settings.repetition_penalty,
             settings.guidance_scale,
+            settings.closing_strength,
         ]
         self.settings.copy_(torch.tensor(values, dtype=torch.float32))
 
@@ -303,6 +324,7 @@ class KernelChooser:
             (self.limits, begin.limits),
             (self.uniforms, uniforms),
             (self.seen, begin.seen),
+            (self.edges, begin.edges),
         ):
             values = torch.from_numpy(np.ascontiguousarray(values)).to(table.dtype)
             if self.device.type == "cuda":
@@ -317,10 +339,11 @@ class KernelChooser:
         places, launched = self.places, {"launch_pdl": True} if self.pdl else {}
         launch(
             choose, (len(tokens),),
-            logits, self.uniforms, self.settings, self.state, self.limits, self.seen, self.counts, self.positions,
-            places.cos, places.sin, places.rooms, places.slots, places.rotary, tokens, self.face, self.numbers,
-            place, self.face.shape[1], D=places.rotary.shape[2],
+            logits, self.uniforms, self.settings, self.state, self.limits, self.edges, self.seen, self.counts,
+            self.positions, places.cos, places.sin, places.rooms, places.slots, places.rotary, tokens, self.face,
+            self.numbers, self.edges.shape[1], place, self.face.shape[1], D=places.rotary.shape[2],
             V=logits.shape[1], VB=self.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
-            GRAMMAR=choice.grammar, GUIDED=choice.guided, PDL=self.pdl, num_warps=4, **launched,
+            GRAMMAR=choice.grammar, GUIDED=choice.guided, CLOSING=choice.grammar and choice.closing,
+            PDL=self.pdl, num_warps=4, **launched,
         )  # fmt: skip

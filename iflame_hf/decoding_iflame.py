@@ -13,6 +13,7 @@ from transformers.generation import logits_process, stopping_criteria
 from .choosing_iflame import (
     COLUMNS,
     DIGITS,
+    EXPECTED,
     FACES,
     FIRST,
     HIGHEST,
@@ -22,6 +23,7 @@ from .choosing_iflame import (
     RowsBegin,
     Settings,
 )
+from .closing_iflame import expected_vertices, pending_of_rows
 from .conditions_iflame import CONDITIONS, GuidanceLogitsProcessor
 from .engine_iflame import DecodeEngine, Types, give_engine, take_engine, why_no_engine
 from .grammar_iflame import EndFaceCriteria, MeshGrammarLogitsProcessor
@@ -101,6 +103,7 @@ def request_of(
         coordinates=layout.coordinate_resolution + 1,
         end=end if grammar is None else grammar.eos_token_id,
         guided=settings.guidance_scale != 1,
+        closing=settings.closing_strength > 0,
     )
     pad = config._pad_token_tensor
     return DecodeRequest(
@@ -136,7 +139,7 @@ def _settings(processors: Any) -> tuple[Settings, Any]:
         if getattr(processor, "min_tokens_to_keep", 1) != 1:
             raise Unsupported(f"min_tokens_to_keep of {kind.__name__}")
         if kind is MeshGrammarLogitsProcessor:
-            grammar = processor
+            grammar, values["closing_strength"] = processor, float(processor.closing_strength)
         elif kind is GuidanceLogitsProcessor:
             values["guidance_scale"] = float(processor.scale)
         elif kind is logits_process.RepetitionPenaltyLogitsProcessor:
@@ -281,7 +284,12 @@ def rows_begin(
     limits = np.stack([np.full(rows, request.fewest_faces), np.minimum(fitting, request.most_faces)], axis=1)
     seen = np.zeros((rows, config.vocab_size), dtype=bool)
     np.put_along_axis(seen, np.where(ids < config.vocab_size, ids, 0), True, axis=1)
-    return RowsBegin(state, limits, uniforms, seen)
+    edges = np.zeros((rows, 0), dtype=np.int64)
+    if request.choice.closing:
+        faces = ids[:, : length - open_tokens].reshape(rows, -1, 3, 3) @ ranks
+        edges = pending_of_rows(faces, state[:, FACES], levels**3)
+        state[:, EXPECTED:] = expected_vertices(edges, state[:, LOWEST : HIGHEST + 1], levels**3)
+    return RowsBegin(state, limits, uniforms, seen, edges)
 
 
 class _Reader:

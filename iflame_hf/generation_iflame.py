@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -31,14 +32,21 @@ from .versions_iflame import CACHE_NAME, with_own_cache_name
 logger = logging.get_logger(__name__)
 
 # What a generation config says of meshes, and what counts where it does not.
-OWN_SETTINGS = {"mesh_grammar": True, "min_faces": 0, "max_faces": None, "kv_cache_dtype": None}
+OWN_SETTINGS = {
+    "mesh_grammar": True,
+    "min_faces": 0,
+    "max_faces": None,
+    "kv_cache_dtype": None,
+    "closing_strength": 0.0,
+}
 
 
 class IFlameGenerationMixin(GenerationMixin):
     """transformers' generate() for meshes.
 
     Every row becomes a mesh: `MeshGrammarLogitsProcessor` leaves only tokens with which it is one, of `min_faces` to
-    `max_faces` faces, and a row ends with its whole end face. `generate(mesh_grammar=False)` leaves that out.
+    `max_faces` faces, and a row ends with its whole end face. `closing_strength` favours tokens that close the lowest
+    open edge, by so many nats. `generate(mesh_grammar=False)` leaves all of that out.
 
     A decode engine serves greedy search and sampling on a CUDA device and on a CPU; what it does not do is computed by
     transformers' own loop, with a warning that names it. `cache_implementation="dynamic"` asks for that loop.
@@ -110,6 +118,7 @@ class IFlameGenerationMixin(GenerationMixin):
             setattr(prepared, name, next((value for value in values if value is not None), None))
         _check_faces(prepared.min_faces, prepared.max_faces)
         check_kv_cache_dtype(prepared.kv_cache_dtype)
+        _check_closing_strength(prepared.closing_strength)
         return prepared, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
@@ -144,6 +153,7 @@ class IFlameGenerationMixin(GenerationMixin):
             generation_config.min_faces,
             generation_config.max_faces,
             generation_config.max_length,
+            generation_config.closing_strength,
         )
         # The last of the user's own, which stand before temperature and the like.
         given["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or []), grammar])
@@ -322,6 +332,11 @@ def _check_faces(fewest: Any, most: Any) -> None:
             raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
     if most is not None and fewest > most:
         raise ValueError(f"min_faces={fewest} is more than max_faces={most}")
+
+
+def _check_closing_strength(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"closing_strength must be a number of nats from 0 on, got {value!r}")
 
 
 def _goes_on(model_kwargs: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from .closing_iflame import expected_token, expected_vertices, pending_edges
 from .format_iflame import MeshFormat
 from .layout_iflame import not_whole_faces
 
@@ -112,6 +113,8 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         begins: (B,) where the start face of each row begins, behind padding.
         min_faces, max_faces: fewest and most faces of a mesh.
         max_length: tokens at which rows are cut off: the end comes before a face that would not be whole.
+        closing_strength: nats by which scores of tokens are lowered that leave the lowest open edge open, where it can
+            be closed (`closing_iflame`).
     """
 
     def __init__(
@@ -122,15 +125,19 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         min_faces: int = 0,
         max_faces: int | None = None,
         max_length: int | None = None,
+        closing_strength: float = 0.0,
     ):
         self.layout, self.vocab_size, self.begins = layout, vocab_size, begins
         self.min_faces, self.max_faces, self.max_length = min_faces, max_faces, max_length
+        self.closing_strength = closing_strength
         self.levels = layout.coordinate_resolution + 1
         self.eos_token_id = layout.eos_token_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, V) with -inf for what must not follow the ids (B, T)."""
         allowed = self.allowed(input_ids)
+        if self.closing_strength:
+            scores = self._closing(input_ids, scores)
         left = scores.masked_fill(~allowed, -torch.inf)
         nothing = (left.amax(dim=1, keepdim=True) == -torch.inf) & allowed
         return left.masked_fill(nothing, 0.0)
@@ -177,6 +184,30 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         allowed[:, :levels] = coordinates
         allowed[:, self.eos_token_id] = is_last | (faces >= self.min_faces) | ~coordinates.any(dim=1)
         return allowed
+
+    def _closing(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, V), lower where a token leaves the lowest open edge open."""
+        face, levels, ids = self.layout.tokens_per_face, self.levels, input_ids.cpu().numpy()
+        rows, length = ids.shape
+        place, last_rank = length % face, levels**3 - 1
+        begins = self.begins.cpu().numpy().repeat(rows // len(self.begins))
+        lowered = scores.clone()
+        for row, begin in enumerate(begins):
+            sequence, made = np.split(ids[row, begin + face :], [length - place - begin - face])
+            if len(sequence) == 0 or (sequence >= levels).any():
+                continue
+            faces = sequence.reshape(-1, 3, 3) @ (levels ** np.arange(3))
+            last = np.sort(faces[-1])
+            expected = expected_vertices(pending_edges(faces, last_rank + 1)[None], last[None], last_rank + 1)[0]
+            first, second = (_number(made[at : at + 3].tolist(), levels) for at in (0, 3))
+            needed = max(self.min_faces - len(faces) - 1, 0)
+            interval = row_interval(last.tolist(), first, second, place // 3, last_rank, needed)
+            digits = _number(made[place // 3 * 3 :].tolist(), levels)
+            token = expected_token(expected.tolist(), first, digits, place, interval, levels)
+            if token is not None:
+                lowered[row] -= self.closing_strength
+                lowered[row, token] = scores[row, token]
+        return lowered
 
 
 class EndFaceCriteria(EosTokenCriteria):

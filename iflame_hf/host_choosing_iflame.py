@@ -9,6 +9,7 @@ from .choosing_iflame import (
     COLUMNS,
     DIGITS,
     ENDED,
+    EXPECTED,
     FACES,
     FIRST,
     HIGHEST,
@@ -19,6 +20,7 @@ from .choosing_iflame import (
     RowsBegin,
     Settings,
 )
+from .closing_iflame import NO_EDGE, edge_keys, expected_token, expected_vertices, follow_face
 from .grammar_iflame import row_interval
 
 # B rows, V token ids, L coordinates of the grid
@@ -42,6 +44,7 @@ class HostChooser:
         self.state = np.zeros((rows, COLUMNS), dtype=np.int64)
         self.limits = np.zeros((rows, 2), dtype=np.int64)
         self.seen = np.zeros((rows, vocabulary), dtype=bool)
+        self.edges = np.full((rows, 3 * (numbers // face)), NO_EDGE)
         self.counts = np.zeros(rows, dtype=np.int64)
         # The choices of a face by their place in it, and whether logits were no numbers.
         self.face = np.zeros((rows, face + 1), dtype=np.int64)
@@ -57,6 +60,8 @@ class HostChooser:
         self.state[rows], self.limits[rows] = begin.state, begin.limits
         self.uniforms[rows, : begin.uniforms.shape[1]] = begin.uniforms
         self.seen[rows] = begin.seen
+        self.edges[rows] = NO_EDGE
+        self.edges[rows, : begin.edges.shape[1]] = begin.edges
         self.counts[rows] = chosen
         self.face[rows] = 0
 
@@ -79,7 +84,7 @@ class HostChooser:
             self.face[wrong, -1] = 1
             scores[wrong] = best[wrong] = 0.0
         if choice.grammar:
-            self._forbid(choice, place)
+            self._forbid(choice, scores, place)
             np.copyto(scores, -np.inf, where=self.forbidden)
             best = scores.max(axis=1)
         if best.min() == -np.inf:
@@ -104,18 +109,19 @@ class HostChooser:
             self._follow(choice, chosen, place)
         tokens.numpy()[...] = chosen
 
-    def _forbid(self, choice: Choice, place: int) -> None:
-        """Which tokens must not follow: what `grammar_iflame` does, in whole numbers row by row, of which there are
-        few."""
+    def _forbid(self, choice: Choice, scores: np.ndarray, place: int) -> None:
+        """Which tokens must not follow, and lower `scores` (B, V) of what leaves an edge open: as `grammar_iflame`, in
+        whole numbers row by row, of which there are few."""
         levels, digit = choice.coordinates, place % 3
         step, period, last = levels**digit, levels ** (digit + 1), levels**3 - 1
         self.forbidden[:, :levels] = False
         self.forbidden[:, levels:] = True
-        rows = zip(self.forbidden, self.state.tolist(), self.limits.tolist(), strict=True)
-        for forbidden, state, (fewest, most) in rows:
+        rows = zip(self.forbidden, scores, self.state.tolist(), self.limits.tolist(), strict=True)
+        for forbidden, of_row, state, (fewest, most) in rows:
             faces, digits = state[FACES], state[DIGITS] if digit else 0
             previous, needed = state[LOWEST : HIGHEST + 1], max(fewest - faces - 1, 0)
-            low, high, excluded = row_interval(previous, state[FIRST], state[SECOND], place // 3, last, needed)
+            interval = row_interval(previous, state[FIRST], state[SECOND], place // 3, last, needed)
+            low, high, excluded = interval
             if digit == 2:
                 # Each last digit makes one rank: those within the interval lie side by side.
                 forbidden[: max(0, -((digits - low) // step))] = True
@@ -127,6 +133,10 @@ class HostChooser:
                 candidate = low + (digits + np.arange(levels) * step - low) % period
                 candidate += np.where(candidate == excluded, period, 0)
                 forbidden[:levels] = candidate > high
+            if choice.closing:
+                token = expected_token(state[EXPECTED:], state[FIRST], digits, place, interval, levels)
+                if token is not None:
+                    of_row[np.arange(self.vocabulary) != token] -= self.settings.closing_strength
             if place == 0:
                 may_end = faces >= min(fewest, most) or forbidden[:levels].all()
                 if faces >= most:
@@ -175,4 +185,14 @@ class HostChooser:
             state[:, LOWEST] = np.where(going, state[:, FIRST], state[:, LOWEST])
             state[:, MIDDLE] = np.where(going, pair[:, 0], state[:, MIDDLE])
             state[:, HIGHEST] = np.where(going, pair[:, 1], state[:, HIGHEST])
+            if choice.closing:
+                self._follow_edges(choice, np.flatnonzero(going))
             state[:, FACES] += going
+
+    def _follow_edges(self, choice: Choice, rows: np.ndarray) -> None:
+        state, ranks = self.state[rows], choice.coordinates**3
+        width = 3 * (int(state[:, FACES].max(initial=0)) + 1)
+        edges = self.edges[rows, :width]
+        follow_face(edges, state[:, FACES], edge_keys(state[:, [FIRST, SECOND, DIGITS]], ranks))
+        self.edges[rows, :width] = edges
+        self.state[rows, EXPECTED:] = expected_vertices(edges, state[:, LOWEST : HIGHEST + 1], ranks)

@@ -298,6 +298,7 @@ def _first_token(
     rows = len(logits)
     chooser = HostChooser(rows, start.uniforms.shape[1], config.vocab_size, config.tokens_per_face, torch.zeros(rows))
     chooser.set(request.settings)
+    start = start._replace(edges=start.edges[:, :0])  # what they lead to stands in the state
     chooser.begin(torch.arange(rows), RowsBegin(*(np.repeat(each, rows, axis=0) for each in start)))
     tokens = torch.zeros(rows, dtype=torch.long)
     chooser.choose(request.choice, torch.from_numpy(logits), tokens, 0, False)

@@ -44,7 +44,7 @@ def step(rows: str, dtype: str, pdl: str, kv_cache_dtype: str | None = None) -> 
     with compiled_ahead():
         for place in range(9):
             steps.step(place)
-            how = Choice(True, True, False, True, 129, 131)
+            how = Choice(True, True, False, True, 129, 131, closing=True)
             chooser.choose(how, steps.logits, torch.zeros(rows, dtype=torch.long), place, True)
     return compiled(kernels_iflame, attention_kernels_iflame, choose=choose)
 

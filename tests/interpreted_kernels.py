@@ -14,7 +14,18 @@ from transformers.generation.logits_process import (
 )
 
 from iflame_hf import StaticIFlameCache
-from iflame_hf.choosing_iflame import Choice, KernelChooser, Places, RowsBegin, Settings
+from iflame_hf.choosing_iflame import (
+    COLUMNS,
+    EXPECTED,
+    FACES,
+    LOWEST,
+    Choice,
+    KernelChooser,
+    Places,
+    RowsBegin,
+    Settings,
+)
+from iflame_hf.closing_iflame import NO_EDGE, edge_keys
 from iflame_hf.host_choosing_iflame import HostChooser
 from iflame_hf.packing_iflame import pack_weights
 from iflame_hf.steps_iflame import KernelSteps, Product, Tiles
@@ -59,11 +70,11 @@ def choosers(rows, numbers, begin, settings):
 
 
 def fresh(rows, numbers, seen=None, limits=(0, 100)):
-    state = np.zeros((rows, 8), dtype=np.int64)
-    state[:, 0] = -1
+    state = np.zeros((rows, COLUMNS), dtype=np.int64)
+    state[:, [LOWEST, EXPECTED, EXPECTED + 1, EXPECTED + 2]] = -1
     uniforms = np.random.default_rng(0).random((rows, numbers))
     seen = np.zeros((rows, 132), dtype=bool) if seen is None else seen
-    return RowsBegin(state, np.tile(limits, (rows, 1)), uniforms, seen)
+    return RowsBegin(state, np.tile(limits, (rows, 1)), uniforms, seen, np.zeros((rows, 0), dtype=np.int64))
 
 
 def choice():
@@ -139,6 +150,39 @@ def grammar():
     return "as it should be"
 
 
+def closing():
+    """The kernel and its twin close the same edges, also such as lie in later blocks than the first."""
+    rows, faces, before = 6, 14, 400
+    begin = fresh(rows, 9 * (faces + before), limits=(0, 10000))
+    random = torch.Generator().manual_seed(2)
+    # Every edge on four coordinates lies, in one direction or both, anywhere among those of faces before.
+    keys = edge_keys(np.random.default_rng(2).integers(0, 64, (rows, before, 3)), 64) // 2
+    low, high = np.divmod(keys.reshape(rows, -1), 64)
+    grid = np.stack(np.unravel_index(np.arange(64), (4, 4, 4)), axis=1) @ (129 ** np.arange(3))
+    sides = np.stack([grid[low], grid[high]], axis=-1)
+    sides = sides[..., 0].clip(max=sides.max(axis=-1)), sides.max(axis=-1), sides.min(axis=-1)
+    begin = begin._replace(edges=(sides[2] * 129**3 + sides[1]) * 2 + (np.arange(3 * before) % 2))
+    begin.state[:, FACES] = before
+    how = Choice(True, False, False, True, 129, 131, closing=True)
+    both = choosers(rows, 9 * (faces + before), begin, Settings(closing_strength=3.0))
+    tokens = [torch.zeros(rows, dtype=torch.long) for _ in both]
+    closed = expected = 0
+    for place in range(9 * faces):
+        logits = torch.randn(rows, 132, generator=random)
+        logits[:, :4] += 8
+        for chooser, chosen in zip(both, tokens, strict=True):
+            chooser.choose(how, logits, chosen, place % 9, True)
+        assert torch.equal(*tokens), place
+        if place % 9 == 8:
+            assert np.array_equal(np.asarray(both[0].state), both[1].state)
+            width = 3 * both[1].state[:, FACES].max()
+            assert np.array_equal(np.asarray(both[0].edges)[:, :width], both[1].edges[:, :width])
+            expected += (both[1].state[:, EXPECTED] >= 0).sum()
+            closed = (both[1].edges[:, 1024 : 3 * before] == NO_EDGE).sum()
+    assert closed and expected > 3 * rows
+    return "as it should be"
+
+
 if __name__ == "__main__":
     make_quick()
-    serve({"step": step, "choice": choice, "grammar": grammar})
+    serve({"step": step, "choice": choice, "grammar": grammar, "closing": closing})
