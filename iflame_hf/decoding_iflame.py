@@ -143,7 +143,8 @@ def _settings(processors: Any) -> tuple[Settings, Any]:
         elif kind is GuidanceLogitsProcessor:
             values["guidance_scale"] = float(processor.scale)
         elif kind is logits_process.RepetitionPenaltyLogitsProcessor:
-            if getattr(processor, "prompt_ignore_length", None):
+            ignored = getattr(processor, "prompt_ignore_length", None)  # of padded rows a tensor
+            if ignored is not None and torch.as_tensor(ignored).any():
                 raise Unsupported("prompt_ignore_length of RepetitionPenaltyLogitsProcessor")
             values["repetition_penalty"] = float(processor.penalty)
         else:

@@ -132,7 +132,8 @@ def test_the_engines_tokens_are_those_of_the_plain_loop(model, engines, options)
         assert torch.equal(found, plain)
         without = model.generate(part, attention_mask=mask, **{**options, "closing_strength": 0.0})
         assert found.shape != without.shape or not torch.equal(found, without), "the bias changes nothing"
-    assert len(engines) == 4
+    # Of padded rows the penalty is not for engines.
+    assert len(engines) == (2 if "repetition_penalty" in options else 4)
 
 
 def test_a_strong_bias_makes_every_face_go_on_from_the_lowest_open_edge(model):

@@ -60,6 +60,15 @@ def test_its_tokens_are_those_of_the_plain_loop(model, engines, rows, options, g
     assert len(engines) == 1 and found.shape[1] > prompt.shape[1]
 
 
+def test_a_repetition_penalty_of_padded_prompts_is_left_to_the_plain_loop(model, engines):
+    prompt = torch.tensor([[PAD] * 9 + [BOS] * 9, [BOS] * 9 + list(range(3, 12))])
+    options = {"do_sample": False, "repetition_penalty": 1.4, "max_faces": 4}
+    found = model.generate(prompt, attention_mask=(prompt != PAD).long(), **options)
+    alone = model.generate(prompt[:1, 9:], **options)
+    assert torch.equal(found[:1, 9 : 9 + alone.shape[1]], alone)
+    assert len(engines) == 1, "the prompt without padding"
+
+
 def test_greedy_tokens_are_the_plain_loops_for_a_long_time(model):
     options = {"do_sample": False, "min_faces": 150, "max_faces": 150}
     found = model.generate(**options)
