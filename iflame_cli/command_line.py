@@ -214,6 +214,12 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
     parser.add_argument("--top-p", type=_number(0, 1, above=True), metavar="P", help="from the likeliest share P only")
     parser.add_argument("--top-k", type=_whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")
     parser.add_argument(
+        "--closing-strength",
+        type=_number(0),
+        metavar="L",
+        help="lower by L nats what leaves edges open; 4 is a good one",
+    )
+    parser.add_argument(
         "--max-faces",
         type=_whole(1),
         metavar="N",

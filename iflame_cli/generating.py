@@ -26,6 +26,7 @@ RECORDED_OPTIONS = (
     "temperature",
     "top_p",
     "top_k",
+    "closing_strength",
     "max_faces",
     "category",
     "num_faces",

@@ -26,14 +26,23 @@ def _close_one(keys, slots, key, is_closed):
 
 
 @_jit
-def _follow_face(edges_ptr, expected_ptr, faces, first, second, third, RANKS: tl.constexpr):
+def _lowest(keys, least, WAY: tl.constexpr):
+    """The lowest key from `least` on of edges that run up (0) or down (1)."""
+    ABOVE_ALL: tl.constexpr = 9223372036854775807
+    return tl.where((keys >= least) & (keys % 2 == WAY), keys, ABOVE_ALL)
+
+
+@_jit
+def _follow_face(
+    edges_ptr, expected_ptr, faces, fan, first, second, third, RANKS: tl.constexpr, LARGEST_FAN: tl.constexpr
+):
     """`closing_iflame.follow_face` of one face more than `faces`, and then its `expected_vertices`."""
     BLOCK: tl.constexpr = 1024
     ABOVE_ALL: tl.constexpr = 9223372036854775807
     key_a, key_b = _edge_key(first, second, RANKS), _edge_key(second, third, RANKS)
     key_c = _edge_key(third, first, RANKS)
     least = (first.to(tl.int64) * RANKS + tl.minimum(second, third).to(tl.int64)) * 2
-    lowest = tl.full((), ABOVE_ALL, tl.int64)
+    up, down = tl.full((), ABOVE_ALL, tl.int64), tl.full((), ABOVE_ALL, tl.int64)
     closed_a, closed_b, closed_c = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     for begin in range(0, 3 * faces, BLOCK):
         slots = begin + tl.arange(0, BLOCK)
@@ -43,18 +52,24 @@ def _follow_face(edges_ptr, expected_ptr, faces, first, second, third, RANKS: tl
         keys, closed_b = _close_one(keys, slots, key_b, closed_b)
         keys, closed_c = _close_one(keys, slots, key_c, closed_c)
         tl.store(edges_ptr + slots, keys, mask=inside & (keys != before))
-        lowest = tl.minimum(lowest, tl.min(tl.where(keys >= least, keys, ABOVE_ALL), axis=0))
+        up = tl.minimum(up, tl.min(_lowest(keys, least, 0), axis=0))
+        down = tl.minimum(down, tl.min(_lowest(keys, least, 1), axis=0))
     key_a, key_b = tl.where(closed_a != 0, -1, key_a), tl.where(closed_b != 0, -1, key_b)
     key_c = tl.where(closed_c != 0, -1, key_c)
     to = edges_ptr + 3 * faces
     tl.store(to, key_a)
     tl.store(to + 1, key_b)
     tl.store(to + 2, key_c)
-    lowest = tl.minimum(lowest, tl.where(key_a >= least, key_a, ABOVE_ALL))
-    lowest = tl.minimum(lowest, tl.where(key_b >= least, key_b, ABOVE_ALL))
-    lowest = tl.minimum(lowest, tl.where(key_c >= least, key_c, ABOVE_ALL))
-    is_one, runs_down = lowest < ABOVE_ALL, lowest % 2 == 1
-    other = (lowest // 2 % RANKS).to(tl.int32)
-    tl.store(expected_ptr, tl.where(is_one, (lowest // 2 // RANKS).to(tl.int32), -1))
-    tl.store(expected_ptr + 1, tl.where(is_one & runs_down, other, -1))
-    tl.store(expected_ptr + 2, tl.where(is_one & (lowest % 2 == 0), other, -1))
+    up = tl.minimum(tl.minimum(up, _lowest(key_a, least, 0)), _lowest(key_b, least, 0))
+    up = tl.minimum(up, _lowest(key_c, least, 0))
+    down = tl.minimum(tl.minimum(down, _lowest(key_a, least, 1)), _lowest(key_b, least, 1))
+    down = tl.minimum(down, _lowest(key_c, least, 1))
+    lowest = tl.minimum(up, down)
+    begins = lowest // 2 // RANKS
+    closes_fan = (fan >= LARGEST_FAN) & (begins == first)
+    is_second = (down < up) | (closes_fan & (down // 2 // RANKS == begins))
+    is_third = (up < down) | (closes_fan & (up // 2 // RANKS == begins))
+    is_one = lowest < ABOVE_ALL
+    tl.store(expected_ptr, tl.where(is_one, begins.to(tl.int32), -1))
+    tl.store(expected_ptr + 1, tl.where(is_one & is_second, (down // 2 % RANKS).to(tl.int32), -1))
+    tl.store(expected_ptr + 2, tl.where(is_one & is_third, (up // 2 % RANKS).to(tl.int32), -1))

@@ -18,6 +18,7 @@ from iflame_hf.choosing_iflame import (
     COLUMNS,
     EXPECTED,
     FACES,
+    FAN,
     LOWEST,
     Choice,
     KernelChooser,
@@ -155,18 +156,16 @@ def closing():
     rows, faces, before = 6, 14, 400
     begin = fresh(rows, 9 * (faces + before), limits=(0, 10000))
     random = torch.Generator().manual_seed(2)
-    # Every edge on four coordinates lies, in one direction or both, anywhere among those of faces before.
-    keys = edge_keys(np.random.default_rng(2).integers(0, 64, (rows, before, 3)), 64) // 2
-    low, high = np.divmod(keys.reshape(rows, -1), 64)
-    grid = np.stack(np.unravel_index(np.arange(64), (4, 4, 4)), axis=1) @ (129 ** np.arange(3))
-    sides = np.stack([grid[low], grid[high]], axis=-1)
-    sides = sides[..., 0].clip(max=sides.max(axis=-1)), sides.max(axis=-1), sides.min(axis=-1)
-    begin = begin._replace(edges=(sides[2] * 129**3 + sides[1]) * 2 + (np.arange(3 * before) % 2))
+    # Faces of four coordinates, whose edges will be met again, on both sides of the first 1,024 places.
+    vertices = np.random.default_rng(2).integers(0, 4, (rows, before, 3, 3)) @ (129 ** np.arange(3))
+    begin = begin._replace(edges=edge_keys(vertices, 129**3).reshape(rows, -1))
     begin.state[:, FACES] = before
+    begin.state[:, FAN] = 15
+    begin.state[:, [LOWEST, EXPECTED]] = 0
     how = Choice(True, False, False, True, 129, 131, closing=True)
-    both = choosers(rows, 9 * (faces + before), begin, Settings(closing_strength=3.0))
+    both = choosers(rows, 9 * (faces + before), begin, Settings(closing_strength=6.0))
     tokens = [torch.zeros(rows, dtype=torch.long) for _ in both]
-    closed = expected = 0
+    closed, expected, fans = 0, np.zeros(3), 0
     for place in range(9 * faces):
         logits = torch.randn(rows, 132, generator=random)
         logits[:, :4] += 8
@@ -177,9 +176,10 @@ def closing():
             assert np.array_equal(np.asarray(both[0].state), both[1].state)
             width = 3 * both[1].state[:, FACES].max()
             assert np.array_equal(np.asarray(both[0].edges)[:, :width], both[1].edges[:, :width])
-            expected += (both[1].state[:, EXPECTED] >= 0).sum()
+            expected += (both[1].state[:, EXPECTED:] >= 0).sum(axis=0)
+            fans += ((both[1].state[:, FAN] >= 16) & (both[1].state[:, EXPECTED:] >= 0).all(axis=1)).sum()
             closed = (both[1].edges[:, 1024 : 3 * before] == NO_EDGE).sum()
-    assert closed and expected > 3 * rows
+    assert closed and expected[0] > 3 * rows and expected.all() and fans, (closed, expected, fans)
     return "as it should be"
 
 

@@ -45,7 +45,7 @@ from training.evaluation.samples import Generated, generate
 from training.evaluation.soundness import soundness
 from training.rows.meshes import ParquetMeshes
 from training.run.ending import ends_in_words
-from training.sampling.options import DTYPES, Parser, number, whole
+from training.sampling.options import DTYPES, Parser, number, scale, whole
 from training.sampling.settings import digest_of
 
 HALF = "first"
@@ -89,6 +89,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--top_k", type=whole(0), metavar="K", **several, help="values to try; 0: from all tokens")
     add("--top_p", type=number(1), metavar="P", **several, help="values to try")
     add("--min_p", type=_share, metavar="P", **several, help="values to try; 0: without")
+    add("--closing_strength", type=scale, metavar="L", **several, help="values to try; 0: without")
     add("--mesh_grammar", type=_switch, metavar="on|off", **several, help="values to try")
     add("--best_of", type=whole(1), metavar="N", **several, help="values to try: draw N meshes, keep the best")
     add("--product", action="store_true", help="all combinations (default: from the model's own settings on, which "
@@ -163,7 +164,14 @@ def choose(options: argparse.Namespace, split: str, files: list[str]) -> dict[st
 def base_setting(generator: Any) -> Setting:
     """A value of each of FACTORS: the model's own, and one mesh of each seed."""
     own = generator.model.generation_config.to_diff_dict()
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "mesh_grammar": False}
+    defaults = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "closing_strength": 0.0,
+        "mesh_grammar": False,
+    }
     known = {name: default if own.get(name) is None else own[name] for name, default in defaults.items()}
     return {**known, "best_of": 1}
 

@@ -80,7 +80,7 @@ def card_section(results: dict[str, Any]) -> str:
     settings, generated = results["settings"], next(iter(results["samples"].values()))
     drawn = ", ".join(
         f"{name.replace('_', ' ')} {settings[name]:g}"
-        for name in ("temperature", "top_p", "top_k", "min_p")
+        for name in ("temperature", "top_p", "top_k", "min_p", "closing_strength")
         if settings.get(name)
     )
     how = f"drawn with {drawn} in {settings['dtype']}" if settings["samples"] is None else "read from files"

@@ -332,7 +332,9 @@ def _how_sampled(model: PreTrainedModel) -> str:
     config = model.generation_config
     if not config.do_sample:
         return ""
-    set_to = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k", "min_p")}
+    set_to = {
+        name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k", "min_p", "closing_strength")
+    }
     given = ", ".join(f"`{name}={value:g}`" for name, value in set_to.items() if value)
     grammar = ", only tokens that can follow in a mesh (`mesh_grammar=True`)" if config.mesh_grammar else ""
     return (

@@ -8,7 +8,7 @@ import torch
 
 from iflame_hf.conditions_iflame import asked_conditions
 
-SAMPLING_SETTINGS = ("min_faces", "max_faces", "temperature", "top_k", "top_p", "kv_cache_dtype")
+SAMPLING_SETTINGS = ("min_faces", "max_faces", "temperature", "top_k", "top_p", "closing_strength", "kv_cache_dtype")
 
 ASKED_SETTINGS = ("category", "num_faces", "guidance_scale")
 
@@ -17,12 +17,15 @@ def sampling_settings(options: argparse.Namespace, generator: Any) -> dict[str, 
     """The SAMPLING_SETTINGS for `generate_meshes`, with the model's own values where `options` give nothing."""
     own = generator.model.generation_config
     top_k = own.to_diff_dict().get("top_k", 0) if options.top_k is None else options.top_k
+    own_strength = getattr(own, "closing_strength", 0.0)
+    strength = own_strength if options.closing_strength is None else options.closing_strength
     return {
         "min_faces": options.min_faces,
         "max_faces": options.max_faces or generator.default_max_faces,
         "temperature": options.temperature or own.temperature or 1.0,
         "top_k": top_k,
         "top_p": options.top_p or own.top_p or 1.0,
+        "closing_strength": strength,
         "kv_cache_dtype": options.kv_cache_dtype or getattr(own, "kv_cache_dtype", None),
     }
 
