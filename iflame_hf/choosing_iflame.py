@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .closing_iflame import LARGEST_FAN
 from .closing_kernels_iflame import _follow_face
 from .kernels_iflame import _jit, _wait, launch
 
@@ -24,11 +23,11 @@ except ImportError:  # optional
 
 # B rows, V token ids, L coordinates of the grid
 
-# What is carried of each row, by column of a table (B, 12) int32: ranks of the last face's vertices in order, of the
-# open face's first two vertices, the digits of its open vertex, whole faces, whether the mesh has ended, how many of
-# the last faces begin with the same vertex, and from EXPECTED on three ranks of `closing_iflame.expected_vertices`.
-LOWEST, MIDDLE, HIGHEST, FIRST, SECOND, DIGITS, FACES, ENDED, FAN, EXPECTED = range(10)
-COLUMNS = 12
+# What is carried of each row, by column of a table (B, 11) int32: ranks of the last face's vertices in order, of the
+# open face's first two vertices, the digits of its open vertex, whole faces, whether the mesh has ended, and from
+# EXPECTED on three ranks of `closing_iflame.expected_vertices`.
+LOWEST, MIDDLE, HIGHEST, FIRST, SECOND, DIGITS, FACES, ENDED, EXPECTED = range(9)
+COLUMNS = 11
 
 
 class Choice(NamedTuple):
@@ -60,7 +59,7 @@ def choose(
     logits_ptr,  # (B, V) float32
     uniform_ptr,  # (B, numbers) float32 within [0, 1)
     settings_ptr,  # (7,) float32
-    state_ptr,  # (B, 12) int32
+    state_ptr,  # (B, 11) int32
     limits_ptr,  # (B, 2) int32: fewest and most faces
     edges_ptr,  # (B, edges) int64: keys of pending edges or -1, three for each face
     seen_ptr,  # (B, VB) int8: whether a token is among the ids so far
@@ -89,7 +88,6 @@ def choose(
     GRAMMAR: tl.constexpr,
     GUIDED: tl.constexpr,
     CLOSING: tl.constexpr,
-    FAN_LIMIT: tl.constexpr,  # LARGEST_FAN
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -111,7 +109,7 @@ def choose(
         tl.store(to + D // 2, tl.load(sin_ptr + item * (D // 2) + half))
     count = tl.load(count_ptr + row)
     uniform = tl.load(uniform_ptr + row.to(tl.int64) * numbers + tl.minimum(count, numbers - 1))
-    table = state_ptr + row * 12
+    table = state_ptr + row * 11
     ended = tl.load(table + 7)
     lowest, middle, highest = tl.load(table), tl.load(table + 1), tl.load(table + 2)
     first, second, digits = tl.load(table + 3), tl.load(table + 4), tl.load(table + 5)
@@ -120,7 +118,7 @@ def choose(
     top_p, min_p, penalty = tl.load(settings_ptr + 2), tl.load(settings_ptr + 3), tl.load(settings_ptr + 4)
     fewest, most = tl.load(limits_ptr + row * 2), tl.load(limits_ptr + row * 2 + 1)
     if CLOSING:
-        expected, expected_first = tl.load(table + 9 + place // 3), tl.load(table + 9)
+        expected, expected_first = tl.load(table + 8 + place // 3), tl.load(table + 8)
         strength = tl.load(settings_ptr + 6)
     _wait(PDL)
     if GUIDED:
@@ -216,9 +214,7 @@ def choose(
             if CLOSING:
                 if whole:
                     of_row = edges_ptr + row.to(tl.int64) * edges
-                    fan = tl.where(first == lowest, tl.load(table + 8), 0) + 1
-                    tl.store(table + 8, fan)
-                    _follow_face(of_row, table + 9, faces, fan, first, second, digits, L * L * L, FAN_LIMIT)
+                    _follow_face(of_row, table + 8, faces, first, second, digits, L * L * L)
 
 
 class Settings(NamedTuple):
@@ -236,7 +232,7 @@ class Settings(NamedTuple):
 class RowsBegin(NamedTuple):
     """What rows begin with."""
 
-    state: np.ndarray  # (R, 12), as the columns above say
+    state: np.ndarray  # (R, 11), as the columns above say
     limits: np.ndarray  # (R, 2): fewest and most faces
     uniforms: np.ndarray  # (R, numbers) float64 within [0, 1): what chooses each token
     seen: np.ndarray  # (R, V) whether a token is among the ids so far
@@ -349,5 +345,5 @@ class KernelChooser:
             V=logits.shape[1], VB=self.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
             GRAMMAR=choice.grammar, GUIDED=choice.guided, CLOSING=choice.grammar and choice.closing,
-            FAN_LIMIT=LARGEST_FAN, PDL=self.pdl, num_warps=4, **launched,
+            PDL=self.pdl, num_warps=4, **launched,
         )  # fmt: skip

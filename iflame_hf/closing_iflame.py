@@ -3,8 +3,11 @@ Which vertices the next face of a mesh should have so that no edge stays open: a
 
 A directed edge is pending as long as more faces run along it than the other way. Faces stand in the order of their
 lowest, then of their middle vertex: so the lowest pending edge is the first one that can no longer be closed, and the
-next face should begin with its lower vertex and run along it the other way. Its other vertex is free, unless so many
-faces have begun with the same one that their fan should be closed: left to itself a model may not end it.
+next face should begin with its lower vertex and run along it the other way. Its other vertex is free.
+
+A face has one edge to its first vertex and one from it, so it closes an edge of that vertex by opening another, or
+closes one of either direction. Where the lowest vertex has pending edges of one direction alone, one of them has to
+stay open, and nothing is expected: else a fan of faces would go on for ever.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import numpy as np
 # B rows, F faces, E edges; a rank is the place of a vertex in the order of vertices
 
 NO_EDGE = -1
-LARGEST_FAN = 16  # faces that begin with one vertex; of 99 % of artists' meshes none has more than 17
 _ABOVE_ALL = np.iinfo(np.int64).max
 
 
@@ -38,18 +40,15 @@ def pending_edges(faces: np.ndarray, ranks: int) -> np.ndarray:
     return np.repeat(edges * 2 + (surplus < 0), np.abs(surplus))
 
 
-def pending_of_rows(faces: np.ndarray, counts: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """`pending_edges` of the last `counts` (B,) of faces (B, F, 3) of each row, filled up with NO_EDGE to (B, 3 x the
-    largest count), and `fan_of` them (B,)."""
+def pending_of_rows(faces: np.ndarray, counts: np.ndarray, ranks: int) -> np.ndarray:
+    """`pending_edges` of the last `counts` (B,) of faces (B, F, 3) of each row, filled up with NO_EDGE: (B, 3 x the
+    largest count)."""
     counts = counts.clip(min=0)
     edges = np.full((len(faces), 3 * int(counts.max(initial=0))), NO_EDGE, dtype=np.int64)
-    fans = np.zeros(len(faces), dtype=np.int64)
     for row, (of_row, count) in enumerate(zip(faces, counts.tolist(), strict=True)):
-        of_row = of_row[len(of_row) - count :]
-        pending = pending_edges(of_row, ranks)
+        pending = pending_edges(of_row[len(of_row) - count :], ranks)
         edges[row, : len(pending)] = pending
-        fans[row] = fan_of(of_row)
-    return edges, fans
+    return edges
 
 
 def follow_face(edges: np.ndarray, faces: np.ndarray, made: np.ndarray) -> None:
@@ -70,19 +69,13 @@ def follow_face(edges: np.ndarray, faces: np.ndarray, made: np.ndarray) -> None:
         edges[rows, 3 * faces + side] = np.where(closes, NO_EDGE, keys)
 
 
-def fan_of(faces: np.ndarray) -> int:
-    """How many faces of (F, 3) begin with the same vertex as the last: faces in order, so that they stand together."""
-    return int((faces[:, 0] == faces[-1, 0]).sum()) if len(faces) else 0
-
-
-def expected_vertices(edges: np.ndarray, last: np.ndarray, fans: np.ndarray, ranks: int) -> np.ndarray:
+def expected_vertices(edges: np.ndarray, last: np.ndarray, ranks: int) -> np.ndarray:
     """
     The ranks (B, 3) that the vertices of the next face should have, -1 where a vertex is free.
 
     Args:
         edges: (B, E) keys of pending edges and NO_EDGE.
         last: (B, 3) ranks of the last face in order; the first is -1 where there is none.
-        fans: (B,) faces up to the last that begin with its first vertex.
     """
     # Of a lower edge every face would stand before the last one.
     least = np.maximum(2 * (last[:, :1].astype(np.int64) * ranks + last[:, 1:2]), 0)
@@ -90,14 +83,11 @@ def expected_vertices(edges: np.ndarray, last: np.ndarray, fans: np.ndarray, ran
         np.where((edges >= least) & (edges % 2 == way), edges, _ABOVE_ALL).min(axis=1, initial=_ABOVE_ALL)
         for way in (0, 1)
     )
-    first = np.minimum(up, down) // 2 // ranks
-    closes_fan = (fans >= LARGEST_FAN) & (first == last[:, 0])
-    second, third = (
-        np.where((own < other) | (closes_fan & (own // 2 // ranks == first)), own // 2 % ranks, -1)
-        for own, other in ((down, up), (up, down))
-    )
-    nothing = np.minimum(up, down) == _ABOVE_ALL
-    return np.where(nothing[:, None], -1, np.stack([first, second, third], axis=1))
+    first = up // 2 // ranks
+    may_close = (up < _ABOVE_ALL) & (first == down // 2 // ranks)
+    second = np.where(down < up, down // 2 % ranks, -1)
+    third = np.where(up < down, up // 2 % ranks, -1)
+    return np.where(may_close[:, None], np.stack([first, second, third], axis=1), -1)
 
 
 def expected_token(

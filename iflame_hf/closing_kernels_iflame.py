@@ -33,9 +33,7 @@ def _lowest(keys, least, WAY: tl.constexpr):
 
 
 @_jit
-def _follow_face(
-    edges_ptr, expected_ptr, faces, fan, first, second, third, RANKS: tl.constexpr, LARGEST_FAN: tl.constexpr
-):
+def _follow_face(edges_ptr, expected_ptr, faces, first, second, third, RANKS: tl.constexpr):
     """`closing_iflame.follow_face` of one face more than `faces`, and then its `expected_vertices`."""
     BLOCK: tl.constexpr = 1024
     ABOVE_ALL: tl.constexpr = 9223372036854775807
@@ -64,12 +62,8 @@ def _follow_face(
     up = tl.minimum(up, _lowest(key_c, least, 0))
     down = tl.minimum(tl.minimum(down, _lowest(key_a, least, 1)), _lowest(key_b, least, 1))
     down = tl.minimum(down, _lowest(key_c, least, 1))
-    lowest = tl.minimum(up, down)
-    begins = lowest // 2 // RANKS
-    closes_fan = (fan >= LARGEST_FAN) & (begins == first)
-    is_second = (down < up) | (closes_fan & (down // 2 // RANKS == begins))
-    is_third = (up < down) | (closes_fan & (up // 2 // RANKS == begins))
-    is_one = lowest < ABOVE_ALL
-    tl.store(expected_ptr, tl.where(is_one, begins.to(tl.int32), -1))
-    tl.store(expected_ptr + 1, tl.where(is_one & is_second, (down // 2 % RANKS).to(tl.int32), -1))
-    tl.store(expected_ptr + 2, tl.where(is_one & is_third, (up // 2 % RANKS).to(tl.int32), -1))
+    begins = up // 2 // RANKS
+    may_close = (up < ABOVE_ALL) & (begins == down // 2 // RANKS)
+    tl.store(expected_ptr, tl.where(may_close, begins.to(tl.int32), -1))
+    tl.store(expected_ptr + 1, tl.where(may_close & (down < up), (down // 2 % RANKS).to(tl.int32), -1))
+    tl.store(expected_ptr + 2, tl.where(may_close & (up < down), (up // 2 % RANKS).to(tl.int32), -1))

@@ -15,7 +15,6 @@ from .choosing_iflame import (
     DIGITS,
     EXPECTED,
     FACES,
-    FAN,
     FIRST,
     HIGHEST,
     LOWEST,
@@ -289,8 +288,8 @@ def rows_begin(
     edges = np.zeros((rows, 0), dtype=np.int64)
     if request.choice.closing:
         faces = ids[:, : length - open_tokens].reshape(rows, -1, 3, 3) @ ranks
-        edges, state[:, FAN] = pending_of_rows(faces, state[:, FACES], levels**3)
-        state[:, EXPECTED:] = expected_vertices(edges, state[:, LOWEST : HIGHEST + 1], state[:, FAN], levels**3)
+        edges = pending_of_rows(faces, state[:, FACES], levels**3)
+        state[:, EXPECTED:] = expected_vertices(edges, state[:, LOWEST : HIGHEST + 1], levels**3)
     return RowsBegin(state, limits, uniforms, seen, edges)
 
 

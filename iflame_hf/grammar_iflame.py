@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from .closing_iflame import expected_token, expected_vertices, fan_of, pending_edges
+from .closing_iflame import expected_token, expected_vertices, pending_edges
 from .format_iflame import MeshFormat
 from .layout_iflame import not_whole_faces
 
@@ -198,8 +198,8 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
                 continue
             faces = sequence.reshape(-1, 3, 3) @ (levels ** np.arange(3))
             last = np.sort(faces[-1])
-            edges, fan = pending_edges(faces, last_rank + 1), np.array([fan_of(faces)])
-            expected = expected_vertices(edges[None], last[None], fan, last_rank + 1)[0]
+            edges = pending_edges(faces, last_rank + 1)
+            expected = expected_vertices(edges[None], last[None], last_rank + 1)[0]
             first, second = (_number(made[at : at + 3].tolist(), levels) for at in (0, 3))
             needed = max(self.min_faces - len(faces) - 1, 0)
             interval = row_interval(last.tolist(), first, second, place // 3, last_rank, needed)

@@ -11,7 +11,6 @@ from .choosing_iflame import (
     ENDED,
     EXPECTED,
     FACES,
-    FAN,
     FIRST,
     HIGHEST,
     LOWEST,
@@ -183,8 +182,6 @@ class HostChooser:
             state[:, SECOND] = digits
         elif place == 8:
             pair = np.sort(state[:, [SECOND, DIGITS]], axis=1)
-            fan = np.where(state[:, FIRST] == state[:, LOWEST], state[:, FAN], 0) + 1
-            state[:, FAN] = np.where(going, fan, state[:, FAN])
             state[:, LOWEST] = np.where(going, state[:, FIRST], state[:, LOWEST])
             state[:, MIDDLE] = np.where(going, pair[:, 0], state[:, MIDDLE])
             state[:, HIGHEST] = np.where(going, pair[:, 1], state[:, HIGHEST])
@@ -198,4 +195,4 @@ class HostChooser:
         edges = self.edges[rows, :width]
         follow_face(edges, state[:, FACES], edge_keys(state[:, [FIRST, SECOND, DIGITS]], ranks))
         self.edges[rows, :width] = edges
-        self.state[rows, EXPECTED:] = expected_vertices(edges, state[:, LOWEST : HIGHEST + 1], state[:, FAN], ranks)
+        self.state[rows, EXPECTED:] = expected_vertices(edges, state[:, LOWEST : HIGHEST + 1], ranks)

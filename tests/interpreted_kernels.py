@@ -18,7 +18,6 @@ from iflame_hf.choosing_iflame import (
     COLUMNS,
     EXPECTED,
     FACES,
-    FAN,
     LOWEST,
     Choice,
     KernelChooser,
@@ -160,12 +159,10 @@ def closing():
     vertices = np.random.default_rng(2).integers(0, 4, (rows, before, 3, 3)) @ (129 ** np.arange(3))
     begin = begin._replace(edges=edge_keys(vertices, 129**3).reshape(rows, -1))
     begin.state[:, FACES] = before
-    begin.state[:, FAN] = 15
-    begin.state[:, [LOWEST, EXPECTED]] = 0
     how = Choice(True, False, False, True, 129, 131, closing=True)
     both = choosers(rows, 9 * (faces + before), begin, Settings(closing_strength=6.0))
     tokens = [torch.zeros(rows, dtype=torch.long) for _ in both]
-    closed, expected, fans = 0, np.zeros(3), 0
+    closed, expected = 0, np.zeros(3)
     for place in range(9 * faces):
         logits = torch.randn(rows, 132, generator=random)
         logits[:, :4] += 8
@@ -177,9 +174,8 @@ def closing():
             width = 3 * both[1].state[:, FACES].max()
             assert np.array_equal(np.asarray(both[0].edges)[:, :width], both[1].edges[:, :width])
             expected += (both[1].state[:, EXPECTED:] >= 0).sum(axis=0)
-            fans += ((both[1].state[:, FAN] >= 16) & (both[1].state[:, EXPECTED:] >= 0).all(axis=1)).sum()
             closed = (both[1].edges[:, 1024 : 3 * before] == NO_EDGE).sum()
-    assert closed and expected[0] > 3 * rows and expected.all() and fans, (closed, expected, fans)
+    assert closed and expected[0] > 3 * rows and expected.all()
     return "as it should be"
 
 
