@@ -52,6 +52,20 @@ def test_guided_tokens_in_float32_are_those_of_the_plain_loop():
         assert torch.equal(many[number], row[: len(many[number])])
 
 
+def test_tokens_that_close_meshes_are_those_of_the_plain_loop():
+    model = ending_model(8, **SIZES).to("cuda", torch.float32)
+    asked, options = (
+        {"closing_strength": 3.0, "max_faces": 60},
+        {"do_sample": True, "seed": 3, "num_return_sequences": 20},
+    )
+    found = model.generate(**asked, **options)
+    assert torch.equal(found, model.generate(cache_implementation="dynamic", **asked, **options))
+    assert not torch.equal(found, model.generate(**{**asked, "closing_strength": 0.0}, **options))
+    many = {each.number: each.ids for each in generate_meshes(model, range(3, 23), rows=7, **asked)}
+    for number, row in enumerate(found.cpu()):
+        assert torch.equal(many[number], row[: len(many[number])])
+
+
 def test_greedy_tokens_in_float32_are_the_plain_loops_for_4000_tokens(model):
     prompt = torch.full((64, 9), BOS, device="cuda")
     prompt = model.generate(prompt, do_sample=True, seed=1, temperature=2.0, min_faces=3, max_faces=3)[:, :36]
