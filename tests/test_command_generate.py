@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_meshes_and_an_unsaid_one_is_told(model, tmp_path,
 def test_the_meshes_are_those_of_the_pipeline(model, tmp_path):
     from transformers import pipeline
 
-    options = {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
+    options = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "closing_strength": 2.0}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     assert generate(model, tmp_path, "--num", "3", "--seed", "5", "--format", "obj", *arguments) == 0
     expected = pipeline("mesh-generation", model=model, device="cpu")(num_meshes=3, max_faces=5, seed=5, **options)

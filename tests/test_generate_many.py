@@ -320,6 +320,7 @@ def error_of(capsys, arguments, status=1):
     ("options", "was"),
     [
         ({"top_p": 0.9}, "--top_p 1.0 (now 0.9)"),
+        ({"closing_strength": 2}, "--closing_strength 0.0 (now 2.0)"),
         ({"seed": 1, "temperature": 0.5}, "--seed 0 (now 1), --temperature 1.0 (now 0.5)"),
         ({"dtype": "bfloat16"}, "--dtype float32 (now bfloat16)"),
         ({"format": "obj"}, "--format glb (now obj)"),
