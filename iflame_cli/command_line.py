@@ -217,7 +217,7 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
         "--closing-strength",
         type=_number(0),
         metavar="L",
-        help="lower by L nats what leaves an edge open (2: fewer holes)",
+        help="lower by L nats what leaves an edge open (4: fewer holes)",
     )
     parser.add_argument(
         "--max-faces",

@@ -58,7 +58,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--top_k", type=whole(0), metavar="K", help="from the likeliest K tokens only; 0: from all")
     add("--top_p", type=number(1), metavar="P", help="from the likeliest share P only")
     add(
-        "--closing_strength", type=scale, metavar="L", help="lower by L nats what leaves an edge open (2: fewer holes)"
+        "--closing_strength", type=scale, metavar="L", help="lower by L nats what leaves an edge open (4: fewer holes)"
     )
     add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on CUDA, else float32)")
     add("--kv_cache_dtype", choices=("int8",), help="keys and values on a GPU in half the memory: more meshes/s")
