@@ -9,9 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(CONSTR
 # threads that wait spin shortly, then sleep: where other programs want the cores too, a step is five times faster so
 LAUNCH := GOMP_SPINCOUNT=10000 $(BIN)/python -m accelerate.commands.launch --quiet --cpu --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $$($(PYTHON) -c 'import os; print(os.cpu_count())')
-OUTPUT_DIR ?= outputs/demo
+OUTPUT_DIR ?=
 MINUTES ?=
-MODEL ?= $(or $(IFLAME_MODEL),$(OUTPUT_DIR))
+MODEL ?= $(or $(IFLAME_MODEL),models/iflame-artist)
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -20,12 +20,16 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(VENV)/ready-train ## train a small model on the CPU, then write 16 meshes and a picture to outputs/demo (MINUTES=20 trains longer, or goes on)
-	$(LAUNCH) training/train.py training/configs/demo.yaml --output_dir $(OUTPUT_DIR) $(if $(MINUTES),--max_minutes $(MINUTES))
-	@echo "Look at $(OUTPUT_DIR)/samples.png and at the glb files beside it."
+demo: $(VENV)/ready-demo ## generate 16 meshes with the released model, complete a part, and draw them to outputs/demo
+	$(BIN)/python -m iflame_cli.demo --model "$(MODEL)" --out "$(or $(OUTPUT_DIR),outputs/demo)"
+
+.PHONY: train-demo
+train-demo: $(VENV)/ready-train ## train a small model on the CPU, with 16 meshes, to outputs/train-demo (MINUTES=20 trains longer, or goes on)
+	$(LAUNCH) training/train.py training/configs/demo.yaml --output_dir $(or $(OUTPUT_DIR),outputs/train-demo) $(if $(MINUTES),--max_minutes $(MINUTES))
+	@echo "Look at samples.png and at the glb files in $(or $(OUTPUT_DIR),outputs/train-demo)."
 
 .PHONY: app
-app: $(VENV)/ready-app ## show a page that generates meshes (MODEL=folder chooses another model than the demo's)
+app: $(VENV)/ready-app ## show a page that generates meshes (MODEL=folder chooses another model than the released one)
 	$(BIN)/python app/app.py --model "$(MODEL)"
 
 .PHONY: test
@@ -73,7 +77,7 @@ $(VENV)/ready-torch: $(VENV)/ready-python constraints.txt
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-$(VENV)/ready-train $(VENV)/ready-test $(VENV)/ready-app: $(VENV)/ready-%: $(VENV)/ready-torch setup.cfg pyproject.toml constraints.txt
-	@echo "Installing what 'make $(subst train,demo,$*)' needs into $(VENV)."
+$(VENV)/ready-demo $(VENV)/ready-train $(VENV)/ready-test $(VENV)/ready-app: $(VENV)/ready-%: $(VENV)/ready-torch setup.cfg pyproject.toml constraints.txt
+	@echo "Installing what 'make $(subst train,train-demo,$*)' needs into $(VENV)."
 	$(PIP) --editable '.[$*]'
 	@touch $@

@@ -1,6 +1,6 @@
 """A page that generates meshes with an iFlame model and shows them growing, face by face.
 
-python app/app.py --model outputs/demo
+python app/app.py --model models/iflame-artist
 """
 
 import argparse
@@ -29,7 +29,7 @@ APP_FOLDER = Path(__file__).resolve().parent
 VIEWER_FOLDER = (
     APP_FOLDER / "viewer" if (APP_FOLDER / "viewer").is_dir() else APP_FOLDER.parent / "iflame_cli" / "viewer"
 )
-DEFAULT_MODEL = "outputs/demo"
+DEFAULT_MODEL = "models/iflame-artist"
 PART_SUFFIXES = [".glb", ".gltf", ".obj", ".ply", ".stl", ".off", ".dae"]
 MOST_MESHES = 9
 MOST_FACES = 1600
@@ -460,7 +460,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--model",
         default=os.environ.get("IFLAME_MODEL") or DEFAULT_MODEL,
         help="a folder or the name of a model on the Hub, whose code is run; by default the environment variable "
-        f"IFLAME_MODEL, else {DEFAULT_MODEL}, the model of `make demo`",
+        f"IFLAME_MODEL, else {DEFAULT_MODEL}, the released model",
     )
     parser.add_argument("--host", help="the address to listen at; by default this machine alone")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860 on")
@@ -476,7 +476,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(
             f"There is no model to show: {error}.\n"
-            "Run `make demo` first, or name a model: --model FOLDER_OR_HUB_NAME, or the environment variable "
+            "Run it in the repository, or name a model: --model FOLDER_OR_HUB_NAME, or the environment variable "
             "IFLAME_MODEL."
         )
     Page(generator, options.model, examples=not options.no_examples).launch(

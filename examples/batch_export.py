@@ -16,7 +16,7 @@ from transformers import pipeline
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="outputs/demo", help="folder, or name on the Hub, whose code is run")
+    parser.add_argument("--model", default="models/iflame-artist", help="folder or Hub name, whose code is run")
     parser.add_argument("--out", type=Path, default=Path("outputs/exported"), help="folder to write to")
     parser.add_argument("--num", type=int, default=16, help="how many meshes to generate")
     parser.add_argument("--prefix", default="mesh", help="names are PREFIX_000, PREFIX_001, ...")

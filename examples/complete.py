@@ -1,7 +1,7 @@
 """
 Takes the lowest part of a mesh away from the rest, and lets the model finish it in several ways.
 
-    python examples/complete.py outputs/demo/sample-00.glb --keep 0.4 --num 4
+    python examples/complete.py outputs/demo/mesh-00.glb --keep 0.4 --num 4
 
 The file's y axis is up (glb and obj). For a part that is all there is, and for other files: iflame complete --help.
 """
@@ -15,7 +15,7 @@ from transformers import pipeline
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mesh", type=Path, help="mesh file")
-    parser.add_argument("--model", default="outputs/demo", help="folder, or name on the Hub, whose code is run")
+    parser.add_argument("--model", default="models/iflame-artist", help="folder or Hub name, whose code is run")
     parser.add_argument("--out", type=Path, default=Path("outputs/completed"), help="folder to write to")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the faces to keep, the lowest first")
     parser.add_argument("--num", type=int, default=4, help="how many completions")

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("meshes", type=Path, help="folder of mesh files, or an archive of them")
-    parser.add_argument("--model", default="outputs/demo", help="folder or name on the Hub of the model to start from")
+    parser.add_argument("--model", default="models/iflame-artist", help="folder or Hub name to start from")
     parser.add_argument("--out", type=Path, default=Path("outputs/fine-tuned"), help="folder to write to")
     parser.add_argument("--max-faces", type=int, default=200, help="larger meshes are left out")
     parser.add_argument("--up-axis", choices=("y", "z"), default="y", help="vertical axis of the files")

@@ -137,8 +137,8 @@ def _add_generate(commands) -> None:
         "Writes a file a mesh, and meshes.json, which says how each was made.",
         """
 iflame generate user/name --num 8 --out chairs
-iflame generate outputs/demo --num 4 --format obj --seed 7 --top-p 0.8 --max-faces 120
-iflame generate outputs/demo --num 4 --height 0.9 --pivot ground --thumbnails
+iflame generate models/iflame-artist --num 4 --format obj --seed 7 --top-p 0.8 --max-faces 120
+iflame generate models/iflame-artist --num 4 --height 0.9 --pivot ground --thumbnails
 iflame generate user/name --categories
 iflame generate user/name --category chair --num-faces 200 --guidance-scale 2 --num 4
 """,

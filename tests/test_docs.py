@@ -1,6 +1,6 @@
 """README.md and docs/: every block of code is run or checked, every option exists, every link leads somewhere.
 
-A page's python blocks run one after the other in an empty folder with a small random model where `outputs/demo` or a
+A page's python blocks run one after the other in an empty folder with a small random model where the released one or a
 Hub name stands. Commands are run where that is cheap, and otherwise given to the program's own parser.
 """
 
@@ -122,8 +122,8 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def desk(model_folder, tmp_path, monkeypatch):
     """A folder with the files that the pages speak of; the working directory."""
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs" / "demo").symlink_to(model_folder, target_is_directory=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "iflame-artist").symlink_to(model_folder, target_is_directory=True)
     tokenizer = IFlameTokenizer()
     part = tokenizer.decode_mesh(tokenizer.encode_mesh(trimesh.creation.box(extents=(1, 2, 1)))[: 9 * 5])
     part.apply_translation((0.5, 0.5, 0.5))
@@ -155,7 +155,7 @@ def write_parquet(path):
 def adapted(text):
     for pattern, replacement in SHORTER:
         text = re.sub(pattern, replacement, text)
-    return re.sub(HUB_NAMES, "outputs/demo", text)
+    return re.sub(HUB_NAMES, "models/iflame-artist", text)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks_of(page))])

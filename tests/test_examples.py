@@ -75,7 +75,7 @@ def _names(node):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_in_an_examples_docstring_is_one_that_it_takes(name, tmp_path, monkeypatch):
     module = load(name)
-    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    (tmp_path / "models" / "iflame-artist").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     (command,) = re.findall(rf"^    python examples/{name}\.py (.+)$", module.__doc__, re.MULTILINE)
 

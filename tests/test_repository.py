@@ -85,21 +85,24 @@ def test_make_help_lists_every_target():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     names = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {"help", "demo", "test", "quality", "style", "clean"} <= set(names)
+    assert {"help", "demo", "train-demo", "test", "quality", "style", "clean"} <= set(names)
     listing = subprocess.run(["make", "-s"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert re.findall(r"^make ([a-z-]+) +\S", listing, re.MULTILINE) == names
 
 
-def test_the_demo_takes_more_minutes_on_demand():
+def test_the_demo_generates_and_the_training_demo_takes_more_minutes_on_demand():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
 
-    def recipe(*variables):
-        command = ["make", "-n", "demo", "VENV=nowhere", *variables]
+    def recipe(*arguments):
+        command = ["make", "-n", "VENV=nowhere", *arguments]
         return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
-    assert "training/train.py training/configs/demo.yaml" in recipe() and "--max_minutes" not in recipe()
-    assert "--max_minutes 20" in recipe("MINUTES=20")
+    trained = recipe("train-demo")
+    assert "training/train.py training/configs/demo.yaml --output_dir outputs/train-demo" in trained
+    assert "--max_minutes" not in trained and "--max_minutes 20" in recipe("train-demo", "MINUTES=20")
+    shown = recipe("demo")
+    assert '-m iflame_cli.demo --model "models/iflame-artist" --out "outputs/demo"' in shown and "[train]" not in shown
 
 
 def test_ci_is_executable_and_stops_at_the_first_error():

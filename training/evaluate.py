@@ -1,7 +1,7 @@
 """
 Evaluate a model, or the meshes of any generator, against the held-out meshes of a data set.
 
-    accelerate launch --num_processes 1 training/evaluate.py --model outputs/demo --data data/mine
+    accelerate launch --num_processes 1 training/evaluate.py --model models/iflame-artist --data data/mine
     python training/evaluate.py --samples outputs/meshes --data data/mine --output outputs/compared
     python training/evaluate.py --help
 

@@ -1,7 +1,7 @@
 """
 Sample many meshes with Accelerate, on as many GPUs and machines as there are.
 
-    accelerate launch training/generate.py --model outputs/demo --num 10000 --out outputs/meshes
+    accelerate launch training/generate.py --model models/iflame-artist --num 10000 --out outputs/meshes
     python training/generate.py --help
 
 Mesh i has the seed --seed + i, or with --best_of that of the best of its candidates, and is the same however the work
