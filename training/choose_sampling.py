@@ -1,7 +1,7 @@
 """
 Find out how to sample a model: tries settings, compares what comes with held-out meshes, and names the best.
 
-    python training/choose_sampling.py --model outputs/demo --data data/mine --top_p 0.8 0.9 1 --temperature 0.9 1
+    python training/choose_sampling.py --model models/iflame-artist --data data/mine --top_p 0.8 0.9 1
     python training/choose_sampling.py --help
 
 Compared is with the first half of the references, so that training/evaluate.py --half second reports on meshes that
