@@ -44,7 +44,7 @@ def test_what_is_uploaded_loads_from_the_hub_by_its_name_and_the_cards_snippet_r
     assert not any(TOKEN.encode() in content for content in uploaded.values())
 
     snippet, second = re.findall(r"```python\n(.*?)```", uploaded["README.md"].decode(), re.DOTALL)
-    assert f'"{REPO_ID}"' in snippet and "'top_p': 0.9" in snippet and "9 * 5" in snippet
+    assert f'"{REPO_ID}"' in snippet and "top_p=0.9" in snippet and "9 * 5" in snippet
     home = tmp_path / "home"
     greedy = (
         f"model.generate(do_sample=False, max_new_tokens=27, eos_token_id=None).tolist() == {self_generated(loaded)}"

@@ -252,10 +252,11 @@ def sections_of(text: str) -> dict[str, str]:
 
 
 def usage_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revision: str | None = None) -> str:
-    """Python code that generates meshes with the published model, as the samples of the run were generated."""
-    at = _at(revision)
-    faces, sampling = _most_faces(model, run), {"do_sample": True, **_sampling(run)}
+    """Python code that generates meshes with the published model, sampled as its folder says, else as in the run."""
+    at, faces = _at(revision), _most_faces(model, run)
     asked = _in_python(**_example(model, run), num_return_sequences=4)
+    sampling = {} if model.generation_config.do_sample else {"do_sample": True, **_sampling(model, run)}
+    given = _in_python(**sampling)
     return f"""\
 from transformers import AutoModel, AutoTokenizer
 
@@ -263,10 +264,9 @@ name = "{repo_id}"
 tokenizer = AutoTokenizer.from_pretrained(name, {at}trust_remote_code=True)
 model = AutoModel.from_pretrained(name, {at}trust_remote_code=True)
 
-sampling = {sampling}
 # at most {faces} faces, and the end of the mesh
 most = {known_format().tokens_per_face} * {faces + 1}
-ids = model.generate({asked}, max_new_tokens=most, **sampling)
+ids = model.generate({asked}, max_new_tokens=most{given and f", {given}"})
 for number, mesh in enumerate(tokenizer.batch_decode_mesh(ids)):
     mesh.export(f"mesh_{{number}}.glb")"""
 
@@ -275,7 +275,7 @@ def pipeline_snippet(model: PreTrainedModel, run: RunRecord, repo_id: str, revis
     """The same with `pipeline("mesh-generation")`."""
     at = _at(revision)
     options = {"num_meshes": 4, **_example(model, run), "max_faces": _most_faces(model, run), "seed": 0}
-    given = _in_python(**options, **_sampling(run))
+    given = _in_python(**options, **_sampling(model, run))
     return f"""\
 from transformers import pipeline
 
@@ -344,7 +344,10 @@ def _how_sampled(model: PreTrainedModel) -> str:
     )
 
 
-def _sampling(run: RunRecord) -> dict[str, float]:
+def _sampling(model: PreTrainedModel, run: RunRecord) -> dict[str, float]:
+    """How the run sampled, where the folder's generation_config.json does not say how to."""
+    if model.generation_config.do_sample:
+        return {}
     return {name: run.arguments[name] for name in ("temperature", "top_k", "top_p") if name in run.arguments}
 
 
