@@ -17,14 +17,13 @@ from iflame_cli.models import check_model
 
 MODEL, FOLDER = "models/iflame-artist", "outputs/demo"
 MESHES, COMPLETIONS, COLUMNS = 16, 3, 4
-# Of these the model is asked for those that it knows, and for about so many faces: small meshes are whole more often.
-CATEGORIES = (
-    *("chair", "table", "tree", "building", "weapon", "boat", "vehicle", "container"),
-    *("rock", "stairs", "food", "lamp", "fence", "character", "roof", "machine"),
-)
-FACES = (40, 60, 80, 120)
-MOST_FACES = 200
-SAMPLING = {"top_p": 0.8, "max_faces": MOST_FACES}
+# What the model is asked for, as far as it knows it, and of how many faces: such as many of its training meshes have.
+WANTED = {
+    **{"chair": 168, "table": 128, "tree": 117, "building": 78, "lamp": 120, "sign": 61, "fence": 90, "stairs": 68},
+    **{"rock": 57, "wall": 52, "tile": 56, "container": 132, "door": 67, "brick": 34, "food": 122, "boat": 145},
+}
+MOST_FACES = 240
+SAMPLING = {"max_faces": MOST_FACES}  # the rest as the model says
 PICTURE = "meshes.png"
 
 
@@ -81,18 +80,19 @@ def run(model: str, out: Path, seed: int) -> None:
 def requests_for(config: Any) -> dict[str, Any]:
     """What the sixteen meshes are asked to be, as far as the model takes it."""
     asked: dict[str, Any] = {}
+    known = [name for name in WANTED if name in (config.categories or ())]
     if config.categories:
-        known = [name for name in CATEGORIES if name in config.categories] or config.categories
-        asked["category"] = list(islice(cycle(known), MESHES))
+        asked["category"] = list(islice(cycle(known or config.categories), MESHES))
     if config.num_faces_range is not None:
         fewest, most = config.num_faces_range
-        asked["num_faces"] = [min(max(faces, fewest), most) for faces in islice(cycle(FACES), MESHES)]
+        numbers = cycle([WANTED[name] for name in known] or WANTED.values())
+        asked["num_faces"] = [min(max(faces, fewest), most) for faces in islice(numbers, MESHES)]
     return asked
 
 
 def complete(generator: Any, made: Sequence[Any], out: Path, seed: int) -> tuple[Any, list[Any]]:
     """The lower half of one of the meshes, and what the model makes of it; None and nothing if none has two faces."""
-    whole = max(made, key=lambda mesh: (mesh.metadata["ended"], len(mesh.faces) <= max(FACES), len(mesh.faces)))
+    whole = max(made, key=lambda mesh: (mesh.metadata["ended"], len(mesh.faces) <= max(WANTED.values()), len(mesh.faces)))
     if len(whole.faces) < 2:
         return None, []
     tokenizer = generator.tokenizer

@@ -27,7 +27,7 @@ def model_folder(tmp_path_factory):
 
 def test_the_demo_writes_meshes_a_part_with_completions_and_a_picture(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(demo.SAMPLING, "max_faces", 60)
-    monkeypatch.setattr(demo, "FACES", (4, 6))
+    monkeypatch.setattr(demo, "WANTED", {"chair": 4, "lamp": 6})
     assert demo.main(["--model", str(folder), "--out", str(tmp_path / "out")]) == 0
     meshes = {path.stem: trimesh.load_mesh(path, process=False) for path in (tmp_path / "out").glob("*.glb")}
     completed = [f"completed-{number}" for number in range(demo.COMPLETIONS)]
@@ -51,5 +51,5 @@ def test_a_demo_without_its_model_says_so_before_torch_is_loaded(tmp_path):
 def test_a_model_is_asked_only_for_what_it_takes():
     assert demo.requests_for(small_model().config) == {}
     asked = demo.requests_for(small_model(categories=["egg", "lamp"], num_faces_range=[50, 70]).config)
-    assert asked == {"category": ["lamp"] * 16, "num_faces": [50, 60, 70, 70] * 4}
+    assert asked == {"category": ["lamp"] * 16, "num_faces": [70] * 16}
     assert set(demo.requests_for(small_model(categories=["egg"]).config)["category"]) == {"egg"}
