@@ -111,7 +111,7 @@ def test_a_block_is_python_or_commands_or_shows_files(block):
 def model_folder(tmp_path_factory):
     """A model that never ends a mesh early, so that there are faces to show, and that can be asked for some."""
     folder = tmp_path_factory.mktemp("docs") / "demo"
-    model = small_model(categories=["chair", "lamp", "table"], num_faces_range=[4, 800])
+    model = small_model(categories=["boat", "chair", "lamp", "table"], num_faces_range=[4, 800])
     with torch.no_grad():
         model.lm_head.bias[[PAD, BOS, EOS]] -= 30
     model.save_pretrained(folder)
@@ -273,8 +273,8 @@ def test_a_command_is_run_or_taken_by_its_programs_parser(block, words, desk, pa
         if arguments[0] in ("generate", "complete") and "--max-faces" not in arguments:
             arguments += ["--max-faces", "6"]
         if "view" in arguments:
-            (desk / "chairs").mkdir()
-            solids()["box"].export(desk / "chairs" / "mesh-00.glb")
+            (desk / "boats").mkdir()
+            solids()["box"].export(desk / "boats" / "mesh-00.glb")
         assert command_line.main(arguments) == 0, f"{block}: {capsys.readouterr().err}"
     elif program == "accelerate":
         assert arguments[0] == "launch"
