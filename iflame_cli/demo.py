@@ -92,7 +92,8 @@ def requests_for(config: Any) -> dict[str, Any]:
 
 def complete(generator: Any, made: Sequence[Any], out: Path, seed: int) -> tuple[Any, list[Any]]:
     """The lower half of one of the meshes, and what the model makes of it; None and nothing if none has two faces."""
-    whole = max(made, key=lambda mesh: (mesh.metadata["ended"], len(mesh.faces) <= max(WANTED.values()), len(mesh.faces)))
+    most = max(WANTED.values())
+    whole = max(made, key=lambda mesh: (mesh.metadata["ended"], len(mesh.faces) <= most, len(mesh.faces)))
     if len(whole.faces) < 2:
         return None, []
     tokenizer = generator.tokenizer
