@@ -13,7 +13,7 @@ from browser_fixtures import coloured, picture
 from mesh_fixtures import solids
 from PIL import Image
 
-from iflame_cli.render import BACKGROUND
+from iflame_cli.render import BACKGROUND, render_mesh
 from iflame_hf import IFlameTokenizer, export_mesh
 from iflame_hf.mesh_iflame import normalise
 from training.drawing.gallery_page import Exhibit, build_gallery, shape_of
@@ -34,9 +34,10 @@ def shapes_of(page):
 def buttons_of(page, section):
     """The shapes, the title and the pictures of each mesh of a section."""
     (part,) = re.findall(rf'<div class="shapes" id="{section}">(.*?)</div>', page, re.DOTALL)
+    buttons = re.findall(r'data-shapes="(.*?)" data-given="\d+" title="(.*?)">(.*?)</button>', part)
     return [
         ([*map(int, places.split())], html.unescape(title), re.findall(r"base64,([^\"]+)", images))
-        for places, title, images in re.findall(r'data-shapes="(.*?)" title="(.*?)">(.*?)</button>', part)
+        for places, title, images in buttons
     ]
 
 
@@ -56,12 +57,12 @@ def folder(tmp_path_factory):
     entries = [
         {"file": "meshes/mesh-000002.glb", "caption": "<b>ring</b>", "nearest": "train/cone.glb", "distance": 0.25},
         {"file": "meshes/mesh-000000.glb", "section": "picked", "nearest": "train/cone.glb"},
-        {"file": "train/cone.glb", "section": "completions", "caption": "whole"},
+        {"file": "train/cone.glb", "section": "completions", "caption": "whole", "given": 9},
         {"file": "meshes/mesh-000003.glb", "caption": "after the first three"},
     ]
     (folder / "pairs.json").write_text(json.dumps(entries))
-    arguments = ["--samples", folder / "meshes", "--output", folder / "out", "--num", 3, "--title", "A & B"]
-    assert main([*map(str, arguments), "--pairs", str(folder / "pairs.json")]) == 0
+    arguments = ["--samples", folder / "meshes", "--output", folder / "out", "--pairs", folder / "pairs.json"]
+    assert main([*map(str, arguments), "--num", "3", "--title", "A & B", "--note", "a < b"]) == 0
     return folder
 
 
@@ -93,8 +94,9 @@ def test_sections_captions_and_the_nearest_mesh(page):
     assert [places for places, _, _ in buttons_of(page, "unpicked")] == [[0], [1], [2, 3]]
     assert [places for places, _, _ in buttons_of(page, "picked")] == [[0, 3]]
     ((places, title, _),) = buttons_of(page, "completions")
-    assert places == [3] and title == "whole · cone.glb · 18 faces"
-    assert "<title>A &amp; B</title>" in page and "5 meshes" in page
+    assert places == [3] and title == "whole · cone.glb · 18 faces · 9 of them given"
+    assert "<title>A &amp; B</title>" in page and "<p>a &lt; b</p>" in page and "5 meshes" in page
+    assert re.findall(r'data-given="(\d+)"', page) == ["0", "0", "0", "0", "9"]
     assert "<b>" not in page and "after the first three" not in page
 
 
@@ -116,7 +118,21 @@ def test_every_mesh_has_a_picture_without_webgl_too(folder, page):
     assert len(drawn) == 4
     sheet = np.asarray(Image.open(folder / "out" / "samples.png"))
     cells = np.split(sheet, 3, axis=1)
-    assert sheet.shape == (256, 3 * 256, 3) and all((cell != BACKGROUND).any() for cell in cells)
+    assert sheet.shape == (208, 3 * 208, 3) and all((cell != BACKGROUND).any() for cell in cells)
+
+
+def test_the_picture_of_picked_meshes_has_the_nearest_beside_each(folder, tmp_path):
+    sheet = np.asarray(Image.open(folder / "out" / "picked.png"))
+    (title,) = {len(sheet) - 208}
+    assert sheet.shape[1] == 2 * 208 and title > 0
+    for place, file in enumerate(("meshes/mesh-000000.glb", "train/cone.glb")):
+        mesh = trimesh.load_mesh(folder / file, process=False)
+        expected = render_mesh(mesh.vertices, mesh.faces, 208).astype(int)
+        found = sheet[:208, place * 208 : (place + 1) * 208]
+        assert (np.abs(found - expected).max(axis=-1) > 100).mean() < 0.01
+    options = ["--samples", str(folder / "meshes"), "--output", str(tmp_path), "--num", "1"]
+    assert main(options) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "samples.png"], "none is picked"
 
 
 def test_a_hundred_meshes_of_400_faces_are_less_than_five_megabytes():
@@ -155,6 +171,7 @@ def test_samples_may_be_arrays(tmp_path):
         ('[{"file": "a", "section": "best"}]', "section must be one of unpicked, picked, completions, got 'best'"),
         ('[{"file": "a.glb"}]', "a.glb is none of the samples: say with section"),
         ('[{"file": "a.glb", "section": "picked"}]', "a.glb"),
+        ('[{"file": "a", "given": 0.5}]', "entry 1: given is"),
     ],
 )
 def test_a_list_that_cannot_be_is_told_and_nothing_written(folder, tmp_path, entry, reason, capsys):
@@ -170,6 +187,11 @@ def test_samples_that_cannot_be_are_told(tmp_path, capsys):
     for source, reason in ((tmp_path / "some.npz", "NAME/vertices"), (tmp_path / "none", "no such file or folder")):
         assert main(["--samples", str(source), "--output", str(tmp_path / "out")]) == 1
         assert reason in capsys.readouterr().err
+    np.savez(tmp_path / "some.npz", **{"box/vertices": solids()["box"].vertices, "box/faces": solids()["box"].faces})
+    (tmp_path / "pairs.json").write_text('[{"file": "box", "given": 13}]')
+    options = ["--samples", tmp_path / "some.npz", "--output", tmp_path / "out", "--pairs", tmp_path / "pairs.json"]
+    assert main([*map(str, options)]) == 1
+    assert "box has 12 faces, of which 13 cannot be given" in capsys.readouterr().err
     with pytest.raises(ValueError, match="flat: no face is left"):
         shape_of("flat", np.eye(3) * [1e-9, 1e-9, 1], np.array([[0, 1, 2]]))
 

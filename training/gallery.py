@@ -1,5 +1,6 @@
 """
 Show generated meshes: a picture of the first 64, and a page with a 3D viewer that is one file and needs no network.
+Where meshes are picked, a picture of these too, each beside the training mesh that is nearest to it.
 
     python training/gallery.py --samples outputs/meshes --output outputs/gallery
     python training/gallery.py --samples outputs/meshes --output outputs/gallery --pairs pairs.json
@@ -13,6 +14,7 @@ the arrays NAME/vertices and NAME/faces of each mesh, y up. They are shown in th
 
 Only "file" is required; paths are relative to the list's folder. Sections are "unpicked" (the default, and for one of
 the samples), "picked" and "completions". "nearest" is the training mesh that is nearest to it, at this distance.
+"given" says how many of its first faces the model was given: the viewer shows them in another colour.
 """
 
 import argparse
@@ -33,12 +35,13 @@ from iflame_cli.render import render_meshes
 from iflame_hf.files_iflame import write_whole
 from iflame_hf.mesh_files_iflame import load_mesh, up_axis_of
 from iflame_hf.mesh_iflame import turn
-from training.drawing.gallery_page import INTRODUCTIONS, Exhibit, Shape, build_gallery, shape_of
+from training.drawing.gallery_page import INTRODUCTIONS, Exhibit, Shape, build_gallery, count_of, shape_of
 from training.run.ending import ends_in_words
 
-PICTURE, PAGE = "samples.png", "index.html"
-COLUMNS = 8
-FIELDS = {"file": str, "section": str, "caption": str, "nearest": str, "distance": (int, float)}
+PICTURE, PICKED_PICTURE, PAGE = "samples.png", "picked.png", "index.html"
+COLUMNS = 8  # an even number: pairs stay together
+CELL = 208  # pixels: 64 meshes make a PNG of about half a megabyte
+FIELDS = {"file": str, "section": str, "caption": str, "nearest": str, "distance": (int, float), "given": int}
 
 
 @cache  # one training mesh may be nearest to several
@@ -116,7 +119,10 @@ def arrange(samples: Samples, most: int, entries: list[dict[str, Any]]) -> dict[
             continue
         shape = read_shape(entry["file"]) if key is None else samples.shape(key)
         nearest = read_shape(entry["nearest"]) if "nearest" in entry else None
-        exhibit = Exhibit(shape, entry.get("caption", ""), nearest, entry.get("distance"))
+        given = entry.get("given", 0)
+        if not 0 <= given <= len(shape.faces):
+            raise ValueError(f"{entry['file']} has {len(shape.faces):,} faces, of which {given:,} cannot be given")
+        exhibit = Exhibit(shape, entry.get("caption", ""), nearest, entry.get("distance"), given)
         if is_unpicked:
             unpicked[key] = exhibit
         else:
@@ -125,27 +131,43 @@ def arrange(samples: Samples, most: int, entries: list[dict[str, Any]]) -> dict[
     return sections
 
 
+def draw_picked(exhibits: Sequence[Exhibit], path: Path) -> None:
+    """Each mesh and on its right the training mesh that is nearest to it, or nothing where that is not known."""
+    shapes, titles = [], []
+    for shape, _, nearest, distance, _ in exhibits:
+        shapes += [shape, nearest]
+        titles += [count_of(len(shape.faces)), "" if nearest is None else "nearest"]
+        if nearest is not None and distance is not None:
+            titles[-1] += f", {distance:.1e}"
+    render_meshes(shapes, path, columns=COLUMNS, titles=titles, size=CELL)
+
+
 @ends_in_words("gallery")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="training/gallery.py"
     )
     parser.add_argument("--samples", type=Path, required=True, metavar="DIR|NPZ", help="generated meshes")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=f"for {PICTURE} and {PAGE}")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=f"for the pictures and {PAGE}")
     parser.add_argument("--pairs", type=Path, metavar="JSON", help="what else to show, and nearest training meshes")
     parser.add_argument("--num", type=int, default=64, metavar="N", help="samples to show at most (default 64)")
     parser.add_argument("--title", default="Generated meshes", help="of the page")
+    parser.add_argument("--note", default="", help="below the title, such as how the meshes were made")
     options = parser.parse_args(argv)
     if options.num < 1:
         parser.error(f"--num must be at least 1, got {options.num}")
     entries = read_pairs(options.pairs) if options.pairs else []
     sections = arrange(Samples(options.samples), options.num, entries)
-    page = build_gallery(options.title, sections)
+    page = build_gallery(options.title, sections, options.note)
     options.output.mkdir(parents=True, exist_ok=True)
-    render_meshes([each.shape for each in sections["unpicked"]], options.output / PICTURE, columns=COLUMNS)
+    render_meshes([each.shape for each in sections["unpicked"]], options.output / PICTURE, columns=COLUMNS, size=CELL)
+    written = [PICTURE, PAGE]
+    if sections["picked"]:
+        draw_picked(sections["picked"], options.output / PICKED_PICTURE)
+        written.insert(1, PICKED_PICTURE)
     write_whole(options.output / PAGE, page)
-    print(options.output / PICTURE)
-    print(options.output / PAGE)
+    for name in written:
+        print(options.output / name)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 // Of gallery.html. `show` gives viewer.js a value, and is null where there is no WebGL: then the pictures are shown.
 //
 // #shapes holds [{name, vertices, faces}] in base64: `vertices` three uint8 each (x, y, z; y up), `faces` three
-// little-endian uint16 each. A button names its shapes, one or two, in data-shapes.
+// little-endian uint16 each. A button names its shapes, one or two, in data-shapes; data-given says how many of the
+// first faces of the first one were given to the model.
 
 const shapes = JSON.parse(document.querySelector("#shapes").textContent);
 const buttons = [...document.querySelectorAll("button[data-shapes]")];
@@ -33,9 +34,9 @@ function choose(button) {
   buttons.forEach((each) => each.setAttribute("aria-pressed", String(each === button)));
   document.querySelector("#caption").textContent = button.title;
   if (show) {
-    const meshes = button.dataset.shapes.split(" ").map((place) => {
-      const shape = shapes[place];
-      return { faces: corners(shape), given: 0, ended: true, seed: null, name: shape.name };
+    const meshes = button.dataset.shapes.split(" ").map((place, number) => {
+      const shape = shapes[place], given = number === 0 ? Number(button.dataset.given) : 0;
+      return { faces: corners(shape), given, ended: true, seed: null, name: shape.name };
     });
     show({ run: buttons.indexOf(button), meshes, is_over: true, is_still: true, hint: null });
   } else {

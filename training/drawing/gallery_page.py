@@ -41,12 +41,13 @@ class Shape(NamedTuple):
 
 
 class Exhibit(NamedTuple):
-    """A mesh of a section, and what is nearest to it."""
+    """A mesh of a section, what is nearest to it, and how many of its first faces were given to the model."""
 
     shape: Shape
     caption: str = ""
     nearest: Shape | None = None
     distance: float | None = None
+    given: int = 0
 
 
 def shape_of(name: str, vertices: np.ndarray, faces: np.ndarray) -> Shape:
@@ -69,9 +70,9 @@ def shape_of(name: str, vertices: np.ndarray, faces: np.ndarray) -> Shape:
     return Shape(name, grid.astype(np.uint8), faces.astype(np.uint16))
 
 
-def build_gallery(title: str, sections: Mapping[str, Sequence[Exhibit]]) -> str:
-    """A page that needs no other file and no network; `sections` by the names in `INTRODUCTIONS`, empty ones are left
-    out. Raises ValueError where all are."""
+def build_gallery(title: str, sections: Mapping[str, Sequence[Exhibit]], note: str = "") -> str:
+    """A page that needs no other file and no network; `note` stands below its title, `sections` go by the names in
+    `INTRODUCTIONS`, empty ones are left out. Raises ValueError where all are."""
     places: dict[int, int] = {}  # of shapes, by their identity: one that is nearest to several is written once
     shapes: list[Shape] = []
     pictures: list[str] = []
@@ -97,6 +98,7 @@ def build_gallery(title: str, sections: Mapping[str, Sequence[Exhibit]]) -> str:
     )
     return Template(page).substitute(
         title=html.escape(title),
+        note=f"<p>{html.escape(note)}</p>" if note else "",
         summary=f"{count} {'mesh' if count == 1 else 'meshes'} · choose one with the mouse, or with Tab and the arrow "
         "keys; drag to turn, wheel to zoom",
         css=css,
@@ -118,7 +120,9 @@ def _encoded(shape: Shape) -> dict[str, str]:
 
 def _button(exhibit: Exhibit, place_of, pictures: list[str]) -> str:
     shown = [exhibit.shape] + [exhibit.nearest] * (exhibit.nearest is not None)
-    lines = [[shape.name, _count(len(shape.faces))] for shape in shown]
+    lines = [[shape.name, count_of(len(shape.faces))] for shape in shown]
+    if exhibit.given:
+        lines[0].append(f"{exhibit.given:,} of them given")
     if exhibit.caption:
         lines[0].insert(0, exhibit.caption)
     if exhibit.nearest is not None:
@@ -135,11 +139,13 @@ def _button(exhibit: Exhibit, place_of, pictures: list[str]) -> str:
     kind = ' class="pair"' if len(shown) > 1 else ""
     return (
         f'<button type="button"{kind} aria-pressed="false" data-shapes="{" ".join(map(str, places))}" '
+        f'data-given="{exhibit.given}" '
         f'title="{html.escape("; ".join(captions))}">{images}{texts}</button>'
     )
 
 
-def _count(faces: int) -> str:
+def count_of(faces: int) -> str:
+    """In words."""
     return f"{faces:,} {'face' if faces == 1 else 'faces'}"
 
 
