@@ -13,7 +13,7 @@ from small_models import small_model
 from iflame_hf import IFlameTokenizer
 from training.arguments import parse_arguments
 from training.run import create
-from training.run.create import create_accelerator
+from training.run.create import create_accelerator, sampling_settings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
 
@@ -240,3 +240,13 @@ def test_threads_that_wait_for_one_another_soon_sleep(given, spins):
     script = CONFIGS.parent / "train.py"
     said = subprocess.run([sys.executable, script, "--help"], env=environment, capture_output=True, text=True)
     assert f"GOMP_SPINCOUNT = '{spins}'" in said.stderr and said.returncode == 0
+
+
+def test_a_model_to_start_from_is_sampled_as_its_folder_says_where_no_option_says_otherwise():
+    model = small_model()
+    fresh = sampling_settings(parse_arguments(["--top_p", "0.7"]), model)
+    assert fresh == {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.7}
+    began_from = parse_arguments(["--model_name_or_path", "somewhere", "--top_k", "5"])
+    assert sampling_settings(began_from, model) == {**fresh, "top_k": 5, "top_p": 0.95}, "it says nothing of sampling"
+    model.generation_config.update(do_sample=True, top_p=0.9, closing_strength=3.0)
+    assert sampling_settings(began_from, model) == {"do_sample": True, "top_k": 5}

@@ -1,5 +1,6 @@
 """The bias of sampling to closed meshes: which edge the next face should close, and what generate() does with it."""
 
+import inspect
 import itertools
 from collections import Counter
 
@@ -9,6 +10,7 @@ import torch
 import trimesh
 from small_models import BOS, EOS, PAD, ending_model
 from test_engine import engines  # noqa: F401
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from iflame_hf import IFlameForCausalLM, IFlameTokenizer, generate_meshes
 from iflame_hf.closing_iflame import (
@@ -147,8 +149,9 @@ def test_the_engines_tokens_are_those_of_the_plain_loop(model, engines, options)
         assert torch.equal(found, plain)
         without = model.generate(part, attention_mask=mask, **{**options, "closing_strength": 0.0})
         assert found.shape != without.shape or not torch.equal(found, without), "the bias changes nothing"
-    # Of padded rows the penalty is not for engines.
-    assert len(engines) == (2 if "repetition_penalty" in options else 4)
+    # From some version on transformers leaves padding out of the penalty, row by row, which is not for engines.
+    ignored = inspect.signature(RepetitionPenaltyLogitsProcessor).parameters["prompt_ignore_length"].annotation
+    assert len(engines) == (2 if "repetition_penalty" in options and "Tensor" in str(ignored) else 4)
 
 
 def test_a_strong_bias_makes_every_face_go_on_from_the_lowest_open_edge(model):

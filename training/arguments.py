@@ -206,7 +206,9 @@ class TrainArguments:
     sample_steps: int = option(0, "Generate and draw meshes every so many steps; 0 only at the end.")
     num_samples: int = option(16, "Meshes to generate at the end and every sample_steps; 0 for none.")
     sample_max_faces: int = option(200, "Faces at which a sample is cut off.")
-    temperature: float = option(1.0, "Of sampling.")
+    temperature: float = option(
+        1.0, "Of sampling; a model to start from keeps its own, top_k and top_p too, unless given."
+    )
     top_k: int = option(0, "Sample among so many likeliest tokens; 0 among all.")
     top_p: float = option(0.95, "Sample among the likeliest tokens that have this probability together.")
 

@@ -44,6 +44,7 @@ from training.run.create import (
     create_model,
     create_optimization,
     keep_less,
+    sampling_settings,
 )
 from training.run.ending import ends_in_words
 from training.run.interruption import Interruption, Stopped
@@ -105,10 +106,7 @@ class Run:
         self.place: Place | None = None  # in the data, after the last step
         self.failure: Exception | None = None  # of the rows that come next
 
-        # With these settings the model is sampled here, and by whoever loads it.
-        model.generation_config.update(
-            do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
-        )
+        model.generation_config.update(**sampling_settings(arguments, model))
         optimizer, average = create_optimization(options, model, accelerator)
         self.steps = Steps(arguments, self.progress, optimizer, data.rows.rows_in_epoch, accelerator.num_processes)
         keep_less(model, options.activation_memory_budget)

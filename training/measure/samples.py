@@ -24,14 +24,12 @@ def draw_samples(
     count: int,
     max_faces: int,
     seed: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     check: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
     """
-    Generate `count` meshes, write them to `folder` as sample-00.glb, sample-01.glb, ... and a picture of all as
-    samples.png. What of the model is compiled runs uncompiled: no two steps of generate have the same shapes.
+    Generate `count` meshes as the model's generation config says, write them to `folder` as sample-00.glb,
+    sample-01.glb, ... and a picture of all as samples.png. What of the model is compiled runs uncompiled: no two steps
+    of generate have the same shapes.
 
     Args:
         seed: of the first mesh; the n-th after it is what `generate(do_sample=True, seed=seed + n)` gives. Torch's own
@@ -51,9 +49,6 @@ def draw_samples(
                 num_return_sequences=count,
                 max_faces=max_faces,
                 max_new_tokens=TOKENS_PER_FACE * (max_faces + 1),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
                 stopping_criteria=[_AfterEachFace(check)],
             ).cpu()
     finally:

@@ -76,9 +76,6 @@ class Assessment:
             options.num_samples,
             options.sample_max_faces,
             options.seed,
-            options.temperature,
-            options.top_k,
-            options.top_p,
             self.agreement.check,
         )
         self.agreement.check(done=True)

@@ -193,6 +193,17 @@ def _check_sizes(arguments: Arguments, config: IFlameConfig, tokenizer: IFlameTo
         )
 
 
+def sampling_settings(arguments: Arguments, model: IFlameForCausalLM) -> dict[str, Any]:
+    """
+    How the model is to be sampled, in the run and by whoever loads it: a model to start from goes on as its folder
+    says where no option says otherwise.
+    """
+    names = ("temperature", "top_k", "top_p")
+    if arguments.model.model_name_or_path is not None and model.generation_config.do_sample:
+        names = tuple(name for name in names if name in arguments.given)
+    return {"do_sample": True} | {name: getattr(arguments.train, name) for name in names}
+
+
 def create_optimization(
     options: TrainArguments, model: IFlameForCausalLM, accelerator: Accelerator
 ) -> tuple[torch.optim.Optimizer, MovingAverage | None]:
