@@ -51,20 +51,18 @@ def run(model: str, out: Path, seed: int) -> None:
     print(f"loading {model} ...", flush=True)
     from iflame_cli.making import load_generator  # torch takes seconds
     from iflame_cli.render import render_meshes
-    from iflame_hf.threads_iflame import spare_a_core
 
     generator = load_generator(model)
     out.mkdir(parents=True, exist_ok=True)
     wanted = requests_for(generator.model.config)
     made: list[Any] = [None] * MESHES
-    with spare_a_core(generator.model.device):
-        for number, mesh in generator.as_finished(num_meshes=MESHES, seed=seed, **SAMPLING, **wanted):
-            made[number] = mesh
-            path = out / f"mesh-{number:02d}.glb"
-            if len(mesh.faces):
-                generator.export(mesh, path)
-            print(f"{path}: {title_of(mesh)}", flush=True)
-        part, completed = complete(generator, made, out, seed + MESHES)
+    for number, mesh in generator.as_finished(num_meshes=MESHES, seed=seed, **SAMPLING, **wanted):
+        made[number] = mesh
+        path = out / f"mesh-{number:02d}.glb"
+        if len(mesh.faces):
+            generator.export(mesh, path)
+        print(f"{path}: {title_of(mesh)}", flush=True)
+    part, completed = complete(generator, made, out, seed + MESHES)
     titles = [title_of(mesh) for mesh in made]
     if part is not None:
         titles.append(f"a part, {len(part.faces)} faces")

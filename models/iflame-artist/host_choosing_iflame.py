@@ -136,7 +136,9 @@ class HostChooser:
             if choice.closing:
                 token = expected_token(state[EXPECTED:], state[FIRST], digits, place, interval, levels)
                 if token is not None:
-                    of_row[np.arange(self.vocabulary) != token] -= self.settings.closing_strength
+                    kept = of_row[token]
+                    of_row -= self.settings.closing_strength
+                    of_row[token] = kept
             if place == 0:
                 may_end = faces >= min(fewest, most) or forbidden[:levels].all()
                 if faces >= most:
