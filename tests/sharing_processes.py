@@ -13,9 +13,18 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 Share = Callable[[torch.Tensor], DTensor]
 
 
-def found_by(work: Callable[[Share], Any], count: int, folder: Path) -> Any:
-    """What `work(share)`, called in each of so many processes, returns in the first: of numpy's arrays."""
+def found_by(work: Callable[[Share], Any], count: int, folder: Path, begins_anew: bool = False) -> Any:
+    """
+    What `work(share)`, called in each of so many processes, returns in the first: of numpy's arrays.
+
+    Args:
+        begins_anew: the processes know nothing of what this one did, such as the threads of autograd, which would not
+            work in a copy of it; `work` can be pickled.
+    """
     context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+    if begins_anew:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["training.train"])
     found = context.Queue()
     processes = [
         context.Process(target=_work, args=(rank, count, folder / "store", work, found), daemon=True)

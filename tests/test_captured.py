@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from gpu_packages import FLASH_2, FLASH_4
+from repeated_steps import repeated
 from small_models import mesh_rows, small_model
 
 from iflame_cli.errors import CommandError
@@ -95,23 +96,9 @@ def test_the_model_computes_the_same_with_room_for_more_meshes():
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
 
 
-class Repeated:
-    """What a CUDA graph is: a function that is called again on the same tensors, into the same tensor."""
-
-    def __init__(self, function, arguments, output):
-        self.function, self.arguments, self.output = function, arguments, output
-
-    def replay(self):
-        self.output.copy_(self.function(*self.arguments))
-
-
 @pytest.fixture
 def repeats(monkeypatch):
-    def captured(self, function, *arguments):
-        output = torch.zeros(2 if function == self._step else ())
-        return Repeated(function, arguments, output), output
-
-    monkeypatch.setattr(CapturedLearner, "_captured", captured)
+    monkeypatch.setattr(CapturedLearner, "_captured", repeated)
 
 
 @pytest.mark.parametrize("optim", ["muon", "adamw_torch"])

@@ -24,7 +24,7 @@ from iflame_hf.packed_attention_iflame import has_flash
 from training.arguments import TrainArguments
 from training.rows.load import Batch
 from training.run.create import device_leaves_out_steps, is_compiled
-from training.run.weights import are_sharded
+from training.run.weights import are_sharded, why_never_whole
 from training.run.working import WorkingWeights
 
 # Packed rows have room for so many meshes at least.
@@ -37,8 +37,10 @@ MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
 def why_not_captured(model: IFlameForCausalLM, options: TrainArguments, accelerator: Accelerator) -> str | None:
     """Why the steps of a run cannot be CUDA graphs, or None."""
-    if are_sharded(accelerator) or not device_leaves_out_steps(accelerator):
-        return "weights that are sharded, or a gradient scaler"
+    if not device_leaves_out_steps(accelerator):
+        return "a gradient scaler"
+    if are_sharded(accelerator) and (reason := why_never_whole(accelerator)):
+        return reason
     if options.torch_compile and options.torch_compile_mode in MODES_WITH_GRAPHS:
         return f"torch_compile_mode={options.torch_compile_mode}"
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

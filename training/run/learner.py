@@ -1,5 +1,6 @@
 """What a step computes: the gradients of a batch, and the update of the weights."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Protocol
@@ -12,7 +13,9 @@ from training.arguments import TrainArguments
 from training.optim.shards import clip_sharded
 from training.rows.load import Batch
 from training.run.captured import CapturedLearner, why_not_captured
-from training.run.create import device_leaves_out_steps
+from training.run.create import compile_blocks, device_leaves_out_steps
+from training.run.sharded import ShardedCapturedLearner
+from training.run.weights import are_sharded
 
 
 class Learner(Protocol):
@@ -41,6 +44,13 @@ def prepare(
     """Model and optimiser as Accelerate prepares them, and what learns with them."""
     max_grad_norm = options.max_grad_norm or float("inf")
     reason = why_not_captured(model, options, accelerator) if options.cuda_graphs else "cuda_graphs=False"
+    if reason is None and are_sharded(accelerator):
+        whole = copy.deepcopy(model).to(accelerator.device)
+        if options.torch_compile:  # which copies are not
+            compile_blocks(whole, options.torch_compile_mode, memory_budget=options.activation_memory_budget)
+        prepared, stepped = accelerator.prepare(model, optimizer)
+        learner = ShardedCapturedLearner(whole, prepared, optimizer, max_grad_norm, accelerator.autocast)
+        return prepared, stepped, learner
     if reason is None:
         # Of several processes the learner adds up the gradients: Accelerate puts nothing around the model.
         prepared = accelerator.prepare_model(model, evaluation_mode=True)

@@ -19,6 +19,22 @@ def are_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def why_never_whole(accelerator: Accelerator) -> str | None:
+    """Why weights that are sharded cannot be whole on each process during a step, or None."""
+    if not accelerator.is_fsdp2:
+        return "weights that FSDP shards in its first version"
+    from torch.distributed.fsdp import CPUOffloadPolicy  # which torch 2.5 has not
+
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.auto_wrap_policy is not None:
+        return "blocks that are gathered one by one (fsdp_auto_wrap_policy)"
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "weights that lie in the memory of the host (fsdp_offload_params)"
+    if plugin.activation_checkpointing:
+        return "fsdp_activation_checkpointing, for which --gradient_checkpointing is there"
+    return None
+
+
 class Weights:
     """
     The model of a run and the moving average of its weights, if there is one.

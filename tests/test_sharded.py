@@ -1,0 +1,146 @@
+"""Steps that are CUDA graphs learn what others do where weights are shared by rows (FSDP2)."""
+
+import contextlib
+import copy
+import functools
+
+import pytest
+import torch
+from accelerate import Accelerator
+from repeated_steps import repeated
+from sharing_processes import found_by
+from small_models import mesh_rows, small_model
+from torch import nn
+from torch.distributed.tensor import DTensor, init_device_mesh
+
+from iflame_hf.layout_iflame import RowLayout
+from training.optim.exchange import Exchange
+from training.optim.groups import create_optimizer
+from training.run.captured import CapturedLearner
+from training.run.learner import AcceleratedLearner
+from training.run.sharded import ShardedCapturedLearner
+
+PROCESSES = 3  # each of which has one row
+SHAPES = [(7, 3), (5,), (24, 8), (1,), (4, 2, 2), (2, 8)]  # some processes have fewer rows than others, or none
+FROZEN = 2
+FACES, STRIDES, CLIP, STEPS = 12, (1, 3, 9), 0.5, 5
+
+
+def drawn(seed):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=random) for shape in SHAPES]
+
+
+def exchanged(bucket_bytes, share):
+    sharded = [nn.Parameter(share(each)) for each in drawn(seed=9)]
+    whole = [nn.Parameter(torch.full(shape, torch.nan)) for shape in SHAPES]
+    for index, gradient in enumerate(drawn(torch.distributed.get_rank())):
+        whole[index].grad = None if index == FROZEN else gradient
+    exchange = Exchange(sharded, whole, bucket_bytes)
+    exchange.gather()
+    first = [each.detach().numpy().copy() for each in whole]
+    with torch.no_grad():
+        for each in sharded:
+            each.to_local().mul_(2)
+    exchange.gather()
+    exchange.reduce()
+    sums = [None if each is None else each.full_tensor().numpy() for each in exchange.gradients]
+    return first, [each.detach().numpy() for each in whole], sums, len(exchange._buckets)
+
+
+@pytest.mark.parametrize(("bucket_bytes", "buckets"), [(1, 6), (2000, 2), (1 << 20, 1)])
+def test_whole_weights_and_sums_of_gradients_are_those_of_all_processes(bucket_bytes, buckets, tmp_path):
+    first, second, sums, count = found_by(functools.partial(exchanged, bucket_bytes), PROCESSES, tmp_path)
+    assert count == buckets and len(sums) == len(SHAPES)
+    for index, weight in enumerate(drawn(seed=9)):
+        assert torch.equal(torch.from_numpy(first[index]), weight)
+        assert torch.equal(torch.from_numpy(second[index]), 2 * weight)
+    assert sums[FROZEN] is None
+    for index, gradients in enumerate(zip(*map(drawn, range(PROCESSES)), strict=True)):
+        if index != FROZEN:
+            torch.testing.assert_close(torch.from_numpy(sums[index]), sum(gradients))
+
+
+def batches_of(step, packed, rows=slice(None)):
+    """One batch of rows, or in one of the steps two."""
+    batches = []
+    for seed in range(10 * step, 10 * step + 1 + (step == 2)):
+        random = torch.Generator().manual_seed(seed)
+        begins = (torch.rand(PROCESSES, FACES, generator=random) < 0.2) & torch.tensor(packed)
+        ids = mesh_rows(PROCESSES, faces=FACES - 1, seed=seed)[rows]
+        layout = RowLayout.of_begins(begins[rows], ids.shape[1], STRIDES)
+        labels = ids.masked_fill(layout.positions() < 9, -100)
+        batches.append({"input_ids": ids, "labels": labels, "layout": layout})
+    return batches
+
+
+def learnt(learner, model, optimizer, packed, rows=slice(None)):
+    """What each step found, one of which is to be left out, what evaluations between them did, weights, states."""
+    found, evaluations, ids = [], [], mesh_rows(2, faces=4)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in batches_of(step, packed))
+        loss = learner.backward(batches_of(step, packed, rows), 0 if step == 3 else labels)
+        found.append(learner.update(loss).tolist())
+        with torch.no_grad():
+            evaluations.append(float(model.eval()(ids, labels=ids, use_cache=False).loss))
+        model.train()
+    tensors = {}
+    for (name, _), parameter in zip(small_model().named_parameters(), parameters_of(model), strict=True):
+        tensors[name] = parameter.detach()
+        for key, state in optimizer.state[parameter].items():
+            tensors[f"{name} {key}"] = state
+    whole = {key: each.full_tensor() if isinstance(each, DTensor) else each for key, each in tensors.items()}
+    return found, evaluations, {key: each.numpy() for key, each in whole.items()}
+
+
+def parameters_of(model):
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return list(model.parameters())
+
+
+def learnt_in_parts(optim, packed, captures, share):
+    from torch.distributed.fsdp import fully_shard
+
+    CapturedLearner._captured = repeated
+    model = small_model().train()
+    whole, mesh = copy.deepcopy(model), init_device_mesh("cpu", (PROCESSES,))
+    fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=False)  # as Accelerate does
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.zero_()  # what the parts say counts
+    optimizer = create_optimizer(model, optim, 0.0, 0.1, fused=True)
+    learner = ShardedCapturedLearner(whole, model, optimizer, CLIP, contextlib.nullcontext, captures=captures)
+    row = torch.distributed.get_rank()
+    found = learnt(learner, model, optimizer, packed, slice(row, row + 1))
+    assert len(learner._graphs) == (2 if captures else 0)
+    return found
+
+
+@pytest.mark.parametrize("how", ["packed", "captured"])
+@pytest.mark.parametrize("optim", ["muon", "adamw_torch"])
+def test_steps_on_parts_learn_what_those_of_a_whole_model_do(optim, how, tmp_path):
+    packed, captures = how == "packed", how == "captured"
+    work = functools.partial(learnt_in_parts, optim, packed, captures)
+    found, evaluations, tensors = found_by(work, PROCESSES, tmp_path, begins_anew=True)
+    model = small_model().train()
+    optimizer = create_optimizer(model, optim, 0.0, 0.1, fused=True)
+    accelerator = Accelerator(cpu=True)
+    learner = AcceleratedLearner(accelerator, *accelerator.prepare(model, optimizer), CLIP)
+    expected_found, expected_evaluations, expected = learnt(learner, model, optimizer, packed)
+    finite = [step for step in range(STEPS) if step != 3]
+    for step in finite:
+        assert found[step] == pytest.approx(expected_found[step], rel=1e-5)
+    assert not torch.tensor(found[3]).isfinite().all()
+    assert evaluations == pytest.approx(expected_evaluations, rel=1e-5)
+    assert evaluations[3] == evaluations[2] and len(set(evaluations)) == STEPS - 1
+    assert tensors.keys() == expected.keys() and any(" " in key for key in tensors)
+    begun = dict(small_model().named_parameters())
+    for key, value in tensors.items():
+        other = torch.from_numpy(expected[key])
+        moved = other - begun[key].detach() if key in begun else other
+        assert (torch.from_numpy(value) - other).norm() <= 1e-4 * moved.norm(), key
