@@ -12,7 +12,7 @@ import pytest
 import torch
 from program_processes import environments_of_ranks
 from small_models import ending_model
-from training_processes import command_line, losses_of
+from training_processes import SHARDED, command_line, log_of, losses_of
 
 from iflame_hf import IFlameTokenizer
 
@@ -32,11 +32,17 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def run(program, arguments, processes, said):
+def run(program, arguments, processes, said, environment=None):
     """What processes of a program say, which must come to their end; if not, where each of their threads stands."""
     command = [sys.executable, str(ROOT / "training" / program), *map(str, arguments)]
-    ranks = environments_of_ranks(processes) if processes > 1 else [{}]
-    shared = {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    ranks = environments_of_ranks(processes) if processes > 1 or environment else [{}]
+    shared = {
+        **os.environ,
+        **(environment or {}),
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     messages = [said / f"{rank}.txt" for rank in range(processes)]
     said.mkdir(parents=True)
     running = []
@@ -72,10 +78,11 @@ def test_the_meshes_of_two_gpus_are_those_of_one(model_folder, tmp_path):
     assert not differing, f"{len(differing)} of {len(one)}, of them {', '.join(differing[:20])}"
 
 
-def trained(out, processes=1, **options):
+def trained(out, processes=1, environment=None, **options):
     """The losses of a small run, by step, and what it said."""
     options = {"use_cpu": False, "bf16": True, "hidden_size": 128, "num_attention_heads": 4, **options}
-    said = run("train.py", command_line(out, **options), processes, out.parent / f"{out.name}-{time.monotonic_ns()}")
+    folder = out.parent / f"{out.name}-{time.monotonic_ns()}"
+    said = run("train.py", command_line(out, **options), processes, folder, environment)
     assert "no CUDA graphs" not in said and "cannot be a CUDA graph" not in said, said
     return losses_of(out)
 
@@ -97,3 +104,21 @@ def test_two_gpus_learn_what_one_does(tmp_path):
     two = trained(tmp_path / "two", 2, per_device_train_batch_size=2, save_steps=0)
     assert sorted(one) == sorted(two) == list(range(1, 9))
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=TWO_GPUS)])
+def test_gpus_learn_from_sharded_weights_what_one_does_from_whole_ones(processes, compiled, tmp_path):
+    options = {"torch_compile": compiled, "save_steps": 4, "eval_steps": 2}
+    one = trained(tmp_path / "one", per_device_train_batch_size=4, **options)
+    options["per_device_train_batch_size"] = 4 // processes
+    sharded = trained(tmp_path / "sharded", processes, SHARDED, **options)
+    assert sorted(one) == sorted(sharded) == list(range(1, 9))
+    assert list(sharded.values()) == pytest.approx(list(one.values()), rel=1e-2)
+    of_one, of_sharded = (
+        [line["eval_loss"] for line in log_of(tmp_path / name) if "eval_loss" in line] for name in ("one", "sharded")
+    )
+    assert len(of_one) == 4 and of_sharded == pytest.approx(of_one, rel=1e-2)
+    shutil.rmtree(tmp_path / "sharded" / "checkpoint-8")
+    again = trained(tmp_path / "sharded", processes, SHARDED, resume_from_checkpoint="latest", **options)
+    assert list(again.values()) == pytest.approx(list(sharded.values()), rel=1e-2)

@@ -3,20 +3,26 @@
 import contextlib
 import copy
 import functools
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from repeated_steps import repeated
 from sharing_processes import found_by
 from small_models import mesh_rows, small_model
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
+from training_processes import SHARDED, Trainer, log_of
 
 from iflame_hf.layout_iflame import RowLayout
+from training.arguments import parse_arguments
 from training.optim.exchange import Exchange
 from training.optim.groups import create_optimizer
-from training.run.captured import CapturedLearner
+from training.run.captured import CapturedLearner, why_not_captured
 from training.run.learner import AcceleratedLearner
 from training.run.sharded import ShardedCapturedLearner
 
@@ -48,15 +54,17 @@ def exchanged(bucket_bytes, share):
     return first, [each.detach().numpy() for each in whole], sums, len(exchange._buckets)
 
 
-@pytest.mark.parametrize(("bucket_bytes", "buckets"), [(1, 6), (2000, 2), (1 << 20, 1)])
-def test_whole_weights_and_sums_of_gradients_are_those_of_all_processes(bucket_bytes, buckets, tmp_path):
-    first, second, sums, count = found_by(functools.partial(exchanged, bucket_bytes), PROCESSES, tmp_path)
+@pytest.mark.parametrize(
+    ("processes", "bucket_bytes", "buckets"), [(3, 1, 6), (3, 2000, 2), (3, 1 << 20, 1), (1, 1000, 2)]
+)
+def test_whole_weights_and_sums_of_gradients_are_those_of_all_processes(processes, bucket_bytes, buckets, tmp_path):
+    first, second, sums, count = found_by(functools.partial(exchanged, bucket_bytes), processes, tmp_path)
     assert count == buckets and len(sums) == len(SHAPES)
     for index, weight in enumerate(drawn(seed=9)):
         assert torch.equal(torch.from_numpy(first[index]), weight)
         assert torch.equal(torch.from_numpy(second[index]), 2 * weight)
     assert sums[FROZEN] is None
-    for index, gradients in enumerate(zip(*map(drawn, range(PROCESSES)), strict=True)):
+    for index, gradients in enumerate(zip(*map(drawn, range(processes)), strict=True)):
         if index != FROZEN:
             torch.testing.assert_close(torch.from_numpy(sums[index]), sum(gradients))
 
@@ -103,8 +111,6 @@ def parameters_of(model):
 
 
 def learnt_in_parts(optim, packed, captures, share):
-    from torch.distributed.fsdp import fully_shard
-
     CapturedLearner._captured = repeated
     model = small_model().train()
     whole, mesh = copy.deepcopy(model), init_device_mesh("cpu", (PROCESSES,))
@@ -144,3 +150,51 @@ def test_steps_on_parts_learn_what_those_of_a_whole_model_do(optim, how, tmp_pat
         other = torch.from_numpy(expected[key])
         moved = other - begun[key].detach() if key in begun else other
         assert (torch.from_numpy(value) - other).norm() <= 1e-4 * moved.norm(), key
+
+
+def test_runs_in_graphs_and_others_go_on_from_each_others_checkpoints(tmp_path):
+    trainer = Trainer(tmp_path)
+    options = {"max_steps": 4, "save_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 1}
+    options |= {"gradient_accumulation_steps": 2}
+    kinds = {"plain": SHARDED, "graphs": {**SHARDED, "AS_IN_GRAPHS": "1"}}
+    for name, environment in kinds.items():
+        trainer.finish(*trainer.start_ranks(tmp_path / name, 2, environment, **options))
+    begun = {name: found_in(tmp_path / name) for name in kinds}
+    assert len(begun["plain"]) == 12 and begun["graphs"] == pytest.approx(begun["plain"], rel=1e-5)
+    for name, other in zip(kinds, reversed(kinds), strict=True):
+        shutil.rmtree(tmp_path / name / "checkpoint-4")
+        again = trainer.start_ranks(tmp_path / name, 2, kinds[other], resume_from_checkpoint="latest", **options)
+        trainer.finish(*again)
+        assert found_in(tmp_path / name) == pytest.approx(begun[name], rel=1e-5)
+
+
+def found_in(folder):
+    """Losses and norms of steps, losses of evaluations."""
+    return [line[key] for line in log_of(folder) for key in ("loss", "grad_norm", "eval_loss") if key in line]
+
+
+class Sharded:
+    """What is asked of an accelerator that shards weights, as on a GPU."""
+
+    device, scaler, mixed_precision = torch.device("cuda"), None, "bf16"
+    distributed_type, is_fsdp2 = DistributedType.FSDP, True
+
+    def __init__(self, **options):
+        plugin = {"auto_wrap_policy": None, "cpu_offload": OffloadPolicy(), "activation_checkpointing": False}
+        self.state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**plugin, **options}))
+
+
+def test_parts_that_cannot_be_whole_in_a_step_are_trained_otherwise(monkeypatch):
+    monkeypatch.setattr("training.run.captured.why_no_graph", lambda *_: None)
+    model, options = small_model(), parse_arguments([]).train
+    assert why_not_captured(model, options, Sharded()) is None
+    refused = {
+        "fsdp_auto_wrap_policy": Sharded(auto_wrap_policy=print),
+        "fsdp_offload_params": Sharded(cpu_offload=CPUOffloadPolicy()),
+        "fsdp_activation_checkpointing": Sharded(activation_checkpointing=True),
+        "first version": Sharded(),
+        "scaler": Sharded(),
+    }
+    refused["first version"].is_fsdp2, refused["scaler"].scaler = False, object()
+    for reason, accelerator in refused.items():
+        assert reason in why_not_captured(model, options, accelerator)

@@ -1,5 +1,6 @@
 """Training runs as processes of their own, started from one that has imported everything once."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -68,11 +69,19 @@ def run_training(arguments: list[str], environment: dict[str, str], output: str,
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
+    from training.run import captured, learner
+    from training.run.sharded import ShardedCapturedLearner
     from training.train import main
 
     if "ACCELERATE_USE_FSDP" in environment:  # Accelerate shards on GPUs only, though torch does on CPUs
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    if "AS_IN_GRAPHS" in environment:  # steps as on a GPU, but that they are run as they are
+        captured.why_no_graph = lambda *_: None
+        learner.AcceleratedLearner = None  # is not to be used
+        initialise = functools.partialmethod(ShardedCapturedLearner.__init__, captures=False)
+        ShardedCapturedLearner.__init__ = initialise
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader workers need not import everything again
