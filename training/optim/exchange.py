@@ -15,6 +15,10 @@ ALIGNMENT = 256
 # Bytes of whole parameters from which on a collective moves no more.
 BUCKET_BYTES = 1 << 26
 
+# As torch calls them from 2.13 on; before they are found by their older names.
+_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+_reduce_scatter = getattr(torch.distributed, "reduce_scatter_single", None) or torch.distributed.reduce_scatter_tensor
+
 Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
@@ -79,7 +83,7 @@ class Exchange:
         # Where each keeps its part is asked anew: torch may have moved it.
         torch._foreach_copy_(self._own_parts, [own_part(each) for each in self.sharded])
         for bucket in self._buckets:
-            torch.distributed.all_gather_into_tensor(bucket.everyones, bucket.own, group=self.group)
+            _all_gather(bucket.everyones, bucket.own, group=self.group)
             torch._foreach_copy_(*bucket.weights)
 
     @torch.no_grad()
@@ -89,7 +93,7 @@ class Exchange:
             of_whole, of_everyone = bucket.gradients
             if of_whole:
                 torch._foreach_copy_(of_everyone, of_whole)
-                torch.distributed.reduce_scatter_tensor(bucket.own, bucket.everyones, group=self.group)
+                _reduce_scatter(bucket.own, bucket.everyones, group=self.group)
 
 
 def _room(tensor: torch.Tensor, count: int) -> int:
