@@ -22,7 +22,9 @@ from iflame_hf.layout_iflame import RowLayout
 from training.arguments import parse_arguments
 from training.optim.exchange import Exchange
 from training.optim.groups import create_optimizer
+from training.run import learner
 from training.run.captured import CapturedLearner, why_not_captured
+from training.run.create import compile_blocks, is_compiled
 from training.run.learner import AcceleratedLearner
 from training.run.sharded import ShardedCapturedLearner
 
@@ -82,15 +84,15 @@ def batches_of(step, packed, rows=slice(None)):
     return batches
 
 
-def learnt(learner, model, optimizer, packed, rows=slice(None)):
+def learnt(chosen, model, optimizer, packed, rows=slice(None)):
     """What each step found, one of which is to be left out, what evaluations between them did, weights, states."""
     found, evaluations, ids = [], [], mesh_rows(2, faces=4)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (step + 1)
         labels = sum(int((batch["labels"] != -100).sum()) for batch in batches_of(step, packed))
-        loss = learner.backward(batches_of(step, packed, rows), 0 if step == 3 else labels)
-        found.append(learner.update(loss).tolist())
+        loss = chosen.backward(batches_of(step, packed, rows), 0 if step == 3 else labels)
+        found.append(chosen.update(loss).tolist())
         with torch.no_grad():
             evaluations.append(float(model.eval()(ids, labels=ids, use_cache=False).loss))
         model.train()
@@ -120,10 +122,10 @@ def learnt_in_parts(optim, packed, captures, share):
         for parameter in whole.parameters():
             parameter.zero_()  # what the parts say counts
     optimizer = create_optimizer(model, optim, 0.0, 0.1, fused=True)
-    learner = ShardedCapturedLearner(whole, model, optimizer, CLIP, contextlib.nullcontext, captures=captures)
+    chosen = ShardedCapturedLearner(whole, model, optimizer, CLIP, contextlib.nullcontext, captures=captures)
     row = torch.distributed.get_rank()
-    found = learnt(learner, model, optimizer, packed, slice(row, row + 1))
-    assert len(learner._graphs) == (2 if captures else 0)
+    found = learnt(chosen, model, optimizer, packed, slice(row, row + 1))
+    assert len(chosen._graphs) == (2 if captures else 0)
     return found
 
 
@@ -136,8 +138,8 @@ def test_steps_on_parts_learn_what_those_of_a_whole_model_do(optim, how, tmp_pat
     model = small_model().train()
     optimizer = create_optimizer(model, optim, 0.0, 0.1, fused=True)
     accelerator = Accelerator(cpu=True)
-    learner = AcceleratedLearner(accelerator, *accelerator.prepare(model, optimizer), CLIP)
-    expected_found, expected_evaluations, expected = learnt(learner, model, optimizer, packed)
+    chosen = AcceleratedLearner(accelerator, *accelerator.prepare(model, optimizer), CLIP)
+    expected_found, expected_evaluations, expected = learnt(chosen, model, optimizer, packed)
     finite = [step for step in range(STEPS) if step != 3]
     for step in finite:
         assert found[step] == pytest.approx(expected_found[step], rel=1e-5)
@@ -198,3 +200,21 @@ def test_parts_that_cannot_be_whole_in_a_step_are_trained_otherwise(monkeypatch)
     refused["first version"].is_fsdp2, refused["scaler"].scaler = False, object()
     for reason, accelerator in refused.items():
         assert reason in why_not_captured(model, options, accelerator)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_whole_model_is_a_copy_and_compiled_as_the_other(compiled, monkeypatch):
+    made, accelerator, model = [], Sharded(), small_model()
+    accelerator.device, accelerator.autocast = torch.device("cpu"), contextlib.nullcontext
+    accelerator.prepare = lambda *prepared: prepared
+    monkeypatch.setattr(learner, "why_not_captured", lambda *_: None)
+    monkeypatch.setattr(learner, "ShardedCapturedLearner", lambda *arguments: made.append(arguments))
+    if compiled:
+        compile_blocks(model)
+    optimizer = create_optimizer(model, "muon", 1e-3, 0.1)
+    options = parse_arguments([f"--torch_compile={compiled}", "--max_grad_norm=0"]).train
+    assert learner.prepare(accelerator, model, optimizer, options, print)[:2] == (model, optimizer)
+    ((whole, *others),) = made
+    assert others == [model, optimizer, float("inf"), contextlib.nullcontext]
+    assert {is_compiled(block) for block in whole.model.layers} == {compiled}
+    assert not {each.data_ptr() for each in whole.parameters()} & {each.data_ptr() for each in model.parameters()}

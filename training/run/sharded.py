@@ -21,8 +21,8 @@ class ShardedCapturedLearner(CapturedLearner):
 
     Args:
         whole: a model like the sharded one, which nobody else uses, on the device.
-        sharded: as Accelerate has prepared it (FSDP2), without units in its blocks' place; its weights may be changed
-            between steps, such as by a checkpoint.
+        sharded: as Accelerate has prepared it (FSDP2), whose blocks are no units of their own; its weights may be
+            changed between steps, such as by a checkpoint.
         optimizer: of the sharded model's parameters; its `found_inf` leaves out steps.
         max_grad_norm, autocast, captures: as of `CapturedLearner`.
 
