@@ -298,15 +298,20 @@ def run_peer(options: argparse.Namespace) -> Figures:
     result |= {"minutes_asked": options.minutes, "tokens_asked": options.tokens, "data": options.data.name}
     result |= {"parameters": count_parameters(outcome.model), **outcome.figures}
     result["held_out"] = judge(outcome.model, outcome.data, outcome.tokenizer, outcome.accelerator)
+    write_figures(options.out, result, began)  # sampling may take longer than anyone waits
     if options.num_samples:
         chosen = {name: getattr(options, name) for name in ("seed", "top_p", "top_k", "max_faces")}
         folder = options.out / "samples"
         result["samples"] = write_samples(
             outcome.sample(), folder, outcome.tokenizer, {**chosen, "peer": options.peer}
         )
-    result["seconds"] = time.monotonic() - began
-    write_whole(options.out / "peer.json", json.dumps(result, indent=1) + "\n")
+        write_figures(options.out, result, began)
     return result
+
+
+def write_figures(out: Path, result: Figures, began: float) -> None:
+    result["seconds"] = time.monotonic() - began
+    write_whole(out / "peer.json", json.dumps(result, indent=1) + "\n")
 
 
 def table(results: Sequence[Figures]) -> str:

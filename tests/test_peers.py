@@ -165,6 +165,16 @@ def test_a_llama_is_trained_judged_and_sampled(data, llama):
     assert [json.loads(line)["step"] for line in (out / "run" / "log.jsonl").read_text().splitlines()] == [3, 4]
 
 
+def test_what_was_trained_is_told_though_sampling_fails(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "write_samples", lambda *_: next(iter([])))
+    more = ("--tokens", "648", "--width", "32", "--layers", "1", "--heads", "2")
+    with pytest.raises(StopIteration):
+        peers.run_peer(peers.read_options(words(data, tmp_path, "llama", *more)))
+    figures = json.loads((tmp_path / "peer.json").read_text())
+    assert figures["held_out"]["labels"] == HELD_OUT_LABELS and figures["labels"] >= 648
+    assert "samples" not in figures
+
+
 def test_a_run_of_train_py_is_judged_as_it_judges_itself(data, llama, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers.launching, "run_program", lambda command, said, limit: train.main(command[2:]))
     more = [*ROWS, *NETWORK]
