@@ -1,5 +1,7 @@
 """What test_kernels.py runs in a process of Triton's interpreter."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from quick_interpreter import make_quick
@@ -126,25 +128,28 @@ def choice():
     return "as it should be"
 
 
-def grammar():
+def grammar(ordered=True):
     """The kernel and its twin make the same faces of the same scores, until all have ended."""
     rows, faces = 12, 5
     begin = fresh(rows, 9 * faces + 9, limits=(1, faces - 1))
-    how = Choice(True, False, False, True, 129, 131)
+    how = Choice(True, False, False, True, 129, 131, ordered=ordered)
     both = choosers(rows, 9 * faces + 9, begin, Settings())
     random = torch.Generator().manual_seed(1)
     tokens = [torch.zeros(rows, dtype=torch.long) for _ in both]
-    ended = 0
+    ended, back = 0, 0
     for place in range(9 * faces):
         logits = torch.randn(rows, 132, generator=random)
         logits[:, 100:129] += 2
         logits[:, 131] += 2
+        before = both[1].state.copy()
         for chooser, chosen in zip(both, tokens, strict=True):
             chooser.choose(how, logits, chosen, place % 9, True)
         assert torch.equal(*tokens), place
         assert np.array_equal(np.asarray(both[0].face), both[1].face)
+        now, last = both[1].state[:, :3].tolist(), before[:, :3].tolist()
+        back += sum(one < other for one, other in zip(now, last, strict=True))
         ended = int((tokens[0] == 131).sum())
-    assert ended == rows
+    assert ended == rows and (back == 0) == ordered
     assert np.array_equal(np.asarray(both[0].state)[:, [0, 1, 2, 6, 7]], both[1].state[:, [0, 1, 2, 6, 7]])
     assert 1 < len(set(both[1].state[:, 6].tolist()))
     return "as it should be"
@@ -181,4 +186,12 @@ def closing():
 
 if __name__ == "__main__":
     make_quick()
-    serve({"step": step, "choice": choice, "grammar": grammar, "closing": closing})
+    serve(
+        {
+            "step": step,
+            "choice": choice,
+            "grammar": grammar,
+            "order": partial(grammar, ordered=False),
+            "closing": closing,
+        }
+    )

@@ -52,15 +52,18 @@ def test_guided_tokens_in_float32_are_those_of_the_plain_loop():
         assert torch.equal(many[number], row[: len(many[number])])
 
 
-def test_tokens_that_close_meshes_are_those_of_the_plain_loop():
+@pytest.mark.parametrize(
+    "asked",
+    [{"closing_strength": 3.0}, {"keep_order": False}, {"closing_strength": 3.0, "keep_order": False}],
+    ids=str,
+)
+def test_tokens_that_close_meshes_or_leave_their_order_are_those_of_the_plain_loop(asked):
     model = ending_model(8, **SIZES).to("cuda", torch.float32)
-    asked, options = (
-        {"closing_strength": 3.0, "max_faces": 60},
-        {"do_sample": True, "seed": 3, "num_return_sequences": 20},
-    )
+    options = {"do_sample": True, "seed": 3, "num_return_sequences": 20}
+    asked, plain = {**asked, "max_faces": 60}, {"closing_strength": 0.0, "keep_order": True, "max_faces": 60}
     found = model.generate(**asked, **options)
     assert torch.equal(found, model.generate(cache_implementation="dynamic", **asked, **options))
-    assert not torch.equal(found, model.generate(**{**asked, "closing_strength": 0.0}, **options))
+    assert not torch.equal(found, model.generate(**plain, **options))
     many = {each.number: each.ids for each in generate_meshes(model, range(3, 23), rows=7, **asked)}
     for number, row in enumerate(found.cpu()):
         assert torch.equal(many[number], row[: len(many[number])])

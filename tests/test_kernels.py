@@ -26,6 +26,7 @@ CHECKS = [
     "step 3 many int8",
     "choice",
     "grammar",
+    "order",
     "closing",
 ]
 

@@ -91,6 +91,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--min_p", type=_share, metavar="P", **several, help="values to try; 0: without")
     add("--closing_strength", type=scale, metavar="L", **several, help="values to try; 0: without")
     add("--mesh_grammar", type=_switch, metavar="on|off", **several, help="values to try")
+    add("--keep_order", type=_switch, metavar="on|off", **several, help="values to try")
     add("--best_of", type=whole(1), metavar="N", **several, help="values to try: draw N meshes, keep the best")
     add("--product", action="store_true", help="all combinations (default: from the model's own settings on, which "
         "are the base, one at a time is changed)")  # fmt: skip
@@ -171,6 +172,7 @@ def base_setting(generator: Any) -> Setting:
         "min_p": 0.0,
         "closing_strength": 0.0,
         "mesh_grammar": False,
+        "keep_order": True,
     }
     known = {name: default if own.get(name) is None else own[name] for name, default in defaults.items()}
     return {**known, "best_of": 1}

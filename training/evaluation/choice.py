@@ -9,7 +9,7 @@ import numpy as np
 from training.evaluation.soundness import ALL_BINS, LARGE_BINS
 from training.evaluation.tables import cell, table
 
-FACTORS = ("temperature", "top_k", "top_p", "min_p", "closing_strength", "mesh_grammar", "best_of")
+FACTORS = ("temperature", "top_k", "top_p", "min_p", "closing_strength", "mesh_grammar", "keep_order", "best_of")
 DISTRIBUTION = ("one_nna", "coverage", "mmd")
 LEAST_ENDED = 0.95  # of the share of the setting that ends most often
 Setting = dict[str, Any]

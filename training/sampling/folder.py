@@ -25,7 +25,7 @@ RECORDS = ".records"
 FREE_SETTINGS = ("model", "revision")
 # What the settings of earlier versions do not name, with what it was then.
 ADDED_SETTINGS = {
-    **{"kv_cache_dtype": None, "best_of": 1, "closing_strength": 0.0},
+    **{"kv_cache_dtype": None, "best_of": 1, "closing_strength": 0.0, "keep_order": True},
     **{"category": None, "num_faces": None, "guidance_scale": None},
 }
 _MESH = re.compile(r"mesh-\d{6,}\.(glb|obj|ply|stl)")

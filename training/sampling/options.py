@@ -60,6 +60,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--closing_strength", type=scale, metavar="L", help="lower by L nats what leaves an edge open (4: fewer holes)"
     )
+    add("--keep_order", action=argparse.BooleanOptionalAction, default=None, help="keep faces in canonical order")
     add("--dtype", choices=DTYPES, help="precision (default: bfloat16 on CUDA, else float32)")
     add("--kv_cache_dtype", choices=("int8",), help="keys and values on a GPU in half the memory: more meshes/s")
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the Hub")

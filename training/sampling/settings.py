@@ -8,7 +8,16 @@ import torch
 
 from iflame_hf.conditions_iflame import asked_conditions
 
-SAMPLING_SETTINGS = ("min_faces", "max_faces", "temperature", "top_k", "top_p", "closing_strength", "kv_cache_dtype")
+SAMPLING_SETTINGS = (
+    "min_faces",
+    "max_faces",
+    "temperature",
+    "top_k",
+    "top_p",
+    "closing_strength",
+    "keep_order",
+    "kv_cache_dtype",
+)
 
 ASKED_SETTINGS = ("category", "num_faces", "guidance_scale")
 
@@ -19,6 +28,7 @@ def sampling_settings(options: argparse.Namespace, generator: Any) -> dict[str, 
     top_k = own.to_diff_dict().get("top_k", 0) if options.top_k is None else options.top_k
     own_strength = getattr(own, "closing_strength", 0.0)
     strength = own_strength if options.closing_strength is None else options.closing_strength
+    keep_order = getattr(own, "keep_order", True) if options.keep_order is None else options.keep_order
     return {
         "min_faces": options.min_faces,
         "max_faces": options.max_faces or generator.default_max_faces,
@@ -26,6 +36,7 @@ def sampling_settings(options: argparse.Namespace, generator: Any) -> dict[str, 
         "top_k": top_k,
         "top_p": options.top_p or own.top_p or 1.0,
         "closing_strength": strength,
+        "keep_order": keep_order,
         "kv_cache_dtype": options.kv_cache_dtype or getattr(own, "kv_cache_dtype", None),
     }
 
