@@ -220,6 +220,11 @@ def _add_generation_options(parser: argparse.ArgumentParser, folder: str, num_he
         help="lower by L nats what leaves an edge open (4: fewer holes)",
     )
     parser.add_argument(
+        "--keep-order",
+        action=argparse.BooleanOptionalAction,
+        help="keep faces in canonical order, also where the model would not",
+    )
+    parser.add_argument(
         "--max-faces",
         type=_whole(1),
         metavar="N",

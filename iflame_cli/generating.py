@@ -27,6 +27,7 @@ RECORDED_OPTIONS = (
     "top_p",
     "top_k",
     "closing_strength",
+    "keep_order",
     "max_faces",
     "category",
     "num_faces",

@@ -20,7 +20,7 @@ from iflame_hf.format_iflame import MeshFormat
 from iflame_hf.mesh_errors_iflame import errors_name
 
 SAMPLING = (
-    *("best_of", "temperature", "top_p", "top_k", "closing_strength", "max_faces"),
+    *("best_of", "temperature", "top_p", "top_k", "closing_strength", "keep_order", "max_faces"),
     *("category", "num_faces", "guidance_scale"),
 )
 

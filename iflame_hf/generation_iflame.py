@@ -147,7 +147,7 @@ class IFlameGenerationMixin(GenerationMixin):
             ids = ids.masked_fill(mask[:: len(mask) // len(ids)] == 0, layout.pad_token_id)
         begins = (ids == layout.bos_token_id).int().argmax(dim=1)
         if not _goes_on(model_kwargs):
-            check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy())
+            check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy(), generation_config.keep_order)
         grammar = MeshGrammarLogitsProcessor(
             layout,
             self.config.vocab_size,

@@ -235,13 +235,14 @@ class EndFaceCriteria(EosTokenCriteria):
         return super().__call__(input_ids, scores, **kwargs)
 
 
-def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> None:
+def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray, keep_order: bool = True) -> None:
     """
     Raises ValueError for a prompt that no mesh begins with, in words that say where and how to make one.
 
     Args:
         ids: (B, T) of the prompts, padded on the left.
         begins: (B,) where the start face of each begins.
+        keep_order: whether its faces have to stand in canonical order.
     """
     face, levels = layout.tokens_per_face, layout.coordinate_resolution + 1
     for row, begin in enumerate(begins.tolist()):
@@ -259,7 +260,7 @@ def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> No
         if len(bad):
             what = "has ended" if tokens[bad[0]] == layout.eos_token_id else f"has the id {tokens[bad[0]]}"
             raise _no_prompt(row, f"it {what} in face {bad[0] // face + 1}, where only coordinates may stand")
-        previous = (-1, 0, 0)
+        previous = NO_FACE
         for number, start in enumerate(range(0, len(tokens), face), start=1):
             part = tokens[start : start + face]
             ranks = [int(vertex @ (levels ** np.arange(3))) for vertex in part[: len(part) // 3 * 3].reshape(-1, 3)]
@@ -270,7 +271,7 @@ def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> No
                 why = "repeats the one before" if order == previous else "is not in order"
                 raise _no_prompt(row, f"face {number} {why}")
             if order:
-                previous = order
+                previous = order if keep_order else NO_FACE
             elif len(part) and not _may_go_on(layout, previous, part):
                 raise _no_prompt(row, f"no face can begin as face {number} does after the one before")
 

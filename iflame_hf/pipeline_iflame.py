@@ -67,8 +67,8 @@ class MeshGenerationPipeline(Pipeline):
             best_of: draw so many meshes for each one and keep the best (`iflame_hf.ranking_iflame.best`): an ended one
                 before one that was cut off, then likely under the model and with few boundary edges. The candidates
                 of the seed s have the seeds s * best_of + 0, 1, ...; the mesh has the one of its own. 1 by default.
-            do_sample, temperature, top_p, top_k, closing_strength: as of `generate()`. By default it samples, from all
-                tokens unless the model's generation_config.json says otherwise.
+            do_sample, temperature, top_p, top_k, closing_strength, keep_order: as of `generate()`. By default it
+                samples, from all tokens unless the model's generation_config.json says otherwise.
             room_above: how much higher than the part the whole mesh may become, in heights of the part (1.0: twice as
                 high). By default the part keeps its place, which must be within [-0.5, 0.5] on every axis: right for
                 parts of generated meshes, and for no others.

@@ -190,7 +190,7 @@ def test_the_number_of_rows_is_chosen_by_the_device(model):
 
 def command_line(model_folder, out, **options):
     values = {"model": model_folder, "out": out, "num": NUM, "max_faces": MAX_FACES, **options}
-    return ["--use_cpu", *(f"--{name}={value}" for name, value in values.items())]
+    return ["--use_cpu", *(f"--{name}" + ("" if value is None else f"={value}") for name, value in values.items())]
 
 
 def files_of(folder):
@@ -321,6 +321,7 @@ def error_of(capsys, arguments, status=1):
     [
         ({"top_p": 0.9}, "--top_p 1.0 (now 0.9)"),
         ({"closing_strength": 2}, "--closing_strength 0.0 (now 2.0)"),
+        ({"no-keep_order": None}, "--keep_order True (now False)"),
         ({"seed": 1, "temperature": 0.5}, "--seed 0 (now 1), --temperature 1.0 (now 0.5)"),
         ({"dtype": "bfloat16"}, "--dtype float32 (now bfloat16)"),
         ({"format": "obj"}, "--format glb (now obj)"),

@@ -121,6 +121,22 @@ def test_meshes_out_of_order_are_decoded_as_others_are(model):
         )
 
 
+def test_prompts_out_of_order_are_taken_where_meshes_may_be(model):
+    box = ids_of(trimesh.creation.box(), add_end=False)
+    swapped = torch.tensor([[*box[:9], *box[18:27], *box[9:18], *box[27:36]]])
+    options = {"do_sample": True, "seed": 1, "max_faces": 6}
+    with pytest.raises(ValueError, match="face 2 is not in order"):
+        model.generate(swapped, **options)
+    found = model.generate(swapped, keep_order=False, **options)
+    assert torch.equal(found[:, :36], swapped)
+    (mesh,) = generate_meshes(model, [1], prompt=swapped[0], max_faces=6, keep_order=False)
+    assert torch.equal(mesh.ids, found[0])
+    within = swapped.clone()
+    within[0, 9:12], within[0, 12:15] = swapped[0, 12:15], swapped[0, 9:12]
+    with pytest.raises(ValueError, match="face 1 is not in order"):
+        model.generate(within, keep_order=False, **options)
+
+
 def test_it_is_a_field_of_the_generation_config_that_is_saved(tmp_path):
     model, options = ending_model(1), {"do_sample": True, "seed": 3, "max_faces": 12}
     plain = model.generate(**options)

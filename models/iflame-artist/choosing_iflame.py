@@ -41,6 +41,7 @@ class Choice(NamedTuple):
     end: int  # id of the end token; -1: nothing ends a row
     guided: bool = False  # each two rows are one mesh, with conditions and without
     closing: bool = False  # with the grammar: tokens that leave an edge open score lower
+    ordered: bool = True  # with the grammar: faces stay in canonical order
 
 
 @_jit
@@ -88,6 +89,7 @@ def choose(
     GRAMMAR: tl.constexpr,
     GUIDED: tl.constexpr,
     CLOSING: tl.constexpr,
+    ORDERED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -142,13 +144,15 @@ def choose(
     digits = tl.where(digit == 0, 0, digits)
     if GRAMMAR:
         # The ranks that the vertex may have lie between low and high.
-        another = (highest < last) | (middle <= last - 2)
-        low_first = tl.maximum(tl.where(another, lowest, lowest + 1), 0)
+        low_first, low_later = lowest * 0, first + 1
+        if ORDERED:
+            another = (highest < last) | (middle <= last - 2)
+            low_first = tl.maximum(tl.where(another, lowest, lowest + 1), 0)
+            low_second = tl.where(highest < last, middle, middle + 1)
+            low_third = tl.where(second == middle, highest + 1, tl.where(second > highest, middle, middle + 1))
+            low_later = tl.where(first == lowest, tl.where(place < 6, low_second, low_third), low_later)
         high_first = tl.maximum(last - 2 - tl.maximum(fewest - faces - 1, 0), low_first)
-        low_second = tl.where(highest < last, middle, middle + 1)
-        low_third = tl.where(second == middle, highest + 1, tl.where(second > highest, middle, middle + 1))
-        low = tl.where(first == lowest, tl.where(place < 6, low_second, low_third), first + 1)
-        low = tl.where(place < 3, low_first, low)
+        low = tl.where(place < 3, low_first, low_later)
         high = tl.where(place < 3, tl.minimum(high_first, last - 2), last)
         excluded = tl.where(place < 6, -1, second)
         if CLOSING:
@@ -345,5 +349,5 @@ class KernelChooser:
             V=logits.shape[1], VB=self.lanes, L=choice.coordinates, END=choice.end, ADVANCE=advance,
             SAMPLE=choice.sample, FILTERS=choice.sample and choice.filters, PENALISE=choice.penalty,
             GRAMMAR=choice.grammar, GUIDED=choice.guided, CLOSING=choice.grammar and choice.closing,
-            PDL=self.pdl, num_warps=4, **launched,
+            ORDERED=choice.ordered, PDL=self.pdl, num_warps=4, **launched,
         )  # fmt: skip

@@ -104,6 +104,7 @@ def request_of(
         end=end if grammar is None else grammar.eos_token_id,
         guided=settings.guidance_scale != 1,
         closing=settings.closing_strength > 0,
+        ordered=grammar is None or grammar.keep_order,
     )
     pad = config._pad_token_tensor
     return DecodeRequest(

@@ -38,6 +38,7 @@ OWN_SETTINGS = {
     "max_faces": None,
     "kv_cache_dtype": None,
     "closing_strength": 0.0,
+    "keep_order": True,
 }
 
 
@@ -46,7 +47,8 @@ class IFlameGenerationMixin(GenerationMixin):
 
     Every row becomes a mesh: `MeshGrammarLogitsProcessor` leaves only tokens with which it is one, of `min_faces` to
     `max_faces` faces, and a row ends with its whole end face. `closing_strength` favours tokens that close the lowest
-    open edge, by so many nats. `generate(mesh_grammar=False)` leaves all of that out.
+    open edge, by so many nats; `keep_order=False` allows faces out of canonical order, where the model wants them.
+    `generate(mesh_grammar=False)` leaves all of that out.
 
     A decode engine serves greedy search and sampling on a CUDA device and on a CPU; what it does not do is computed by
     transformers' own loop, with a warning that names it. `cache_implementation="dynamic"` asks for that loop.
@@ -145,7 +147,7 @@ class IFlameGenerationMixin(GenerationMixin):
             ids = ids.masked_fill(mask[:: len(mask) // len(ids)] == 0, layout.pad_token_id)
         begins = (ids == layout.bos_token_id).int().argmax(dim=1)
         if not _goes_on(model_kwargs):
-            check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy())
+            check_prompts(layout, ids.cpu().numpy(), begins.cpu().numpy(), generation_config.keep_order)
         grammar = MeshGrammarLogitsProcessor(
             layout,
             self.config.vocab_size,
@@ -154,6 +156,7 @@ class IFlameGenerationMixin(GenerationMixin):
             generation_config.max_faces,
             generation_config.max_length,
             generation_config.closing_strength,
+            generation_config.keep_order,
         )
         # The last of the user's own, which stand before temperature and the like.
         given["logits_processor"] = LogitsProcessorList([*(given.get("logits_processor") or []), grammar])

@@ -14,6 +14,10 @@ from .layout_iflame import not_whole_faces
 
 # B rows, T tokens, V token ids
 
+# Where there is no face before.
+NO_RANK = -1
+NO_FACE = (NO_RANK,) * 3
+
 
 def vertex_interval(
     previous: torch.Tensor, first: torch.Tensor, second: torch.Tensor, vertex: int, last: int, needed: torch.Tensor
@@ -107,6 +111,9 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
     among what it leaves; their softmax makes the rest sum up to one. Where the processors before it leave none of the
     tokens that it allows, all of these are equally likely.
 
+    What decides on the order of faces is the last coordinate of a vertex: a model that is sure of a vertex that is not
+    in order is made to end it at another place. With `keep_order=False` it gets it, and a face may come twice.
+
     Args:
         layout: of the sequences.
         vocab_size: V.
@@ -115,6 +122,7 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         max_length: tokens at which rows are cut off: the end comes before a face that would not be whole.
         closing_strength: nats by which scores of tokens are lowered that leave the lowest open edge open, where it can
             be closed (`closing_iflame`).
+        keep_order: whether faces stay in canonical order. The vertices of a face always do.
     """
 
     def __init__(
@@ -126,10 +134,11 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         max_faces: int | None = None,
         max_length: int | None = None,
         closing_strength: float = 0.0,
+        keep_order: bool = True,
     ):
         self.layout, self.vocab_size, self.begins = layout, vocab_size, begins
         self.min_faces, self.max_faces, self.max_length = min_faces, max_faces, max_length
-        self.closing_strength = closing_strength
+        self.closing_strength, self.keep_order = closing_strength, keep_order
         self.levels = layout.coordinate_resolution + 1
         self.eos_token_id = layout.eos_token_id
 
@@ -157,7 +166,7 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         is_face = (previous < levels).all(dim=1)
         ranks = (previous.view(rows, 3, 3) * digits_of).sum(dim=2).sort(dim=1).values
         # Before the first face there is none: no rank is as low as its.
-        ranks = ranks.masked_fill(~is_face[:, None], -1)
+        ranks = ranks.masked_fill(~is_face[:, None], NO_RANK)
         made = input_ids[:, whole:]
         first, second = (
             (made[:, 3 * each : 3 * each + 3] * digits_of).sum(dim=1) if vertex > each else ranks[:, 0]
@@ -165,7 +174,8 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
         )
         digits = (made[:, 3 * vertex :] * digits_of[:digit]).sum(dim=1)
         needed = (self.min_faces - faces - 1).clamp(min=0)
-        interval = vertex_interval(ranks, first, second, vertex, levels**3 - 1, needed)
+        after = ranks if self.keep_order else torch.full_like(ranks, NO_RANK)
+        interval = vertex_interval(after, first, second, vertex, levels**3 - 1, needed)
         coordinates = allowed_digits(*interval, digits, digit, levels)
 
         allowed = torch.zeros(rows, self.vocab_size, dtype=torch.bool, device=input_ids.device)
@@ -202,7 +212,8 @@ class MeshGrammarLogitsProcessor(LogitsProcessor):
             expected = expected_vertices(edges[None], last[None], last_rank + 1)[0]
             first, second = (_number(made[at : at + 3].tolist(), levels) for at in (0, 3))
             needed = max(self.min_faces - len(faces) - 1, 0)
-            interval = row_interval(last.tolist(), first, second, place // 3, last_rank, needed)
+            after = last.tolist() if self.keep_order else NO_FACE
+            interval = row_interval(after, first, second, place // 3, last_rank, needed)
             digits = _number(made[place // 3 * 3 :].tolist(), levels)
             token = expected_token(expected.tolist(), first, digits, place, interval, levels)
             if token is not None:
@@ -224,13 +235,14 @@ class EndFaceCriteria(EosTokenCriteria):
         return super().__call__(input_ids, scores, **kwargs)
 
 
-def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> None:
+def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray, keep_order: bool = True) -> None:
     """
     Raises ValueError for a prompt that no mesh begins with, in words that say where and how to make one.
 
     Args:
         ids: (B, T) of the prompts, padded on the left.
         begins: (B,) where the start face of each begins.
+        keep_order: whether its faces have to stand in canonical order.
     """
     face, levels = layout.tokens_per_face, layout.coordinate_resolution + 1
     for row, begin in enumerate(begins.tolist()):
@@ -248,7 +260,7 @@ def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> No
         if len(bad):
             what = "has ended" if tokens[bad[0]] == layout.eos_token_id else f"has the id {tokens[bad[0]]}"
             raise _no_prompt(row, f"it {what} in face {bad[0] // face + 1}, where only coordinates may stand")
-        previous = (-1, 0, 0)
+        previous = NO_FACE
         for number, start in enumerate(range(0, len(tokens), face), start=1):
             part = tokens[start : start + face]
             ranks = [int(vertex @ (levels ** np.arange(3))) for vertex in part[: len(part) // 3 * 3].reshape(-1, 3)]
@@ -259,7 +271,7 @@ def check_prompts(layout: MeshFormat, ids: np.ndarray, begins: np.ndarray) -> No
                 why = "repeats the one before" if order == previous else "is not in order"
                 raise _no_prompt(row, f"face {number} {why}")
             if order:
-                previous = order
+                previous = order if keep_order else NO_FACE
             elif len(part) and not _may_go_on(layout, previous, part):
                 raise _no_prompt(row, f"no face can begin as face {number} does after the one before")
 

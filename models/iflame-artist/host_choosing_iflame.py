@@ -21,7 +21,7 @@ from .choosing_iflame import (
     Settings,
 )
 from .closing_iflame import NO_EDGE, edge_keys, expected_token, expected_vertices, follow_face
-from .grammar_iflame import row_interval
+from .grammar_iflame import NO_FACE, row_interval
 
 # B rows, V token ids, L coordinates of the grid
 
@@ -119,7 +119,8 @@ class HostChooser:
         rows = zip(self.forbidden, scores, self.state.tolist(), self.limits.tolist(), strict=True)
         for forbidden, of_row, state, (fewest, most) in rows:
             faces, digits = state[FACES], state[DIGITS] if digit else 0
-            previous, needed = state[LOWEST : HIGHEST + 1], max(fewest - faces - 1, 0)
+            previous = state[LOWEST : HIGHEST + 1] if choice.ordered else NO_FACE
+            needed = max(fewest - faces - 1, 0)
             interval = row_interval(previous, state[FIRST], state[SECOND], place // 3, last, needed)
             low, high, excluded = interval
             if digit == 2:

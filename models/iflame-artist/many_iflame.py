@@ -137,7 +137,8 @@ def _batches(model: Any, jobs: list[_Job], rows: int, options: dict[str, Any]) -
         return _in_batches(model, jobs, rows, options)
     if request.choice.grammar:  # generate() has looked at the longest prompt alone
         for prompt in {id(job.prompt): job.prompt for job in jobs}.values():
-            check_prompts(model.config.mesh_layout, prompt[None].numpy(), np.zeros(1, dtype=np.int64))
+            begins, layout = np.zeros(1, dtype=np.int64), model.config.mesh_layout
+            check_prompts(layout, prompt[None].numpy(), begins, request.choice.ordered)
     return _refilled(model, jobs, rows, request)
 
 

@@ -337,6 +337,8 @@ def _how_sampled(model: PreTrainedModel) -> str:
     }
     given = ", ".join(f"`{name}={value:g}`" for name, value in set_to.items() if value)
     grammar = ", only tokens that can follow in a mesh (`mesh_grammar=True`)" if config.mesh_grammar else ""
+    if config.mesh_grammar and not getattr(config, "keep_order", True):
+        grammar += ", whose faces may leave their canonical order (`keep_order=False`)"
     return (
         f"Unless told otherwise, `generate()` and the pipeline sample with {given or 'all tokens'}{grammar}, and "
         f"make at most {_most_faces(model, RunRecord()):,} faces: `generation_config.json`. A smaller `top_p` and "
