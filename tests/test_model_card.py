@@ -77,6 +77,12 @@ def test_a_card_tells_how_a_model_samples_and_what_a_run_of_which_there_is_only_
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = model_card(model, read_run(tmp_path), "you/lamps").text
     assert "sample with `temperature=1`, `top_p=0.8`" in text and "at most 50 faces" in text
+    assert "keep_order" not in text
+    model.generation_config.keep_order = False
+    assert (
+        "may leave their canonical order (`keep_order=False`)"
+        in model_card(model, read_run(tmp_path), "you/lamps").text
+    )
     run = RunRecord(progress={"arguments": {"top_p": 0.95}})  # of its samples, which were chosen better later
     for snippet in (usage_snippet, pipeline_snippet):
         assert "top_p" not in snippet(model, run, "you/lamps") and "top_p=0.95" in snippet(

@@ -83,7 +83,7 @@ def card_section(results: dict[str, Any]) -> str:
         for name in ("temperature", "top_p", "top_k", "min_p", "closing_strength")
         if settings.get(name)
     )
-    drawn += "" if settings.get("keep_order", True) else ", faces in any order"
+    drawn += "" if settings.get("keep_order", True) else ", keep order off"
     how = f"drawn with {drawn} in {settings['dtype']}" if settings["samples"] is None else "read from files"
     most = (
         f"at most {settings['max_faces']:,} faces, " if settings["samples"] is None and settings["max_faces"] else ""
