@@ -221,7 +221,10 @@ class IFlameGenerationMixin(GenerationMixin):
     ) -> Any:
         """As `_sample`, by rows each of which is followed by itself without conditions."""
         if generation_config.return_dict_in_generate:
-            raise ValueError("guidance_scale gives meshes alone: leave out return_dict_in_generate, or guidance_scale")
+            raise ValueError(
+                "guidance_scale gives meshes alone: leave out return_dict_in_generate, or guidance_scale (1 where the "
+                "model has one of its own)"
+            )
         guidance = GuidanceLogitsProcessor(generation_config.guidance_scale)
         unguided = copy.copy(generation_config)
         unguided.guidance_scale = None
@@ -238,7 +241,10 @@ class IFlameGenerationMixin(GenerationMixin):
 
     def _beam_search(self, *args: Any, seed: Any = None, **kwargs: Any) -> Any:
         if guided_pairs(kwargs["generation_config"], kwargs):
-            raise ValueError("guidance_scale is for sampling and greedy search: leave out num_beams or guidance_scale")
+            raise ValueError(
+                "guidance_scale is for sampling and greedy search: leave out num_beams or guidance_scale (1 where the "
+                "model has one of its own)"
+            )
         if seed is not None and kwargs["generation_config"].do_sample:
             raise ValueError(
                 "a seed is of one mesh, and beams are drawn together: leave out num_beams, or leave out seed and call "
@@ -311,7 +317,8 @@ class IFlameGenerationMixin(GenerationMixin):
                 )
             if guided_pairs(generation_config, model_kwargs):
                 raise ValueError(
-                    "guidance_scale takes two rows for each mesh, which a given cache has not: leave it out"
+                    "guidance_scale takes two rows for each mesh, which a given cache has not: leave it out (1 where "
+                    "the model has one of its own)"
                 )
             given._is_user_defined = True
         elif generation_config.use_cache and implementation == "static":

@@ -68,6 +68,10 @@ def test_a_card_tells_what_a_model_can_be_asked_for_and_shows_how(conditions, to
     assert ("## Asking for something" in text) == (told is not None) and (told or "## Use") in text
     assert f"generate({asked}num_return_sequences=4, " in usage_snippet(model, run, "you/lamps")
     assert f"generator(num_meshes=4, {asked}max_faces={most}, " in pipeline_snippet(model, run, "you/lamps")
+    assert ("`guidance_scale=2.0` gives what is asked for more weight" in text) == (told is not None)
+    model.generation_config.guidance_scale = 1.5
+    text = model_card(model, run, "you/lamps").text
+    assert ("by `guidance_scale=1.5`, at twice the work of `guidance_scale=1`" in text) == (told is not None)
 
 
 def test_a_card_tells_how_a_model_samples_and_what_a_run_of_which_there_is_only_a_log_has_done(tmp_path):

@@ -317,10 +317,15 @@ def _asking(model: PreTrainedModel, run: RunRecord) -> str:
     if not knows:
         return ""
     given = _in_python(**_example(model, run))
-    return (
-        f"The model can be asked for {'; and for '.join(knows)}: `generator({given})`. Without, it makes any. "
-        "`guidance_scale=2.0` gives what is asked for more weight, at twice the work."
-    )
+    own = model.generation_config.guidance_scale
+    guidance = "`guidance_scale=2.0` gives what is asked for more weight, at twice the work."
+    if own not in (None, 1):
+        guidance = (
+            f"What is asked for has more weight by `guidance_scale={own:g}`, at twice the work of `guidance_scale=1`, "
+            "which is without."
+        )
+    what = "; and for ".join(knows)
+    return f"The model can be asked for {what}: `generator({given})`. Without, it makes any. {guidance}"
 
 
 def _most_faces(model: PreTrainedModel, run: RunRecord) -> int:
