@@ -20,6 +20,8 @@ from training.evaluation.choice import best_setting, described, settings_to_try
 from training.evaluation.classifier import agreement, train_classifier
 from training.evaluation.control import asked_of, faces_errors
 from training.evaluation.meshes import on_grid, places_of
+from training.evaluation.report import read_for_card
+from training.evaluation.samples import generated_sets
 from training.rows.meshes import ParquetMeshes
 
 SHAPES = {
@@ -126,7 +128,7 @@ def test_meshes_are_asked_to_be_what_held_out_ones_are():
         assert faces == len(mesh.faces) and category == (None if mesh.category == "cone" else mesh.category)
     counts = np.unique([mesh.name for mesh in asked.meshes], return_counts=True)[1]
     assert len(counts) == 8 and set(counts) == {3, 4}
-    with pytest.raises(ValueError, match="no held-out mesh has a category or a number of faces"):
+    with pytest.raises(ValueError, match="no mesh of the data has a category or a number of faces"):
         asked_of(config, references, 30, seed=0, max_faces=11)
 
 
@@ -163,8 +165,31 @@ def test_control_is_measured_without_guidance_and_with_it(model, data, tmp_path,
 
 def test_a_model_without_conditions_cannot_be_asked(data, tmp_path, capsys):
     small_model().config.save_pretrained(tmp_path)
-    assert evaluate.main(["--model", str(tmp_path), "--data", str(data), "--control"]) == 1
-    assert "--control is of a model with conditions, and this one was trained without" in capsys.readouterr().err
+    for option in ("--control", "--ask"):
+        assert evaluate.main(["--model", str(tmp_path), "--data", str(data), option]) == 1
+        said = f"{option} is of a model with conditions, and this one was trained without"
+        assert said in capsys.readouterr().err
+
+
+def test_samples_can_be_asked_to_be_what_training_meshes_are(model, data, tmp_path, monkeypatch):
+    asked = []
+
+    def made(generator, num, sets, seed, rows, settings, folder):
+        asked.append(settings)
+        return generated_sets(generator, num, sets, seed, rows, settings, folder)
+
+    monkeypatch.setattr(evaluate, "generated_sets", made)
+    arguments = ["--model", model, "--data", data, "--output", tmp_path, "--num_samples", "7", "--num_sets", "2"]
+    assert evaluate.main(list(map(str, [*arguments, "--ask", "--max_faces", "20", *CHEAP]))) == 0
+    (settings,) = asked
+    training = [mesh for mesh in shapes(30, 0) if len(mesh.faces) <= 20]
+    kinds = {(mesh.category if mesh.category in ("ball", "box") else None, len(mesh.faces)) for mesh in training}
+    assert set(zip(settings["category"], settings["num_faces"], strict=True)) == kinds and len(kinds) == 2
+    assert len(settings["num_faces"]) == 14
+    text, _ = read_for_card(tmp_path / "evaluation.json")
+    assert "none chosen and each asked to be what a training mesh drawn at random is" in text
+    assert "Samples were asked to be what training meshes" in (tmp_path / "evaluation.md").read_text()
+    assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["ask"] is True
 
 
 BASE = {"temperature": 1.0, "top_p": 0.9, "best_of": 1}

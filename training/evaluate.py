@@ -74,8 +74,9 @@ def find_files(options: argparse.Namespace) -> dict[str, list[str]]:
     options.references, references = held_out_files(options.data, splits)
     if options.model is not None:
         check_model(options.model)
-    if options.control:
-        check_control(model_settings(options.model, options.revision))
+    for name in ("ask", "control"):
+        if getattr(options, name):
+            check_control(model_settings(options.model, options.revision), f"--{name}")
     if options.samples is not None:
         sample_files(options.samples)
     training = split_files(options.data, "train")
@@ -130,7 +131,7 @@ def evaluate(options: argparse.Namespace, files: dict[str, list[str]]) -> dict[s
     if not references or not training:
         raise ValueError(f"--data {options.data} has no usable meshes in the split train or {options.references}")
     clock.lap("reading data")
-    sets, asked, controlled = sample(options, device, settings, references, resolution)
+    sets, asked, controlled = sample(options, device, settings, references, training, resolution)
     named = dict(zip(["samples", *(f"samples, set {n}" for n in range(2, len(sets) + 1))], sets, strict=True))
     first = sets[0]
     named |= {name: each.samples() for name, each in controlled.items()}
@@ -187,6 +188,7 @@ def sample(
     device: torch.device,
     settings: dict[str, Any],
     references: list[GridMesh],
+    training: list[GridMesh],
     resolution: int,
 ) -> tuple[list[Samples], Asked | None, dict[str, Controlled]]:
     """The sets of samples; with --control also what is asked for, and the sets of what comes. What the model's are
@@ -205,8 +207,15 @@ def sample(
     if options.samples is None:
         say(f"{options.num_samples * options.num_sets:,} samples to make with {device.type}")
         folder = options.output / "samples" if options.save_samples else None
+        made_with = dict(chosen)
+        if options.ask:
+            count = options.num_samples * options.num_sets
+            drawn = asked_of(generator.model.config, training, count, options.seed, options.max_faces)
+            made_with |= drawn.conditions
+            made_with["max_faces"] = generator.most_faces(options.max_faces, drawn.most_faces)
+            settings["guidance_scale"] = generator.model.generation_config.guidance_scale
         sets = generated_sets(
-            generator, options.num_samples, options.num_sets, options.seed, options.rows, chosen, folder
+            generator, options.num_samples, options.num_sets, options.seed, options.rows, made_with, folder
         )
     if options.control:
         asked = asked_of(generator.model.config, references, options.num_samples, options.seed, options.max_faces)

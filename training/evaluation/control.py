@@ -18,7 +18,7 @@ NOT_A_MESH = 10**6  # the rank of its category
 
 
 class Asked(NamedTuple):
-    """What N meshes are asked to be: each the category and the number of faces of a held-out mesh."""
+    """What N meshes are asked to be: each the category and the number of faces of a mesh of the data."""
 
     meshes: list[GridMesh]  # these
     conditions: dict[str, list[Any]]  # options of `generate_meshes`
@@ -35,21 +35,21 @@ class Controlled(NamedTuple):
         return self.made.samples()
 
 
-def check_control(settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for a model, by its config.json, that cannot be asked for anything."""
+def check_control(settings: Mapping[str, Any], option: str) -> None:
+    """Raises ValueError, naming the option, for a model, by its config.json, that cannot be asked for anything."""
     if not settings.get("categories") and not settings.get("num_faces_range"):
         raise ValueError(
-            "--control is of a model with conditions, and this one was trained without: leave it out, or train with "
+            f"{option} is of a model with conditions, and this one was trained without: leave it out, or train with "
             "--condition_on"
         )
 
 
 def asked_of(config: Any, references: Sequence[GridMesh], num: int, seed: int, max_faces: int | None = None) -> Asked:
     """
-    What so many meshes are asked to be: what held-out meshes are, of `max_faces` at most, drawn at random, each
-    equally often but for one. A category that the model does not know is left open.
+    What so many meshes are asked to be: what `references` are, of `max_faces` at most, drawn at random, each equally
+    often but for one. A category that the model does not know is left open.
 
-    Raises ValueError where no held-out mesh is what the model can be asked for.
+    Raises ValueError where none of them is what the model can be asked for.
     """
     conditions = Conditions.of(config)
     fewest, most = config.num_faces_range or (1, np.inf)
@@ -60,7 +60,7 @@ def asked_of(config: Any, references: Sequence[GridMesh], num: int, seed: int, m
         and (conditions.num_faces or mesh.category in conditions.categories)
     ]
     if not possible:
-        raise ValueError("no held-out mesh has a category or a number of faces that the model can be asked for")
+        raise ValueError("no mesh of the data has a category or a number of faces that the model can be asked for")
     order = np.random.default_rng(seed).permutation(len(possible))
     meshes = [possible[place] for place in np.resize(order, num)]
     asked: dict[str, list[Any]] = {}

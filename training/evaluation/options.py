@@ -28,6 +28,8 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
     add("--references", choices=SPLITS, help="split to compare with (default: test, or validation if there is none)")
     add("--half", choices=HALVES, help="of the references, by a hash of their names: settings that were chosen on the "
         "first half, as choose_sampling.py does, are reported on the second (default: all)")  # fmt: skip
+    add("--ask", action="store_true", help="ask a model with conditions for what training meshes are, drawn at "
+        "random, their categories and numbers of faces (default: for nothing)")  # fmt: skip
     add("--control", action="store_true", help="also ask a model with conditions for held-out meshes' categories and "
         "numbers of faces, and measure whether it makes them")  # fmt: skip
     add("--guidance_scales", type=scale, nargs="+", default=[1.0, 2.0], metavar="S", help="of guidance with "
@@ -54,6 +56,8 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
         parser.error("give --model, or --samples with meshes of another generator, or both")
     if options.control and options.model is None:
         parser.error("--control asks a model for meshes: give --model")
+    if options.ask and options.samples is not None:
+        parser.error("--ask asks a model for meshes, and --samples are made: leave out one of the two")
     if options.save_samples and options.samples is not None:
         parser.error("--samples are files already: leave out --save_samples")
     if options.emd and options.emd_points > options.points:

@@ -39,6 +39,7 @@ _LIKELIHOOD = (
 _ORACLE = (
     "The oracle is training meshes in the place of samples. No generator of this data can be expected to do better."
 )
+_UNASKED = "none asked to be anything"
 _UNLIKE = f"Unlike any training mesh: with none of them it has an overlap of {FAR_BELOW:g} in voxels, turned or not."
 
 
@@ -89,10 +90,11 @@ def card_section(results: dict[str, Any]) -> str:
         f"at most {settings['max_faces']:,} faces, " if settings["samples"] is None and settings["max_faces"] else ""
     )
     data = results["data"]
+    asked = "each asked to be what a training mesh drawn at random is" if settings.get("ask") else _UNASKED
     lines = [
-        f"By `training/evaluate.py`: {generated['count']:,} meshes of the model, none chosen and none asked to be "
-        f"anything, {most}{how}; {generated['usable']:,} of them are a mesh. They are set beside "
-        f"{data['references']['usable']:,} held-out meshes and {data['training']['usable']:,} training meshes.",
+        f"By `training/evaluate.py`: {generated['count']:,} meshes of the model, none chosen and {asked}, {most}{how};"
+        f" {generated['usable']:,} of them are a mesh. They are set beside {data['references']['usable']:,} held-out "
+        f"meshes and {data['training']['usable']:,} training meshes.",
         "",
         *_distribution(results),
         *([_ORACLE, ""] if "sets" in results["distribution"] else []),
@@ -132,7 +134,10 @@ def _counts(results: dict[str, Any]) -> str:
         f"references: {data['references']['usable']:,} of the {half}split {results['settings']['references']}"
     )
     parts.append(f"training set: {data['training']['usable']:,}")
-    return "; ".join(parts) + ". What is no mesh takes part in no distance."
+    asked = "Samples were asked to be what training meshes drawn at random are. " * bool(
+        results["settings"].get("ask")
+    )
+    return "; ".join(parts) + f". {asked}What is no mesh takes part in no distance."
 
 
 def _distribution(results: dict[str, Any]) -> list[str]:
