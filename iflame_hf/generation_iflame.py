@@ -121,6 +121,8 @@ class IFlameGenerationMixin(GenerationMixin):
         _check_faces(prepared.min_faces, prepared.max_faces)
         check_kv_cache_dtype(prepared.kv_cache_dtype)
         _check_closing_strength(prepared.closing_strength)
+        if not isinstance(prepared.keep_order, bool):
+            raise ValueError(f"keep_order must be True or False, got {prepared.keep_order!r}")
         return prepared, model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:

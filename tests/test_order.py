@@ -137,6 +137,12 @@ def test_prompts_out_of_order_are_taken_where_meshes_may_be(model):
         model.generate(within, keep_order=False, **options)
 
 
+@pytest.mark.parametrize("value", ["no", 0, 1.0])
+def test_what_is_no_switch_is_refused_in_words(model, value):
+    with pytest.raises(ValueError, match="keep_order must be True or False"):
+        model.generate(do_sample=True, max_faces=2, keep_order=value)
+
+
 def test_it_is_a_field_of_the_generation_config_that_is_saved(tmp_path):
     model, options = ending_model(1), {"do_sample": True, "seed": 3, "max_faces": 12}
     plain = model.generate(**options)
