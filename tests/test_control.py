@@ -171,6 +171,19 @@ def test_a_model_without_conditions_cannot_be_asked(data, tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--samples", "there"], "--ask asks a model for meshes, and --samples are made"),
+        (["--control"], "--control compares with samples that are asked for nothing: leave out --ask"),
+    ],
+)
+def test_what_asks_for_two_things_is_refused_in_words(more, words, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", "here", "--data", "data", "--ask", *more])
+    assert words in capsys.readouterr().err
+
+
 def test_samples_can_be_asked_to_be_what_training_meshes_are(model, data, tmp_path, monkeypatch):
     asked = []
 
@@ -189,7 +202,8 @@ def test_samples_can_be_asked_to_be_what_training_meshes_are(model, data, tmp_pa
     text, _ = read_for_card(tmp_path / "evaluation.json")
     assert "none chosen and each asked to be what a training mesh drawn at random is" in text
     assert "Samples were asked to be what training meshes" in (tmp_path / "evaluation.md").read_text()
-    assert json.loads((tmp_path / "evaluation.json").read_text())["settings"]["ask"] is True
+    found = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
+    assert found["ask"] is True and found["max_faces"] == settings["max_faces"] == 20
 
 
 BASE = {"temperature": 1.0, "top_p": 0.9, "best_of": 1}

@@ -64,7 +64,7 @@ def test_a_model_that_is_sure_of_a_vertex_gets_it():
 
 @pytest.mark.parametrize("fewest", [0, 11])
 def test_a_face_out_of_order_leaves_the_limits_as_they_are(fewest):
-    """Also where the last vertices of the grid, behind which no face has room, have been used."""
+    """Also where the last vertices of the grid, after which no face has room, have been used."""
     layout, draws, rows = tiny_layout(2), torch.Generator().manual_seed(0), 40
     grammar = grammar_of(layout, rows, min_faces=fewest, max_faces=12, keep_order=False)
     ids = start(layout, rows)

@@ -212,7 +212,7 @@ def sample(
             count = options.num_samples * options.num_sets
             drawn = asked_of(generator.model.config, training, count, options.seed, options.max_faces)
             made_with |= drawn.conditions
-            made_with["max_faces"] = generator.most_faces(options.max_faces, drawn.most_faces)
+            made_with["max_faces"] = settings["max_faces"] = generator.most_faces(options.max_faces, drawn.most_faces)
             settings["guidance_scale"] = generator.model.generation_config.guidance_scale
         sets = generated_sets(
             generator, options.num_samples, options.num_sets, options.seed, options.rows, made_with, folder

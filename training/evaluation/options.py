@@ -58,6 +58,8 @@ def parse_options(arguments: Sequence[str] | None, description: str) -> argparse
         parser.error("--control asks a model for meshes: give --model")
     if options.ask and options.samples is not None:
         parser.error("--ask asks a model for meshes, and --samples are made: leave out one of the two")
+    if options.ask and options.control:
+        parser.error("--control compares with samples that are asked for nothing: leave out --ask")
     if options.save_samples and options.samples is not None:
         parser.error("--samples are files already: leave out --save_samples")
     if options.emd and options.emd_points > options.points:

@@ -39,7 +39,6 @@ _LIKELIHOOD = (
 _ORACLE = (
     "The oracle is training meshes in the place of samples. No generator of this data can be expected to do better."
 )
-_UNASKED = "none asked to be anything"
 _UNLIKE = f"Unlike any training mesh: with none of them it has an overlap of {FAR_BELOW:g} in voxels, turned or not."
 
 
@@ -81,7 +80,7 @@ def card_section(results: dict[str, Any]) -> str:
     settings, generated = results["settings"], next(iter(results["samples"].values()))
     drawn = ", ".join(
         f"{name.replace('_', ' ')} {settings[name]:g}"
-        for name in ("temperature", "top_p", "top_k", "min_p", "closing_strength")
+        for name in ("temperature", "top_p", "top_k", "min_p", "closing_strength", "guidance_scale")
         if settings.get(name)
     )
     drawn += "" if settings.get("keep_order", True) else ", keep order off"
@@ -90,7 +89,8 @@ def card_section(results: dict[str, Any]) -> str:
         f"at most {settings['max_faces']:,} faces, " if settings["samples"] is None and settings["max_faces"] else ""
     )
     data = results["data"]
-    asked = "each asked to be what a training mesh drawn at random is" if settings.get("ask") else _UNASKED
+    is_asked = settings.get("ask")
+    asked = "each asked to be what a training mesh drawn at random is" if is_asked else "none asked to be anything"
     lines = [
         f"By `training/evaluate.py`: {generated['count']:,} meshes of the model, none chosen and {asked}, {most}{how};"
         f" {generated['usable']:,} of them are a mesh. They are set beside {data['references']['usable']:,} held-out "
@@ -134,10 +134,9 @@ def _counts(results: dict[str, Any]) -> str:
         f"references: {data['references']['usable']:,} of the {half}split {results['settings']['references']}"
     )
     parts.append(f"training set: {data['training']['usable']:,}")
-    asked = "Samples were asked to be what training meshes drawn at random are. " * bool(
-        results["settings"].get("ask")
-    )
-    return "; ".join(parts) + f". {asked}What is no mesh takes part in no distance."
+    asked = "Samples were asked to be what training meshes drawn at random are. "
+    parts[-1] += f". {asked if results['settings'].get('ask') else ''}What is no mesh takes part in no distance."
+    return "; ".join(parts)
 
 
 def _distribution(results: dict[str, Any]) -> list[str]:
