@@ -8,15 +8,13 @@ import argparse
 import os
 import pickle
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from iflame_hf import IFlameConfig, IFlameForCausalLM, IFlameTokenizer
+from training.publish.folder import new_folder
 from training.run.ending import ends_in_words
 
 # The original's six lists of blocks in the order in which they run, and the stage of the hourglass each belongs to.
@@ -164,24 +162,16 @@ def convert_checkpoint(
         FileExistsError: `output_dir` is there already and holds something.
         FileNotFoundError, ValueError: as `load_original` and `convert_weights`.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not empty")
-    config, weights = convert_weights(load_original(path), num_attention_heads)
-    model = IFlameForCausalLM(config)
-    model.load_state_dict(weights)
-    # What the original's own sampling uses.
-    model.generation_config.update(do_sample=True, top_k=50, top_p=0.95)
-    tokenizer = IFlameTokenizer(coordinate_resolution=config.coordinate_resolution, reversed_winding=reversed_winding)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
-        aside.chmod(0o755)
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        os.replace(aside, output_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(output_dir) as folder:
+        config, weights = convert_weights(load_original(path), num_attention_heads)
+        model = IFlameForCausalLM(config)
+        model.load_state_dict(weights)
+        # What the original's own sampling uses.
+        model.generation_config.update(do_sample=True, top_k=50, top_p=0.95)
+        resolution = config.coordinate_resolution
+        tokenizer = IFlameTokenizer(coordinate_resolution=resolution, reversed_winding=reversed_winding)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return model
 
 
