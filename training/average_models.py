@@ -7,7 +7,8 @@ Write the mean of the weights of models that began as one.
 A model and what it became by more training lie in one valley of the loss, and between them is often a model that is
 better than both: it has learnt the new without forgetting the old (Wortsman et al., Robust fine-tuning of zero-shot
 models, arXiv 2109.01903; of several, Model soups, arXiv 2203.05482). Models that were trained apart have no such mean.
-All must have the same sizes, tokens and conditions. Tokenizer, settings of sampling and dtype are those of the first.
+All must have the same sizes, tokens and conditions. Tokenizer, settings of sampling and the dtype that its config.json
+names are those of the first.
 """
 
 import argparse
