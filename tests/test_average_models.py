@@ -35,6 +35,7 @@ def test_shares_and_the_dtype_of_the_first(tmp_path):
     second = saved(tmp_path / "b", 1, categories=["chair", "table"])
     words = [str(tmp_path / "a"), str(tmp_path / "b"), "--weights", "0.25", "0.75", "--out", str(tmp_path / "mean")]
     assert main(words) == 0
+    assert torch.is_grad_enabled()  # as before, for whoever calls it
     mean = IFlameForCausalLM.from_pretrained(tmp_path / "mean", dtype="auto")
     assert mean.dtype == torch.bfloat16
     for name, value in mean.state_dict().items():

@@ -35,6 +35,7 @@ OF_CONFIG = (
 OF_TOKENIZER = ("up_axis", "reversed_winding")
 
 
+@torch.no_grad()
 def average_models(names: Sequence[str], output_dir: str | Path, weights: Sequence[float] | None = None) -> None:
     """
     Write the folder `output_dir` with the mean of models.
@@ -94,7 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write, new or empty")
     options = parser.parse_args(arguments)
     disable_progress_bar()
-    torch.set_grad_enabled(False)
     average_models(options.models, options.out, options.weights)
     print(f"the mean of {len(options.models)} models is in {options.out}")
     return 0
